@@ -1,0 +1,55 @@
+// MAML as Schedules: plain data, the same for every backend. Nothing here runs anything or knows a device.
+#pragma once
+
+#include "program/passes.h"
+#include "program/program.h"
+#include "program/schedule.h"
+
+namespace fastmaml {
+
+struct Adaptation {
+  int64_t support_examples = 0, query_examples = 0;
+  int inner_steps = 1;
+  bool rates_per_step = false;      // Arg::rates is [K, P] instead of [P]
+  bool first_order = false;
+  bool stash = false;               // keep the activations of the inner steps instead of recomputing them in the sweep
+  bool rate_grad = false;           // also write Arg::rate_grad
+  bool support_weights = false, query_weights = false;
+};
+
+// output = net(params, query_x). In `support` batch-norm mode the statistics come from support_x (support_examples > 0).
+Schedule forward_schedule(const Program& net, int64_t examples, int64_t support_examples);
+
+// loss, grad = L_S, grad L_S at params
+Schedule gradient_schedule(const Program& net, int64_t examples, bool weights);
+
+// grad_dot = H_S(params) params_dot
+Schedule hvp_schedule(const Program& net, int64_t examples, bool weights);
+
+// adapted = phi[K], support_losses = L_S(phi[0..K-1])
+Schedule adapt_schedule(const Program& net, const Adaptation& how);
+
+// The whole meta-gradient of one task; see meta_gradient.cpp.
+Schedule meta_gradient_schedule(const Program& net, const Adaptation& how);
+
+// solution s of ((1 + damping) I + H_S(params) / lam) s = params_dot
+Schedule conjugate_gradient_schedule(const Program& net, int64_t examples, bool weights, int steps);
+
+// The four passes of the bare network from given gradients by the output, for tests and for losses written in Python.
+Schedule passes_schedule(const Program& net, int64_t examples, bool dual);
+
+// Pieces that several schedules share (inner_loop.cpp, hvp.cpp).
+struct Batch {                      // a task's examples, as the loss sees them
+  Operand x, y, weights;
+  int64_t examples = 0;             // rows of x
+  int64_t stat_examples = 0;        // rows that batch norm takes its statistics from
+  int64_t loss_from = 0;            // the loss sees rows loss_from .. examples - 1
+};
+Batch support_batch(Schedule& out, const Program& net, int64_t examples, bool weights);
+Tape gradient(Schedule& out, const Program& net, Operand params, const Batch& batch, Operand loss, Operand grad);
+// hu = H(params) u. With a tape of the gradient at params only the tangents are computed; without one the gradient pass is
+// computed again beside them (dual), and written to `grad` if that is given.
+void hvp(Schedule& out, const Program& net, Operand params, Operand u, const Batch& batch, const Tape* stashed, Operand hu, Operand grad);
+Operand inner_step(Schedule& out, const Program& net, Operand phi, Operand g, Operand rate, Operand phi_next);
+
+}  // namespace fastmaml

@@ -1,0 +1,108 @@
+// THE waist. A backend is one table of functions, filled from the list in program/op.h; everything above speaks Schedules,
+// everything below sees pointers and sizes and knows nothing of MAML.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "ops/workspace.h"
+#include "program/schedule.h"
+
+namespace fastmaml {
+
+// One operand for a run of tasks. Task-major (lanes = 1): element i of task t is data[t * task_stride + i]; task_stride 0 is
+// shared by all tasks. Lane-interleaved (lanes = L): data[(t / L) * task_stride * L + i * L + t % L].
+struct View {
+  void* data = nullptr;     // null: absent
+  int64_t task_stride = 0;  // elements
+  int lanes = 1;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// A task's elements: element i is data[i * stride].
+template <class T>
+struct Elements {
+  T* data;
+  int64_t stride;
+  T& operator[](int64_t i) const { return data[i * stride]; }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+template <class T>
+Elements<T> elements(const View& view, int64_t task) {
+  if (!view.data) return {nullptr, 1};
+  T* data = static_cast<T*>(view.data);
+  if (view.lanes == 1) return {data + task * view.task_stride, 1};
+  return {data + task / view.lanes * view.task_stride * view.lanes + task % view.lanes, view.lanes};
+}
+
+struct Call {
+  const Step& step;
+  const Layer& layer;
+  const View* operand;      // in the order of program/op.h
+  int64_t tasks;
+  void* scratch;            // scratch_bytes(step, layer) bytes, 64-byte aligned; null where that is 0
+  uintptr_t stream;         // the device's stream; unused on the CPU
+
+  template <class Shape>
+  const Shape& shape() const { return std::get<Shape>(layer); }
+  const View& operator[](int i) const { return operand[i]; }
+};
+
+using OpFn = void (*)(const Call&);
+using ScratchFn = size_t (*)(const Step&, const Layer&);
+
+struct OpTable {
+  const char* backend = "";
+  size_t real_bytes = 4;              // 4: float, 8: double
+  bool lane_layout = false;           // understands Views with lanes > 1
+  OpFn run[kOps] = {};                // null: this backend lacks the op
+  ScratchFn scratch[kOps] = {};       // null: no scratch
+  // out[i] = sum_t w[t] x[t][i] (w null: the mean) by a fixed binary tree over t; x [T, size] is overwritten.
+  void (*tree_reduce)(void* out, void* x, const void* w, int64_t tasks, int64_t size) = nullptr;
+
+  bool supports(Op op) const { return run[static_cast<int>(op)] != nullptr; }
+};
+
+const OpTable& reference_ops();                       // float64, plain loops: the definition
+const OpTable& cpu_ops(size_t real_bytes);            // the best instruction set of this machine, or set_cpu_isa's
+
+// Runs body(0) .. body(n - 1), in any order, possibly at the same time. The caller owns the threads.
+using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t)>& body)>;
+
+// Scratch that outlives calls: one arena a worker, grown on first use and then kept.
+class Arenas {
+ public:
+  ~Arenas();
+  std::byte* get(int worker, size_t bytes);           // not thread-safe across workers that share an index
+  void reserve(int workers, size_t bytes);
+  int64_t allocations() const { return allocations_; }
+  size_t high_water() const { return high_water_; }
+
+ private:
+  struct Block { std::byte* data = nullptr; size_t bytes = 0; };
+  std::vector<Block> blocks_;
+  int64_t allocations_ = 0;
+  size_t high_water_ = 0;
+};
+
+struct Run {
+  const OpTable& table;
+  const Schedule& schedule;
+  const Workspace& workspace;
+  const View* args;                   // [kArgs]
+  int64_t tasks;
+  int lanes = 1;                      // layout of the arena
+  uintptr_t stream = 0;
+};
+
+// Every Step once, over all tasks; the arena holds all tasks at once (tasks x workspace.task_bytes).
+void run_layered(const Run& run, Arenas& arenas);
+
+// Every task (or group of `lanes` tasks) walks the whole list on one worker without leaving its arena.
+void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor& parallel_for);
+
+}  // namespace fastmaml

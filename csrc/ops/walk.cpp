@@ -1,0 +1,106 @@
+// The two ways to walk a Schedule on a machine whose ops are host functions.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "ops/ops.h"
+
+namespace fastmaml {
+namespace {
+
+// Tasks first .. first + count - 1, whose slots start at `arena`.
+void walk(const Run& run, std::byte* arena, std::byte* scratch, int64_t first, int64_t count) {
+  const Schedule& schedule = run.schedule;
+  std::array<View, kMaxOperands> views;
+  for (const Step& step : schedule.steps) {
+    for (int i = 0; i < kMaxOperands; ++i) {
+      const Operand& operand = step.operand[i];
+      View& view = views[i];
+      if (!operand) {
+        view = {};
+        continue;
+      }
+      const Slot& slot = schedule.slots[operand.slot];
+      const size_t bytes = element_bytes(slot.type, run.table.real_bytes);
+      if (slot.arg != Arg::none) {
+        view = run.args[static_cast<int>(slot.arg)];
+        view.data = static_cast<std::byte*>(view.data) + (first * view.task_stride + operand.offset) * bytes;
+      } else {
+        view.data = arena + (run.workspace.offset[operand.slot] + operand.offset * bytes) * run.lanes;
+        view.task_stride = int64_t(run.workspace.task_bytes / bytes);
+        view.lanes = run.lanes;
+      }
+    }
+    const Call call{step, schedule.layers[step.layer], views.data(), count, scratch, run.stream};
+    run.table.run[static_cast<int>(step.op)](call);
+  }
+}
+
+void check(const Run& run) {
+  if (run.lanes != 1 && !run.table.lane_layout)
+    throw std::invalid_argument(std::string("backend ") + run.table.backend + " has no lane-interleaved layout");
+  for (const Slot& slot : run.schedule.slots)
+    if (slot.arg != Arg::none && slot.size > 0 && !run.args[static_cast<int>(slot.arg)])
+      throw std::invalid_argument(std::string("argument ") + arg_name(slot.arg) + " is missing");
+}
+
+}  // namespace
+
+void run_layered(const Run& run, Arenas& arenas) {
+  check(run);
+  const size_t groups = (run.tasks + run.lanes - 1) / run.lanes;
+  const size_t slots = groups * run.lanes * run.workspace.task_bytes;
+  std::byte* arena = arenas.get(0, slots + run.workspace.scratch_bytes);
+  walk(run, arena, arena + slots, 0, run.tasks);
+}
+
+void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor& parallel_for) {
+  check(run);
+  const int64_t groups = (run.tasks + run.lanes - 1) / run.lanes;
+  const size_t slots = run.lanes * run.workspace.task_bytes, bytes = slots + run.workspace.scratch_bytes;
+  workers = int(std::min<int64_t>(std::max(workers, 1), groups));
+  arenas.reserve(workers, bytes);
+  // Tasks are handed out one at a time: which worker takes a task never changes its result.
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t worker) {
+    std::byte* arena = arenas.get(int(worker), bytes);
+    for (int64_t g = next++; g < groups; g = next++) {
+      const int64_t first = g * run.lanes;
+      walk(run, arena, arena + slots, first, std::min<int64_t>(run.lanes, run.tasks - first));
+    }
+  };
+  if (workers <= 1) work(0);
+  else parallel_for(workers, work);
+}
+
+Arenas::~Arenas() {
+  for (Block& block : blocks_) std::free(block.data);
+}
+
+std::byte* Arenas::get(int worker, size_t bytes) {
+  if (worker >= int(blocks_.size()) || blocks_[worker].bytes < bytes || !blocks_[worker].data) reserve(worker + 1, bytes);
+  return blocks_[worker].data;
+}
+
+void Arenas::reserve(int workers, size_t bytes) {
+  if (workers > int(blocks_.size())) blocks_.resize(workers);
+  bytes = std::max<size_t>((bytes + 63) / 64 * 64, 64);
+  for (int w = 0; w < workers; ++w) {
+    Block& block = blocks_[w];
+    if (block.bytes >= bytes) continue;
+    std::free(block.data);
+    block = {static_cast<std::byte*>(std::aligned_alloc(64, bytes)), bytes};
+    if (!block.data) {
+      block.bytes = 0;
+      throw std::bad_alloc();
+    }
+    ++allocations_;
+  }
+  high_water_ = std::max(high_water_, bytes);
+}
+
+}  // namespace fastmaml

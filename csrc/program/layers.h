@@ -1,0 +1,67 @@
+// Layers as small structs of sizes; one example each. Nothing here knows how they are computed.
+#pragma once
+
+#include <cstdint>
+#include <variant>
+
+namespace fastmaml {
+
+struct Linear {
+  int64_t in, out;
+};
+
+struct Conv2d {
+  int64_t C, H, W;            // input image
+  int64_t F, OH, OW;          // output image
+  int64_t KH, KW;             // kernel
+  int64_t stride_h, stride_w;
+  int64_t pad_h, pad_w;
+};
+
+struct BatchNorm {
+  int64_t C, spatial;         // spatial = H W, or 1 for vectors
+  double eps;
+  bool frozen;                // running statistics: constants, no gradient flows through them
+};
+
+// Layer norm is group norm with one group over `channels` = all features and spatial = 1.
+struct GroupNorm {
+  int64_t channels, spatial, groups;
+  double eps;
+};
+
+struct Pointwise {
+  enum class Kind : uint8_t { relu, leaky_relu, tanh, sigmoid, gelu, gelu_tanh, silu };
+  Kind kind;
+  double slope;               // leaky_relu only
+  int64_t size;
+};
+
+struct Pool2d {               // max_pool2d and avg_pool2d
+  int64_t C, H, W, OH, OW;
+  int64_t KH, KW, stride_h, stride_w, pad_h, pad_w;
+  bool count_include_pad;     // avg_pool2d only
+};
+
+struct Flatten {              // [H, W, C] -> [C H W], torch's order
+  int64_t C, H, W;
+};
+
+struct Add {
+  int64_t size;
+};
+
+struct Loss {
+  enum class Kind : uint8_t { none, cross_entropy, mse };
+  Kind kind;
+  int64_t size;               // classes, or outputs per example
+  double smoothing;           // cross_entropy: target = (1 - smoothing) onehot + smoothing / classes
+};
+
+struct Vector {               // ops on flat vectors: copy, add, updates
+  int64_t size;
+};
+
+using Layer = std::variant<Vector, Linear, Conv2d, BatchNorm, GroupNorm, Pointwise, Pool2d, Flatten, Add, Loss>;
+
+}  // namespace fastmaml

@@ -1,0 +1,31 @@
+// Names of ops, their operands and the arguments of schedules, for messages and listings.
+#include "program/op.h"
+
+#include "program/schedule.h"
+
+namespace fastmaml {
+
+namespace {
+constexpr const char* kNames[] = {
+#define X(name, roles) #name,
+    FASTMAML_OPS(X)
+#undef X
+};
+constexpr const char* kRoles[] = {
+#define X(name, roles) roles,
+    FASTMAML_OPS(X)
+#undef X
+};
+constexpr const char* kArgNames[] = {
+    "none",          "params",      "params_dot",  "buffers",         "rates",       "support_x",      "support_y",
+    "support_weights", "support_x_dot", "query_x", "query_y",         "query_weights", "output_grad",  "output_grad_dot",
+    "cg_settings",   "loss",        "grad",        "grad_dot",        "output",      "output_dot",     "input_grad",
+    "input_grad_dot", "adapted",    "support_losses", "rate_grad",    "solution",    "residual"};
+static_assert(sizeof(kArgNames) / sizeof(*kArgNames) == kArgs, "one name per Arg");
+}  // namespace
+
+const char* op_name(Op op) { return kNames[static_cast<int>(op)]; }
+const char* op_roles(Op op) { return kRoles[static_cast<int>(op)]; }
+const char* arg_name(Arg arg) { return kArgNames[static_cast<int>(arg)]; }
+
+}  // namespace fastmaml

@@ -1,0 +1,16 @@
+// Parameters from torch's layout to the engine's and back. Kernels want weights with the output index last and contiguous:
+//   linear [out, in] -> [in, out]      conv2d [F, C, KH, KW] -> [KH, KW, C, F]      image affine [C, H, W] -> [H, W, C]
+// Offsets of tensors are the same in both, so any vector over the parameters (rates, gradients, tangents) is moved the same way.
+#pragma once
+
+#include "program/program.h"
+
+namespace fastmaml {
+
+// count vectors of [P]; from and to must not overlap.
+template <class T>
+void params_from_torch(const Program& program, T* to, const T* from, int64_t count);
+template <class T>
+void params_to_torch(const Program& program, T* to, const T* from, int64_t count);
+
+}  // namespace fastmaml

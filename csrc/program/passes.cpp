@@ -1,0 +1,413 @@
+#include "program/passes.h"
+
+#include <stdexcept>
+
+namespace fastmaml {
+
+Operand offset(Operand operand, int64_t elements) {
+  if (operand) operand.offset += elements;
+  return operand;
+}
+
+namespace {
+
+bool is_primal(Pass pass) { return pass != Pass::tangent; }
+bool is_tangent(Pass pass) { return pass != Pass::primal; }
+
+// A layer's parameter inside a vector over all parameters; absent where the layer or the vector has none.
+Operand part(const Program& net, Operand vector, int param) {
+  if (param < 0 || !vector) return {};
+  return offset(vector, net.params[param].offset);
+}
+
+class ForwardWalk {
+ public:
+  ForwardWalk(Schedule& out, const Program& net, Tape& tape, Pass pass, Operand buffers)
+      : out_(out), net_(net), tape_(tape), pass_(pass), buffers_(buffers) {}
+
+  void node(int i) {
+    const Node& node = net_.nodes[i];
+    const int in = node.inputs[0], made = i + 1;
+    const int64_t size = tape_.examples * net_.values[made].size();
+    const Operand x = tape_.value[in], x_dot = tangent() ? tape_.dot[in] : Operand{};
+    switch (node.kind) {
+      case NodeKind::linear:
+        product(node, made, size, x, x_dot, Op::linear_fwd, Op::linear_fwd_jvp, Op::linear_fwd_dual);
+        return;
+      case NodeKind::conv2d:
+        product(node, made, size, x, x_dot, Op::conv2d_fwd, Op::conv2d_fwd_jvp, Op::conv2d_fwd_dual);
+        return;
+      case NodeKind::batch_norm:
+        batch_norm(node, i, size, x, x_dot);
+        return;
+      case NodeKind::group_norm:
+        group_norm(node, i, size, x, x_dot);
+        return;
+      case NodeKind::pointwise:
+        if (primal()) step(Op::pointwise_fwd, node, {tape_.value[made] = out_.arena(size), x});
+        if (x_dot) step(Op::pointwise_fwd_jvp, node, {tape_.dot[made] = out_.arena(size), x, x_dot});
+        return;
+      case NodeKind::max_pool2d:
+        if (primal()) {
+          tape_.value[made] = out_.arena(size);
+          tape_.saved[i] = out_.arena(size, Type::index);
+          step(Op::max_pool2d_fwd, node, {tape_.value[made], tape_.saved[i], x});
+        }
+        if (x_dot) step(Op::max_pool2d_fwd_jvp, node, {tape_.dot[made] = out_.arena(size), x_dot, tape_.saved[i]});
+        return;
+      case NodeKind::avg_pool2d:
+        linear_map(Op::avg_pool2d_fwd, node, made, size, x, x_dot);
+        return;
+      case NodeKind::flatten: {
+        const Flatten& f = std::get<Flatten>(node.layer);
+        if (f.C == 1 || f.H * f.W == 1) {  // the same order already
+          if (primal()) tape_.value[made] = x;
+          if (tangent()) tape_.dot[made] = x_dot;
+        } else {
+          linear_map(Op::flatten_fwd, node, made, size, x, x_dot);
+        }
+        return;
+      }
+      case NodeKind::add: {
+        const int other = node.inputs[1];
+        const Layer flat = Vector{size};
+        if (primal()) out_.step(Op::add, flat, 1, {tape_.value[made] = out_.arena(size), x, tape_.value[other]});
+        if (!tangent()) return;
+        const Operand b = tape_.dot[other];
+        if (x_dot && b) out_.step(Op::add, flat, 1, {tape_.dot[made] = out_.arena(size), x_dot, b});
+        else tape_.dot[made] = x_dot ? x_dot : b;
+        return;
+      }
+    }
+  }
+
+ private:
+  Schedule& out_;
+  const Program& net_;
+  Tape& tape_;
+  const Pass pass_;
+  const Operand buffers_;
+
+  bool primal() const { return is_primal(pass_); }
+  bool tangent() const { return is_tangent(pass_); }
+
+  void step(Op op, const Node& node, std::initializer_list<Operand> operands) {
+    out_.step(op, node.layer, tape_.examples, operands, node.support_stats ? tape_.stat_examples : tape_.examples);
+  }
+
+  void product(const Node& node, int made, int64_t size, Operand x, Operand x_dot, Op fwd, Op fwd_jvp, Op fwd_dual) {
+    const Operand w = part(net_, tape_.params, node.weight), b = part(net_, tape_.params, node.bias);
+    const Operand w_dot = part(net_, tape_.params_dot, node.weight), b_dot = part(net_, tape_.params_dot, node.bias);
+    if (primal()) tape_.value[made] = out_.arena(size);
+    if (tangent()) tape_.dot[made] = out_.arena(size);
+    if (pass_ == Pass::primal) step(fwd, node, {tape_.value[made], x, w, b});
+    if (pass_ == Pass::tangent) step(fwd_jvp, node, {tape_.dot[made], x, x_dot, w, w_dot, b_dot});
+    if (pass_ == Pass::dual) step(fwd_dual, node, {tape_.value[made], tape_.dot[made], x, x_dot, w, w_dot, b, b_dot});
+  }
+
+  void linear_map(Op op, const Node& node, int made, int64_t size, Operand x, Operand x_dot) {
+    if (primal()) step(op, node, {tape_.value[made] = out_.arena(size), x});
+    if (x_dot) step(op, node, {tape_.dot[made] = out_.arena(size), x_dot});
+  }
+
+  void batch_norm(const Node& node, int i, int64_t size, Operand x, Operand x_dot) {
+    const BatchNorm& shape = std::get<BatchNorm>(node.layer);
+    const Operand gamma = part(net_, tape_.params, node.weight), beta = part(net_, tape_.params, node.bias);
+    if (primal()) {
+      const Operand stats = tape_.saved[i] = out_.arena(2 * shape.C);
+      if (shape.frozen) {
+        if (!buffers_) throw std::logic_error("a frozen batch norm needs buffers");
+        step(Op::batch_norm_frozen_stats, node,
+             {stats, offset(buffers_, net_.buffers[node.mean].offset), offset(buffers_, net_.buffers[node.var].offset)});
+      } else {
+        step(Op::batch_norm_stats, node, {stats, x});
+      }
+      step(Op::batch_norm_fwd, node, {tape_.value[i + 1] = out_.arena(size), x, stats, gamma, beta});
+    }
+    if (!tangent()) return;
+    const Operand gamma_dot = part(net_, tape_.params_dot, node.weight), beta_dot = part(net_, tape_.params_dot, node.bias);
+    if (!x_dot && !gamma_dot && !beta_dot) return;
+    if (x_dot && !shape.frozen) step(Op::batch_norm_stats_jvp, node, {tape_.saved_dot[i] = out_.arena(2 * shape.C), x, x_dot, tape_.saved[i]});
+    step(Op::batch_norm_fwd_jvp, node,
+         {tape_.dot[i + 1] = out_.arena(size), x, x_dot, tape_.saved[i], tape_.saved_dot[i], gamma, gamma_dot, beta_dot});
+  }
+
+  void group_norm(const Node& node, int i, int64_t size, Operand x, Operand x_dot) {
+    const int64_t stats = 2 * tape_.examples * std::get<GroupNorm>(node.layer).groups;
+    const Operand gamma = part(net_, tape_.params, node.weight), beta = part(net_, tape_.params, node.bias);
+    if (primal()) step(Op::group_norm_fwd, node, {tape_.value[i + 1] = out_.arena(size), tape_.saved[i] = out_.arena(stats), x, gamma, beta});
+    if (!tangent()) return;
+    const Operand gamma_dot = part(net_, tape_.params_dot, node.weight), beta_dot = part(net_, tape_.params_dot, node.bias);
+    if (!x_dot && !gamma_dot && !beta_dot) return;
+    step(Op::group_norm_fwd_jvp, node,
+         {tape_.dot[i + 1] = out_.arena(size), tape_.saved_dot[i] = out_.arena(stats), x, x_dot, tape_.saved[i], gamma, gamma_dot, beta_dot});
+  }
+};
+
+// A vector over all parameters, written by the layers in turn; what layers share is added up.
+class ParamGrad {
+ public:
+  ParamGrad(Schedule& out, const Program& net, Operand vector)
+      : out_(out), net_(net), vector_(vector), written_(net.params.size(), false), tied_(net.params.size(), -1) {
+    for (const Node& node : net.nodes)
+      for (int param : {node.weight, node.bias})
+        if (param >= 0) ++tied_[param];
+  }
+
+  bool wanted() const { return bool(vector_); }
+
+  // Where a layer writes its gradient. `scratch`: give a slot even where nobody wants the result.
+  Operand target(int param, int64_t size, bool scratch = false) {
+    if (param < 0 || !vector_) return scratch ? out_.arena(size) : Operand{};
+    if (tied_[param]) return out_.arena(size);  // batch norm reads its own share again
+    return part(net_, vector_, param);
+  }
+
+  void wrote(int param, Operand where) {
+    if (param < 0 || !vector_) return;
+    const int64_t size = net_.params[param].size;
+    const Operand sum = part(net_, vector_, param);
+    if (written_[param]) out_.step(Op::add, Vector{size}, 1, {sum, sum, where});
+    else if (tied_[param]) out_.step(Op::copy, Vector{size}, 1, {sum, where});
+    written_[param] = true;
+  }
+
+  void clear_unwritten() {
+    if (!vector_) return;
+    for (size_t p = 0; p < written_.size(); ++p)
+      if (!written_[p]) out_.step(Op::fill_zero, Vector{net_.params[p].size}, 1, {part(net_, vector_, int(p))});
+  }
+
+ private:
+  Schedule& out_;
+  const Program& net_;
+  const Operand vector_;
+  std::vector<bool> written_;
+  std::vector<int> tied_;  // layers that share the parameter, less one
+};
+
+class BackwardWalk {
+ public:
+  BackwardWalk(Schedule& out, const Program& net, Tape& tape, Pass pass, Operand grad, Operand grad_dot, bool want_input)
+      : out_(out), net_(net), tape_(tape), pass_(pass), grad_(out, net, grad), grad_dot_(out, net, grad_dot), needed_(net.values.size(), false) {
+    needed_[0] = want_input;
+    for (size_t i = 0; i < net.nodes.size(); ++i) {
+      const Node& node = net.nodes[i];
+      bool need = node.weight >= 0 || node.bias >= 0;
+      for (int v : node.inputs) need = need || needed_[v];
+      needed_[i + 1] = need;
+    }
+  }
+
+  void node(int i) {
+    const Node& node = net_.nodes[i];
+    const int made = i + 1;
+    if (!needed_[made] || !tape_.d[made]) return;
+    const int in = node.inputs[0];
+    dy_ = tape_.d[made];
+    dy_dot_ = tangent() ? tape_.d_dot[made] : Operand{};
+    x_ = tape_.value[in];
+    x_dot_ = tangent() ? tape_.dot[in] : Operand{};
+    size_ = tape_.examples * net_.values[in].size();
+    switch (node.kind) {
+      case NodeKind::linear:
+        product(node, {Op::linear_bwd_data, Op::linear_bwd_data_jvp, Op::linear_bwd_data_dual}, Op::linear_bwd_weight, Op::linear_bwd_weight_jvp);
+        return;
+      case NodeKind::conv2d:
+        product(node, {Op::conv2d_bwd_data, Op::conv2d_bwd_data_jvp, Op::conv2d_bwd_data_dual}, Op::conv2d_bwd_weight, Op::conv2d_bwd_weight_jvp);
+        return;
+      case NodeKind::batch_norm:
+        batch_norm(node, i);
+        return;
+      case NodeKind::group_norm:
+        group_norm(node, i);
+        return;
+      case NodeKind::pointwise:
+        if (primal()) step(Op::pointwise_bwd, node, {new_d(), x_, dy_});
+        if (tangent()) step(Op::pointwise_bwd_jvp, node, {new_d_dot(), x_, x_dot_, dy_, dy_dot_});
+        return contribute(in);
+      case NodeKind::max_pool2d:
+        if (primal()) step(Op::max_pool2d_bwd, node, {new_d(), dy_, tape_.saved[i]});
+        if (tangent()) step(Op::max_pool2d_bwd, node, {new_d_dot(), dy_dot_, tape_.saved[i]});
+        return contribute(in);
+      case NodeKind::avg_pool2d:
+        return linear_map(Op::avg_pool2d_bwd, node, in);
+      case NodeKind::flatten: {
+        const Flatten& f = std::get<Flatten>(node.layer);
+        if (f.C != 1 && f.H * f.W != 1) return linear_map(Op::flatten_bwd, node, in);
+        d_ = dy_;
+        d_dot_ = dy_dot_;
+        return contribute(in);
+      }
+      case NodeKind::add:
+        for (int v : node.inputs) {
+          d_ = dy_;
+          d_dot_ = dy_dot_;
+          if (needed_[v]) contribute(v);
+        }
+        return;
+    }
+  }
+
+  void finish() {
+    if (primal()) grad_.clear_unwritten();
+    if (tangent()) grad_dot_.clear_unwritten();
+  }
+
+ private:
+  struct DataOps {
+    Op primal, tangent, dual;
+  };
+
+  Schedule& out_;
+  const Program& net_;
+  Tape& tape_;
+  const Pass pass_;
+  ParamGrad grad_, grad_dot_;
+  std::vector<bool> needed_;                 // by value: does a parameter (or a wanted input) lie upstream?
+  Operand x_, x_dot_, dy_, dy_dot_;          // of the current node
+  Operand d_, d_dot_;                        // what it contributes to its input's gradient
+  int64_t size_ = 0;                         // elements of its input
+
+  bool primal() const { return is_primal(pass_); }
+  bool tangent() const { return is_tangent(pass_); }
+  Operand new_d() { return d_ = out_.arena(size_); }
+  Operand new_d_dot() { return d_dot_ = out_.arena(size_); }
+
+  void step(Op op, const Node& node, std::initializer_list<Operand> operands) {
+    out_.step(op, node.layer, tape_.examples, operands, node.support_stats ? tape_.stat_examples : tape_.examples);
+  }
+
+  void accumulate(Operand& sum, Operand more, int64_t size) {
+    if (!sum) {
+      sum = more;
+      return;
+    }
+    const Operand both = out_.arena(size);
+    out_.step(Op::add, Vector{size}, 1, {both, sum, more});
+    sum = both;
+  }
+
+  void contribute(int v) {
+    const int64_t size = tape_.examples * net_.values[v].size();
+    if (primal()) accumulate(tape_.d[v], d_, size);
+    if (tangent()) accumulate(tape_.d_dot[v], d_dot_, size);
+  }
+
+  void linear_map(Op op, const Node& node, int in) {
+    if (!needed_[in]) return;
+    if (primal()) step(op, node, {new_d(), dy_});
+    if (tangent()) step(op, node, {new_d_dot(), dy_dot_});
+    contribute(in);
+  }
+
+  void product(const Node& node, DataOps data, Op weight, Op weight_jvp) {
+    const Operand w = part(net_, tape_.params, node.weight), w_dot = part(net_, tape_.params_dot, node.weight);
+    const int64_t w_size = net_.params[node.weight].size, b_size = node.bias < 0 ? 0 : net_.params[node.bias].size;
+    if (primal() && grad_.wanted()) {
+      const Operand dw = grad_.target(node.weight, w_size), db = grad_.target(node.bias, b_size);
+      step(weight, node, {dw, db, x_, dy_});
+      grad_.wrote(node.weight, dw);
+      grad_.wrote(node.bias, db);
+    }
+    if (tangent()) {
+      const Operand dw = grad_dot_.target(node.weight, w_size), db = grad_dot_.target(node.bias, b_size);
+      step(weight_jvp, node, {dw, db, x_, x_dot_, dy_, dy_dot_});
+      grad_dot_.wrote(node.weight, dw);
+      grad_dot_.wrote(node.bias, db);
+    }
+    const int in = node.inputs[0];
+    if (!needed_[in]) return;
+    if (pass_ == Pass::primal) step(data.primal, node, {new_d(), dy_, w});
+    if (pass_ == Pass::tangent) step(data.tangent, node, {new_d_dot(), dy_, dy_dot_, w, w_dot});
+    if (pass_ == Pass::dual) {
+      new_d();
+      new_d_dot();
+      step(data.dual, node, {d_, d_dot_, dy_, dy_dot_, w, w_dot});
+    }
+    contribute(in);
+  }
+
+  void batch_norm(const Node& node, int i) {
+    const int64_t C = std::get<BatchNorm>(node.layer).C;
+    const int in = node.inputs[0];
+    const Operand gamma = part(net_, tape_.params, node.weight), gamma_dot = part(net_, tape_.params_dot, node.weight);
+    const Operand stats = tape_.saved[i], stats_dot = tape_.saved_dot[i];
+    if (primal()) {
+      const Operand dgamma = grad_.target(node.weight, C, true), dbeta = grad_.target(node.bias, C, true);
+      step(Op::batch_norm_bwd_weight, node, {dgamma, dbeta, x_, dy_, stats});
+      if (needed_[in]) step(Op::batch_norm_bwd_data, node, {new_d(), x_, dy_, stats, gamma, dgamma, dbeta});
+      grad_.wrote(node.weight, dgamma);
+      grad_.wrote(node.bias, dbeta);
+      tape_.saved_grad[2 * i] = dgamma;
+      tape_.saved_grad[2 * i + 1] = dbeta;
+    }
+    if (tangent()) {
+      const Operand dgamma = tape_.saved_grad[2 * i], dbeta = tape_.saved_grad[2 * i + 1];
+      const Operand dgamma_dot = grad_dot_.target(node.weight, C, true), dbeta_dot = grad_dot_.target(node.bias, C, true);
+      step(Op::batch_norm_bwd_weight_jvp, node, {dgamma_dot, dbeta_dot, x_, x_dot_, dy_, dy_dot_, stats, stats_dot});
+      if (needed_[in])
+        step(Op::batch_norm_bwd_data_jvp, node,
+             {new_d_dot(), x_, x_dot_, dy_, dy_dot_, stats, stats_dot, gamma, gamma_dot, dgamma, dbeta, dgamma_dot, dbeta_dot});
+      grad_dot_.wrote(node.weight, dgamma_dot);
+      grad_dot_.wrote(node.bias, dbeta_dot);
+    }
+    if (needed_[in]) contribute(in);
+  }
+
+  void group_norm(const Node& node, int i) {
+    const int64_t C = std::get<GroupNorm>(node.layer).channels;
+    const int in = node.inputs[0];
+    const Operand gamma = part(net_, tape_.params, node.weight), gamma_dot = part(net_, tape_.params_dot, node.weight);
+    const Operand none;
+    if (primal()) {
+      const Operand dgamma = grad_.target(node.weight, C, true), dbeta = grad_.target(node.bias, C, true);
+      step(Op::group_norm_bwd, node, {needed_[in] ? new_d() : none, dgamma, dbeta, x_, dy_, tape_.saved[i], gamma});
+      grad_.wrote(node.weight, dgamma);
+      grad_.wrote(node.bias, dbeta);
+    }
+    if (tangent()) {
+      const Operand dgamma = grad_dot_.target(node.weight, C, true), dbeta = grad_dot_.target(node.bias, C, true);
+      step(Op::group_norm_bwd_jvp, node,
+           {needed_[in] ? new_d_dot() : none, dgamma, dbeta, x_, x_dot_, dy_, dy_dot_, tape_.saved[i], tape_.saved_dot[i], gamma, gamma_dot});
+      grad_dot_.wrote(node.weight, dgamma);
+      grad_dot_.wrote(node.bias, dbeta);
+    }
+    if (needed_[in]) contribute(in);
+  }
+};
+
+}  // namespace
+
+void forward(Schedule& out, const Program& net, Tape& tape, Pass pass, Operand x, Operand x_dot, Operand buffers) {
+  if (is_primal(pass)) {
+    tape.value.assign(net.values.size(), {});
+    tape.saved.assign(net.nodes.size(), {});
+    tape.value[0] = x;
+  }
+  if (is_tangent(pass)) {
+    tape.dot.assign(net.values.size(), {});
+    tape.saved_dot.assign(net.nodes.size(), {});
+    tape.dot[0] = x_dot;
+  }
+  ForwardWalk walk(out, net, tape, pass, buffers);
+  for (size_t i = 0; i < net.nodes.size(); ++i) walk.node(int(i));
+}
+
+void backward(Schedule& out, const Program& net, Tape& tape, Pass pass, Operand dy, Operand dy_dot, Operand grad, Operand grad_dot,
+              bool want_input) {
+  if (is_primal(pass)) {
+    tape.d.assign(net.values.size(), {});
+    tape.saved_grad.assign(2 * net.nodes.size(), {});
+    tape.d[net.output] = dy;
+  }
+  if (is_tangent(pass)) {
+    tape.d_dot.assign(net.values.size(), {});
+    tape.d_dot[net.output] = dy_dot;
+  }
+  BackwardWalk walk(out, net, tape, pass, grad, grad_dot, want_input);
+  for (size_t i = net.nodes.size(); i-- > 0;) walk.node(int(i));
+  walk.finish();
+}
+
+}  // namespace fastmaml

@@ -1,0 +1,85 @@
+// A Schedule is work as plain data: Steps (an op, its sizes, its operands) over Slots. It runs nothing and knows no backend.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "program/layers.h"
+#include "program/op.h"
+
+namespace fastmaml {
+
+// What the caller hands in or receives. Shapes per task; the caller says with a View's task_stride whether tasks share it.
+enum class Arg : uint8_t {
+  none,
+  params,           // [P]
+  params_dot,       // [P]        hvp's v; passes: tangent of the parameters
+  buffers,          // [B]        running statistics of frozen batch norms
+  rates,            // [P] or [K, P]
+  support_x,        // [N, input]
+  support_y,        // [N] labels or [N, output]
+  support_weights,  // [N]
+  support_x_dot,    // [N, input]  passes only
+  query_x,
+  query_y,
+  query_weights,
+  output_grad,      // [N, output] passes: gradient by the output
+  output_grad_dot,
+  cg_settings,      // [lam, damping]
+  // results
+  loss,             // [1]
+  grad,             // [P]
+  grad_dot,         // [P]
+  output,           // [N, output]
+  output_dot,
+  input_grad,       // [N, input]
+  input_grad_dot,
+  adapted,          // [P]
+  support_losses,   // [K]
+  rate_grad,        // [P] or [K, P]
+  solution,         // [P]
+  residual,         // [1]
+  count
+};
+inline constexpr int kArgs = static_cast<int>(Arg::count);
+const char* arg_name(Arg arg);
+
+enum class Type : uint8_t { real, index, label };  // float or double; int32; int64
+
+struct Slot {
+  int64_t size = 0;         // elements per task
+  Type type = Type::real;
+  Arg arg = Arg::none;      // none: the slot lives in the arena
+};
+
+struct Operand {
+  int slot = -1;            // -1: absent
+  int64_t offset = 0;       // elements from the slot's start
+  explicit operator bool() const { return slot >= 0; }
+};
+
+struct Step {
+  Op op;
+  int layer = 0;            // index into Schedule::layers
+  int64_t examples = 1;     // N
+  int64_t stat_examples = 1;  // batch norm: statistics come from the first stat_examples
+  std::array<Operand, kMaxOperands> operand{};
+};
+
+struct Schedule {
+  std::vector<Slot> slots;
+  std::vector<Layer> layers;
+  std::vector<Step> steps;
+
+  int add_slot(int64_t size, Type type = Type::real);
+  Operand arena(int64_t size, Type type = Type::real) { return {add_slot(size, type), 0}; }
+  Operand external(Arg arg, int64_t size, Type type = Type::real);  // one slot per Arg; the largest size wins
+  int add_layer(const Layer& layer);
+  void step(Op op, const Layer& layer, int64_t examples, std::initializer_list<Operand> operands, int64_t stat_examples = 0);
+};
+
+std::string to_string(const Schedule& schedule);  // one line per Step, for reading and for tests
+
+}  // namespace fastmaml
