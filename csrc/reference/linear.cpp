@@ -1,0 +1,133 @@
+// linear: y = x w + b.     x [N, in]   w [in, out]   b [out]   y [N, out]
+#include "reference/reference.h"
+
+namespace fastmaml::reference {
+
+namespace {
+
+// y = b in every row
+void set_rows(Real y, Real b, int64_t N, const Linear& shape) {
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t o = 0; o < shape.out; ++o) y[n * shape.out + o] = value_or(b, o, 0.0);
+}
+
+// y += x w
+void add_product(Real y, Real x, Real w, int64_t N, const Linear& shape) {
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t i = 0; i < shape.in; ++i)
+      for (int64_t o = 0; o < shape.out; ++o) y[n * shape.out + o] += x[n * shape.in + i] * w[i * shape.out + o];
+}
+
+// dx += dy w^T
+void add_data_gradient(Real dx, Real dy, Real w, int64_t N, const Linear& shape) {
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t i = 0; i < shape.in; ++i)
+      for (int64_t o = 0; o < shape.out; ++o) dx[n * shape.in + i] += dy[n * shape.out + o] * w[i * shape.out + o];
+}
+
+// dw += x^T dy
+void add_weight_gradient(Real dw, Real x, Real dy, int64_t N, const Linear& shape) {
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t i = 0; i < shape.in; ++i)
+      for (int64_t o = 0; o < shape.out; ++o) dw[i * shape.out + o] += x[n * shape.in + i] * dy[n * shape.out + o];
+}
+
+// db = sum over n of dy
+void bias_gradient(Real db, Real dy, int64_t N, const Linear& shape) {
+  fill(db, shape.out, 0.0);
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t o = 0; o < shape.out; ++o) db[o] += dy[n * shape.out + o];
+}
+
+}  // namespace
+
+// y = x w + b
+void linear_fwd(const Call& call) {
+  const Linear& shape = call.shape<Linear>();
+  const int64_t N = call.step.examples;
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real y = real(call, 0, task), x = real(call, 1, task), w = real(call, 2, task), b = real(call, 3, task);
+    set_rows(y, b, N, shape);
+    add_product(y, x, w, N, shape);
+  }
+}
+
+// y' = x' w + x w' + b'
+void linear_fwd_jvp(const Call& call) {
+  const Linear& shape = call.shape<Linear>();
+  const int64_t N = call.step.examples;
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real y_dot = real(call, 0, task), x = real(call, 1, task), x_dot = real(call, 2, task);
+    const Real w = real(call, 3, task), w_dot = real(call, 4, task), b_dot = real(call, 5, task);
+    set_rows(y_dot, b_dot, N, shape);
+    if (x_dot) add_product(y_dot, x_dot, w, N, shape);
+    add_product(y_dot, x, w_dot, N, shape);
+  }
+}
+
+void linear_fwd_dual(const Call& call) {
+  const View fwd[] = {call[0], call[2], call[4], call[6]};
+  const View jvp[] = {call[1], call[2], call[3], call[4], call[5], call[7]};
+  linear_fwd(with_operands(call, fwd));
+  linear_fwd_jvp(with_operands(call, jvp));
+}
+
+// dx = dy w^T
+void linear_bwd_data(const Call& call) {
+  const Linear& shape = call.shape<Linear>();
+  const int64_t N = call.step.examples;
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real dx = real(call, 0, task), dy = real(call, 1, task), w = real(call, 2, task);
+    fill(dx, N * shape.in, 0.0);
+    add_data_gradient(dx, dy, w, N, shape);
+  }
+}
+
+// dx' = dy' w^T + dy w'^T
+void linear_bwd_data_jvp(const Call& call) {
+  const Linear& shape = call.shape<Linear>();
+  const int64_t N = call.step.examples;
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real dx_dot = real(call, 0, task), dy = real(call, 1, task), dy_dot = real(call, 2, task);
+    const Real w = real(call, 3, task), w_dot = real(call, 4, task);
+    fill(dx_dot, N * shape.in, 0.0);
+    add_data_gradient(dx_dot, dy_dot, w, N, shape);
+    add_data_gradient(dx_dot, dy, w_dot, N, shape);
+  }
+}
+
+void linear_bwd_data_dual(const Call& call) {
+  const View bwd[] = {call[0], call[2], call[4]};
+  const View jvp[] = {call[1], call[2], call[3], call[4], call[5]};
+  linear_bwd_data(with_operands(call, bwd));
+  linear_bwd_data_jvp(with_operands(call, jvp));
+}
+
+// dw = x^T dy;   db = sum over n of dy
+void linear_bwd_weight(const Call& call) {
+  const Linear& shape = call.shape<Linear>();
+  const int64_t N = call.step.examples;
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real dw = real(call, 0, task), db = real(call, 1, task), x = real(call, 2, task), dy = real(call, 3, task);
+    fill(dw, shape.in * shape.out, 0.0);
+    add_weight_gradient(dw, x, dy, N, shape);
+    if (db) bias_gradient(db, dy, N, shape);
+  }
+}
+
+// dw' = x'^T dy + x^T dy';   db' = sum over n of dy'
+void linear_bwd_weight_jvp(const Call& call) {
+  const Linear& shape = call.shape<Linear>();
+  const int64_t N = call.step.examples;
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real dw_dot = real(call, 0, task), db_dot = real(call, 1, task);
+    const Real x = real(call, 2, task), x_dot = real(call, 3, task);
+    const Real dy = real(call, 4, task), dy_dot = real(call, 5, task);
+    fill(dw_dot, shape.in * shape.out, 0.0);
+    if (x_dot) add_weight_gradient(dw_dot, x_dot, dy, N, shape);
+    add_weight_gradient(dw_dot, x, dy_dot, N, shape);
+    if (db_dot) bias_gradient(db_dot, dy_dot, N, shape);
+  }
+}
+
+}  // namespace fastmaml::reference

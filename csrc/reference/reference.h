@@ -1,0 +1,33 @@
+// Every op of program/op.h in float64 with plain loops: the definition that all other backends are held to.
+// Operands come in the order of program/op.h; formulas are those of ALGORITHMS section 6 unless a line says otherwise.
+#pragma once
+
+#include "ops/ops.h"
+
+namespace fastmaml::reference {
+
+using Real = Elements<double>;
+using Index = Elements<int32_t>;  // max_pool2d's argmax
+using Label = Elements<int64_t>;  // classes
+
+// The elements of operand i for one task; null where the operand is absent.
+inline Real real(const Call& call, int i, int64_t task) { return elements<double>(call[i], task); }
+
+inline double value_or(const Real& x, int64_t i, double if_absent) { return x ? x[i] : if_absent; }
+
+inline void fill(const Real& out, int64_t size, double value) {
+  for (int64_t i = 0; i < size; ++i) out[i] = value;
+}
+
+// The same Step with other operands: a _dual op is its two halves.
+inline Call with_operands(const Call& call, const View* operand) {
+  return {call.step, call.layer, operand, call.tasks, call.scratch, call.stream};
+}
+
+#define X(name, roles) void name(const Call& call);
+FASTMAML_OPS(X)
+#undef X
+
+void tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size);
+
+}  // namespace fastmaml::reference

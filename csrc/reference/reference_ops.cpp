@@ -1,0 +1,21 @@
+// The table of the reference backend.
+#include "reference/reference.h"
+
+namespace fastmaml {
+
+const OpTable& reference_ops() {
+  static const OpTable table = [] {
+    OpTable t;
+    t.backend = "reference";
+    t.real_bytes = sizeof(double);
+    t.lane_layout = true;
+#define X(name, roles) t.run[static_cast<int>(Op::name)] = reference::name;
+    FASTMAML_OPS(X)
+#undef X
+    t.tree_reduce = reference::tree_reduce;
+    return t;
+  }();
+  return table;
+}
+
+}  // namespace fastmaml

@@ -1,0 +1,53 @@
+// The inner loop, its adjoint (ALGORITHMS section 1.1) and the mean over tasks.     all [P]
+#include "reference/reference.h"
+
+namespace fastmaml::reference {
+
+// phi_next = phi - rate g
+void sgd_update(const Call& call) {
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real phi_next = real(call, 0, task), phi = real(call, 1, task), g = real(call, 2, task),
+               rate = real(call, 3, task);
+    for (int64_t i = 0; i < call.shape<Vector>().size; ++i) phi_next[i] = phi[i] - rate[i] * g[i];
+  }
+}
+
+// u = rate lambda
+void scale_by_rate(const Call& call) {
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real u = real(call, 0, task), rate = real(call, 1, task), lambda = real(call, 2, task);
+    for (int64_t i = 0; i < call.shape<Vector>().size; ++i) u[i] = rate[i] * lambda[i];
+  }
+}
+
+// rate_grad -= g lambda, in place: summed over the inner steps that share a rate
+void rate_grad(const Call& call) {
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real rate_grad = real(call, 0, task), g = real(call, 1, task), lambda = real(call, 2, task);
+    for (int64_t i = 0; i < call.shape<Vector>().size; ++i) rate_grad[i] -= g[i] * lambda[i];
+  }
+}
+
+// lambda -= hu, in place
+void adjoint_update(const Call& call) {
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real lambda = real(call, 0, task), hu = real(call, 1, task);
+    for (int64_t i = 0; i < call.shape<Vector>().size; ++i) lambda[i] -= hu[i];
+  }
+}
+
+// out = sum_t w[t] x[t], or the mean where w is null; neighbours first, so the order depends on the task index alone.
+void tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size) {
+  double* sum = static_cast<double*>(out);
+  double* leaf = static_cast<double*>(x);  // [tasks, size], overwritten by the partial sums
+  const double* weight = static_cast<const double*>(w);
+  if (weight)
+    for (int64_t t = 0; t < tasks; ++t)
+      for (int64_t i = 0; i < size; ++i) leaf[t * size + i] *= weight[t];
+  for (int64_t stride = 1; stride < tasks; stride *= 2)
+    for (int64_t t = 0; t + stride < tasks; t += 2 * stride)
+      for (int64_t i = 0; i < size; ++i) leaf[t * size + i] += leaf[(t + stride) * size + i];
+  for (int64_t i = 0; i < size; ++i) sum[i] = weight ? leaf[i] : leaf[i] / static_cast<double>(tasks);
+}
+
+}  // namespace fastmaml::reference
