@@ -1,0 +1,192 @@
+"""Checkpoints: tensors in safetensors, everything else in JSON, nothing pickled.
+
+`NAME.json` is the checkpoint; it names its tensor file and that file's SHA-256. A save writes a new tensor file beside the old one, then
+replaces the JSON by one rename, then removes the old tensor file. Whatever stops it (kill -9, a full disk, a power cut), NAME.json
+still names a complete tensor file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FORMAT = 1
+
+# What a full disk, a full quota and a file size limit (ulimit -f) answer.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written, or the one asked for is missing or damaged."""
+
+
+def save(folder: str | Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Write checkpoint `name` of `folder`: named `tensors` and a JSON-able `state`; returns the path of its JSON file.
+
+    The earlier checkpoint of that name stays valid until the new one is complete. Raises `CheckpointError` when the disk is full or
+    not writable (the earlier one is then untouched), `TypeError` for a state that JSON cannot hold.
+    """
+    folder = Path(folder)
+    # Clones, because safetensors refuses tensors that share memory, as tied parameters do.
+    data = _safetensors().save({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()})
+    digest = hashlib.sha256(data).hexdigest()
+    tensor_file = f"{name}-{digest[:16]}.safetensors"
+    record = {"format": FORMAT, "tensors": tensor_file, "sha256": digest, "state": dict(state)}
+    text = json.dumps(record, indent=1, allow_nan=True).encode()
+    target = folder / f"{name}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / tensor_file, data)
+        write_durably(target, text)
+    except OSError as error:
+        _remove_leftovers(folder, name, keep=_named_tensor_file(target))
+        kept = f"the earlier {target} is untouched" if target.exists() else "there is no earlier one"
+        raise CheckpointError(f"cannot write checkpoint {target}: {why(error)}; {kept}") from error
+    _remove_leftovers(folder, name, keep=tensor_file)
+    return target
+
+
+def load(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read checkpoint `name` of `folder`: its tensors (on the CPU) and its state.
+
+    Raises `CheckpointError` when it is missing, of another format, or its tensor file is not the one that was saved.
+    """
+    path = Path(folder) / f"{name}.json"
+    try:
+        record = json.loads(path.read_text())
+        format_, tensor_file, digest = record["format"], record["tensors"], record["sha256"]
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error!r}") from error
+    if format_ != FORMAT:
+        raise CheckpointError(f"checkpoint {path} has format {format_}, this fastmaml reads format {FORMAT}")
+    try:
+        data = (path.parent / tensor_file).read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} names {tensor_file}, which is missing") from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise CheckpointError(f"checkpoint {path} is damaged: {tensor_file} ({len(data)} bytes) is not the file it was saved with")
+    return _safetensors().load(data), record["state"]
+
+
+def exists(folder: str | Path, name: str) -> bool:
+    """Whether `folder` holds a checkpoint of that name."""
+    return (Path(folder) / f"{name}.json").exists()
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one rename, on disk before it returns; a failure leaves the old file and no temporary one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            _write(file, data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def why(error: OSError) -> str:
+    """The reason of an `OSError` in words a person can act on."""
+    reason = (error.strerror or str(error)).lower()
+    return f"{reason} (free some space and go on with --resume)" if error.errno in _FULL else reason
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of any torch optimizer as named tensors `optimizer/<parameter>/<key>` and the rest, which JSON can hold."""
+    packed = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entries in packed["state"].items():
+        scalars[str(index)] = {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{key}"] = value
+    return tensors, {"state": scalars, "param_groups": packed["param_groups"]}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Put back what `pack_optimizer` took; tensors of other names are ignored."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in rest["state"].items()}
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/", 2)
+            state[int(index)][key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+
+
+def pack_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The generators of torch, numpy and Python as named tensors `rng/...` and the rest, which JSON can hold."""
+    numpy_state: Any = np.random.get_state(legacy=False)
+    version, words, gauss = random.getstate()
+    tensors = {
+        "rng/torch": torch.get_rng_state(),
+        "rng/numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "rng/python": torch.tensor(words, dtype=torch.int64),
+    }
+    numpy_rest = {"pos": int(numpy_state["state"]["pos"]), "has_gauss": int(numpy_state["has_gauss"]), "gauss": float(numpy_state["gauss"])}
+    return tensors, {"numpy": numpy_rest, "python": {"version": version, "gauss": gauss}}
+
+
+def unpack_rng(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Put back what `pack_rng` took."""
+    torch.set_rng_state(tensors["rng/torch"])
+    keys = tensors["rng/numpy"].numpy().astype(np.uint32)
+    numpy_rest = rest["numpy"]
+    np.random.set_state(("MT19937", keys, numpy_rest["pos"], numpy_rest["has_gauss"], numpy_rest["gauss"]))
+    words = tuple(tensors["rng/python"].tolist())
+    random.setstate((rest["python"]["version"], words, rest["python"]["gauss"]))
+
+
+def _write(file: Any, data: bytes) -> None:
+    file.write(data)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; some file systems cannot open a folder, and there the rename is as durable as they make it."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _named_tensor_file(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text())["tensors"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remove_leftovers(folder: Path, name: str, keep: str | None) -> None:
+    """Remove the tensor files of earlier checkpoints of this name, and what a killed save left behind."""
+    for pattern in (f"{name}-*.safetensors", f".{name}-*.tmp", f".{name}.json.*.tmp"):
+        for path in folder.glob(pattern):
+            if path.name != keep:
+                path.unlink(missing_ok=True)
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("checkpoints need safetensors: pip install 'fastmaml[train]'") from None
+    return safetensors.torch
