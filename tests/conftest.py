@@ -1,0 +1,99 @@
+# Backends by name. `backend` runs a test on every one, `compiled` on the C++ ones, `cpu` on each instruction set of
+# this machine.
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # cases, compare and oracle are imported by plain name
+
+# The same examples on every run and machine: a red suite must be red twice. No deadline: the first call plans and
+# allocates. Function-scoped fixtures are welcome: the backend must not change between the examples of one test.
+hypothesis.settings.register_profile(
+    "fastmaml",
+    deadline=None,
+    derandomize=True,
+    max_examples=8,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("fastmaml")
+
+ISAS = ("portable", "avx2", "avx2x16", "avx512")
+COMING = {
+    "cuda": "the CUDA backend has not landed yet",
+    "cuda_emulated": "the emulated CUDA backend has not landed yet",
+}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a test needs to know of a backend; `name` is Engine's and the ops' word for it."""
+
+    name: str
+    isa: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.isa}" if self.isa else self.name
+
+
+CPUS = [Backend("cpu", isa) for isa in ISAS]
+REFERENCE, AUTODIFF = Backend("reference"), Backend("autodiff")
+DEVICES = [Backend(name) for name in COMING]
+
+
+def activate(backend: Backend) -> Iterator[Backend]:
+    """Chooses the backend's instruction set for one test; skips, with the reason, what cannot run here."""
+    if backend.name in COMING:
+        pytest.skip(COMING[backend.name])
+    if backend.name == "autodiff":
+        yield backend
+        return
+    from fastmaml import _C
+
+    if backend.isa:
+        if backend.isa not in _C.available_isas():
+            pytest.skip(f"this machine has no {backend.isa} (it has {', '.join(_C.available_isas())})")
+        before = _C.cpu_isa()
+        _C.set_cpu_isa(backend.isa)
+        yield backend
+        _C.set_cpu_isa(before)
+    else:
+        yield backend
+
+
+@pytest.fixture(params=[REFERENCE, *CPUS, AUTODIFF, *DEVICES], ids=str)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    yield from activate(request.param)
+
+
+@pytest.fixture(params=[REFERENCE, *CPUS, *DEVICES], ids=str)
+def compiled(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    yield from activate(request.param)
+
+
+@pytest.fixture(params=CPUS, ids=str)
+def cpu(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    yield from activate(request.param)
+
+
+@pytest.fixture(autouse=True)
+def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's FASTMAML_* variables must not decide what a test runs on."""
+    for name in [name for name in os.environ if name.startswith("FASTMAML_") and name != "FASTMAML_DATA"]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """For tests that change torch's thread count: puts it back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
