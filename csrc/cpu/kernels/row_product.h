@@ -1,0 +1,215 @@
+// The two register-blocked products that linear and conv2d are made of.
+//   row_product    out[i, :] (+)= bias + sum over terms of a_i[term] (one row) times b[term]        rows come from anywhere
+//   outer_product  out (+)= sum over pixels of a_p (a column of `m` numbers) times b_p (a row)      the weight gradient
+// A tile is 6 rows by 2 vectors: 12 accumulators, 2 vectors of b and one broadcast fill the 16 registers of AVX2.
+#pragma once
+
+#include "cpu/vec.h"
+
+FASTMAML_CPU_BEGIN
+
+inline constexpr int kTileRows = 6;
+inline constexpr int kTileVecs = 2;
+inline constexpr int64_t kBlockRows = 384;   // rows that share one pass over b: their a stays in L2
+inline constexpr int64_t kBlockK = 256;      // depth of one pass: its slice of b (16 KB) stays in L1
+inline constexpr int64_t kBlockPixels = 128; // outer_product: a and b of a block stay in L1 and L2
+
+template <class T>
+struct Term {
+  int64_t a;       // offset from a row's start
+  const T* b;      // [k, cols rounded up to whole vectors]
+  int64_t k;
+};
+
+template <class T>
+struct RowProduct {
+  T* out;
+  const int32_t* out_at;   // row i of out starts at out + out_at[i], or out + i * cols where null
+  const T* a;
+  const int32_t* a_at;     // row i of a starts at a + a_at[i]
+  int64_t rows, cols;
+  int64_t ldb;             // row length of every b: cols rounded up to whole vectors
+  const T* bias;           // [cols] or null
+};
+
+template <class T>
+inline int64_t padded_cols(int64_t cols) {
+  return (cols + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+template <class T, int MR, int NV>
+inline __attribute__((always_inline)) void row_tile(const RowProduct<T>& p, const Term<T>* terms, int n_terms, int64_t i0, int64_t j0,
+                                                    bool first) {
+  using V = Vec<T>;
+  constexpr int64_t L = kLanes<T>;
+  V acc[MR][NV];
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < NV; ++v) acc[i][v] = V{};
+  const T* rows[MR];
+  for (int i = 0; i < MR; ++i) rows[i] = p.a + p.a_at[i0 + i];
+  for (int t = 0; t < n_terms; ++t) {
+    const T* b = terms[t].b + j0;
+    const int64_t depth = terms[t].k, shift = terms[t].a;
+    for (int64_t k = 0; k < depth; ++k, b += p.ldb) {
+      V bv[NV];
+      for (int v = 0; v < NV; ++v) bv[v] = load<V>(b + v * L);
+      for (int i = 0; i < MR; ++i) {
+        const V s = broadcast<V>(rows[i][shift + k]);
+        for (int v = 0; v < NV; ++v) acc[i][v] += s * bv[v];
+      }
+    }
+  }
+  const int64_t valid = p.cols - j0;
+  for (int i = 0; i < MR; ++i) {
+    T* out = p.out + (p.out_at ? p.out_at[i0 + i] : (i0 + i) * p.cols) + j0;
+    if (valid >= NV * L) {
+      for (int v = 0; v < NV; ++v) {
+        V sum = acc[i][v];
+        if (!first) sum += load<V>(out + v * L);
+        else if (p.bias) sum += load<V>(p.bias + j0 + v * L);
+        store(out + v * L, sum);
+      }
+    } else {
+      T row[NV * L];
+      for (int v = 0; v < NV; ++v) store(row + v * L, acc[i][v]);
+      for (int64_t j = 0; j < valid; ++j) out[j] = row[j] + (first ? (p.bias ? p.bias[j0 + j] : T(0)) : out[j]);
+    }
+  }
+}
+
+template <class T, int NV>
+inline void row_panel(const RowProduct<T>& p, const Term<T>* terms, int n_terms, int64_t from, int64_t to, int64_t j0, bool first) {
+  int64_t i = from;
+  for (; i + kTileRows <= to; i += kTileRows) row_tile<T, kTileRows, NV>(p, terms, n_terms, i, j0, first);
+  switch (to - i) {
+    case 5: row_tile<T, 5, NV>(p, terms, n_terms, i, j0, first); break;
+    case 4: row_tile<T, 4, NV>(p, terms, n_terms, i, j0, first); break;
+    case 3: row_tile<T, 3, NV>(p, terms, n_terms, i, j0, first); break;
+    case 2: row_tile<T, 2, NV>(p, terms, n_terms, i, j0, first); break;
+    case 1: row_tile<T, 1, NV>(p, terms, n_terms, i, j0, first); break;
+    default: break;
+  }
+}
+
+// `terms` must be no deeper than kBlockK each (split_term).
+template <class T>
+inline void row_product(const RowProduct<T>& p, const Term<T>* terms, int n_terms) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t from = 0; from < p.rows; from += kBlockRows) {
+    const int64_t to = from + kBlockRows < p.rows ? from + kBlockRows : p.rows;
+    int t = 0;
+    do {  // once even without terms: the rows are then the bias, or zero
+      int end = t;
+      int64_t depth = 0;
+      while (end < n_terms && (end == t || depth + terms[end].k <= kBlockK)) depth += terms[end++].k;
+      for (int64_t j = 0; j < p.ldb; j += kTileVecs * L) {
+        if (j + kTileVecs * L <= p.ldb) row_panel<T, kTileVecs>(p, terms + t, end - t, from, to, j, t == 0);
+        else row_panel<T, 1>(p, terms + t, end - t, from, to, j, t == 0);
+      }
+      t = end;
+    } while (t < n_terms);
+  }
+}
+
+template <class T>
+inline int term_count(int64_t k) {
+  return int((k + kBlockK - 1) / kBlockK);
+}
+// Appends a[shift .. shift + k) times b, in slices of kBlockK; returns how many.
+template <class T>
+inline int split_term(Term<T>* terms, int64_t shift, const T* b, int64_t k, int64_t ldb) {
+  int n = 0;
+  for (int64_t from = 0; from < k; from += kBlockK) terms[n++] = {shift + from, b + from * ldb, k - from < kBlockK ? k - from : kBlockK};
+  return n;
+}
+
+template <class T>
+struct OuterTerm {
+  const T* a;      // pixel p's column starts at a + a_at[p]
+  const T* b;      // pixel p's row starts at b + p * ldb
+};
+
+template <class T, int MR, int NV>
+inline __attribute__((always_inline)) void outer_tile(T* out, int64_t ldo, int64_t valid, const OuterTerm<T>* terms, int n_terms,
+                                                      const int32_t* a_at, int64_t ldb, int64_t pixels, bool first) {
+  using V = Vec<T>;
+  constexpr int64_t L = kLanes<T>;
+  V acc[MR][NV];
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < NV; ++v) acc[i][v] = V{};
+  for (int t = 0; t < n_terms; ++t) {
+    const T* b = terms[t].b;
+    for (int64_t p = 0; p < pixels; ++p, b += ldb) {
+      const T* a = terms[t].a + a_at[p];
+      V bv[NV];
+      for (int v = 0; v < NV; ++v) bv[v] = load<V>(b + v * L);
+      for (int i = 0; i < MR; ++i) {
+        const V s = broadcast<V>(a[i]);
+        for (int v = 0; v < NV; ++v) acc[i][v] += s * bv[v];
+      }
+    }
+  }
+  for (int i = 0; i < MR; ++i) {
+    T* row = out + i * ldo;
+    if (valid >= NV * L) {
+      for (int v = 0; v < NV; ++v) store(row + v * L, first ? acc[i][v] : acc[i][v] + load<V>(row + v * L));
+    } else {
+      T tile[NV * L];
+      for (int v = 0; v < NV; ++v) store(tile + v * L, acc[i][v]);
+      for (int64_t j = 0; j < valid; ++j) row[j] = first ? tile[j] : row[j] + tile[j];
+    }
+  }
+}
+
+template <class T, int NV>
+inline void outer_panel(T* out, int64_t ldo, int64_t valid, int64_t m, const OuterTerm<T>* terms, int n_terms, const int32_t* a_at,
+                        int64_t ldb, int64_t pixels, bool first) {
+  constexpr int kMaxTerms = 2;
+  OuterTerm<T> shifted[kMaxTerms];
+  for (int64_t i = 0; i < m; i += kTileRows) {
+    for (int t = 0; t < n_terms; ++t) shifted[t] = {terms[t].a + i, terms[t].b};
+    T* to = out + i * ldo;
+    switch (m - i < kTileRows ? m - i : kTileRows) {
+      case 6: outer_tile<T, 6, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first); break;
+      case 5: outer_tile<T, 5, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first); break;
+      case 4: outer_tile<T, 4, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first); break;
+      case 3: outer_tile<T, 3, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first); break;
+      case 2: outer_tile<T, 2, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first); break;
+      default: outer_tile<T, 1, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first); break;
+    }
+  }
+}
+
+// out [m, cols] (+)= sum over terms (at most 2) and pixels of a_p b_p; rows of b are ldb (whole vectors) long.
+template <class T>
+inline void outer_product(T* out, int64_t m, int64_t cols, const OuterTerm<T>* terms, int n_terms, const int32_t* a_at, int64_t ldb,
+                          int64_t pixels, bool first) {
+  constexpr int64_t L = kLanes<T>;
+  OuterTerm<T> shifted[2];
+  for (int64_t j = 0; j < ldb; j += kTileVecs * L) {
+    for (int t = 0; t < n_terms; ++t) shifted[t] = {terms[t].a, terms[t].b + j};
+    if (j + kTileVecs * L <= ldb) outer_panel<T, kTileVecs>(out + j, cols, cols - j, m, shifted, n_terms, a_at, ldb, pixels, first);
+    else outer_panel<T, 1>(out + j, cols, cols - j, m, shifted, n_terms, a_at, ldb, pixels, first);
+  }
+}
+
+// Copies rows of `cols` numbers into rows of whole vectors, the rest zero.
+template <class T>
+inline void pad_rows(T* to, const T* from, int64_t rows, int64_t cols, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(to + r * ld, from + r * cols, size_t(cols) * sizeof(T));
+    for (int64_t c = cols; c < ld; ++c) to[r * ld + c] = T(0);
+  }
+}
+
+// to [cols, ld] = from [rows, cols] transposed, ld = rows in whole vectors, the rest zero.
+template <class T>
+inline void transpose(T* to, const T* from, int64_t rows, int64_t cols, int64_t ld) {
+  constexpr int64_t kTile = 16;
+  for (int64_t r0 = 0; r0 < ld; r0 += kTile)
+    for (int64_t c0 = 0; c0 < cols; c0 += kTile)
+      for (int64_t c = c0; c < cols && c < c0 + kTile; ++c)
+        for (int64_t r = r0; r < ld && r < r0 + kTile; ++r) to[c * ld + r] = r < rows ? from[r * cols + c] : T(0);
+}
+
+FASTMAML_CPU_END

@@ -1,0 +1,99 @@
+// Width-generic vectors: every file of cpu/ is compiled once per instruction set with FASTMAML_ISA (a namespace) and
+// FASTMAML_LANES_BYTES (16, 32 or 64). Code is written for a type V that is either a vector or, for the tail, one number.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifndef FASTMAML_ISA
+#error "compile with -DFASTMAML_ISA=name -DFASTMAML_LANES_BYTES=bytes"
+#endif
+
+#define FASTMAML_CPU_BEGIN \
+  namespace fastmaml {     \
+  namespace cpu {          \
+  namespace FASTMAML_ISA {
+#define FASTMAML_CPU_END \
+  }                      \
+  }                      \
+  }
+
+FASTMAML_CPU_BEGIN
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(FASTMAML_LANES_BYTES)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+inline constexpr int64_t kLanes = FASTMAML_LANES_BYTES / sizeof(T);
+
+template <class V, class T>
+inline __attribute__((always_inline)) V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T>
+inline __attribute__((always_inline)) void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+template <class V, class T>
+inline __attribute__((always_inline)) V broadcast(T x) {
+  if constexpr (std::is_same_v<V, T>) return x;
+  else return x - V{};  // GCC splats the scalar
+}
+// One operand that may be absent.
+template <class V, class T>
+inline __attribute__((always_inline)) V load_or(const T* p, int64_t i, T otherwise) {
+  return p ? load<V>(p + i) : broadcast<V>(otherwise);
+}
+
+template <class T, class V>
+inline T sum_lanes(V v) {
+  if constexpr (std::is_same_v<V, T>) {
+    return v;
+  } else {
+    T s = 0;
+    for (int64_t i = 0; i < kLanes<T>; ++i) s += v[i];
+    return s;
+  }
+}
+
+// f(V{}, i) for i = 0, lanes, 2 lanes, ..., then one by one.
+template <class T, class F>
+inline __attribute__((always_inline)) void for_lanes(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) f(Vec<T>{}, i);
+  for (; i < n; ++i) f(T{}, i);
+}
+
+// sums[q * C + c] = sum over rows of f's q-th value at (row, c), for Q sums at once. f(V{}, row, c, V out[Q]).
+// Blocks of rows are summed in T, blocks in double: the error does not grow with the number of rows.
+template <class T, int Q, class F>
+inline void column_sums(int64_t rows, int64_t C, double* sums, F f) {
+  constexpr int64_t kBlock = 32;
+  for (int64_t i = 0; i < Q * C; ++i) sums[i] = 0;
+  for (int64_t from = 0; from < rows; from += kBlock) {
+    const int64_t to = from + kBlock < rows ? from + kBlock : rows;
+    for_lanes<T>(C, [&](auto lane, int64_t c) {
+      using V = decltype(lane);
+      V acc[Q] = {}, more[Q];
+      for (int64_t r = from; r < to; ++r) {
+        f(lane, r, c, more);
+        for (int q = 0; q < Q; ++q) acc[q] += more[q];
+      }
+      for (int q = 0; q < Q; ++q) {
+        if constexpr (std::is_same_v<V, T>) {
+          sums[q * C + c] += double(acc[q]);
+        } else {
+          for (int64_t i = 0; i < kLanes<T>; ++i) sums[q * C + c + i] += double(acc[q][i]);
+        }
+      }
+    });
+  }
+}
+
+FASTMAML_CPU_END
