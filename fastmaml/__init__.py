@@ -1,0 +1,44 @@
+"""fastmaml: exact meta-gradients of few-shot learners, by an adjoint sweep over hand-written kernels.
+
+import fastmaml as fm
+
+maml = fm.MAML(fm.models.conv4(ways=5), inner_lr=0.4, inner_steps=1)
+out = maml(*fm.tasks.Glyphs(ways=5, shots=1).sample(32))
+out.loss.backward()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastmaml import algorithms, models
+from fastmaml.algorithms import FOMAML, MAML
+from fastmaml.engine import Engine, MetaGradient, Solution
+
+if TYPE_CHECKING:
+    from fastmaml import tasks
+    from fastmaml.tasks import TaskBatch
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: RUF022  in the order one learns them
+    "MAML",
+    "FOMAML",
+    "models",
+    "tasks",
+    "TaskBatch",
+    "Engine",
+    "MetaGradient",
+    "Solution",
+    "algorithms",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The tasks bring numpy and readers of data sets along; whoever has own data does not wait for them.
+    if name == "tasks":
+        return importlib.import_module("fastmaml.tasks")
+    if name == "TaskBatch":
+        return importlib.import_module("fastmaml.tasks").TaskBatch
+    raise AttributeError(f"module 'fastmaml' has no attribute '{name}'")

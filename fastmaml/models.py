@@ -1,0 +1,111 @@
+"""Small networks of the few-shot papers as plain torch modules: mlp, sinusoid_mlp, conv4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}
+INITS = ("torch", "xavier", "truncated_normal")
+NORMS = ("batch", "layer", "group", "none")
+
+
+def mlp(sizes: Sequence[int], activation: str = "relu", init: str = "torch", std: float = 0.01) -> nn.Sequential:
+    """Linear layers of these sizes with an activation between them: mlp([1, 40, 40, 1]) maps [N, 1] to [N, 1].
+
+    init: "torch" (nn.Linear's own), "xavier" (uniform, biases 0) or "truncated_normal" (cut at 2 std, biases 0).
+    Raises ValueError for fewer than two sizes, or for a name that is not known.
+    """
+    if len(sizes) < 2 or any(size < 1 for size in sizes):
+        raise ValueError(f"sizes {list(sizes)} must hold at least an input and an output size, all positive")
+    _known("activation", activation, ACTIVATIONS)
+    _known("init", init, INITS)
+    layers: list[nn.Module] = []
+    for i in range(len(sizes) - 1):
+        layers.append(_initialised(nn.Linear(sizes[i], sizes[i + 1]), init, std))
+        if i < len(sizes) - 2:
+            layers.append(ACTIVATIONS[activation]())
+    return nn.Sequential(*layers)
+
+
+def sinusoid_mlp() -> nn.Sequential:
+    """The 1-40-40-1 ReLU network of the sinusoid task (Finn et al. 2017), weights truncated normal with std 0.01, biases 0."""
+    return mlp([1, 40, 40, 1], init="truncated_normal", std=0.01)
+
+
+def conv4(
+    in_channels: int = 1,
+    ways: int = 5,
+    filters: int = 64,
+    image_size: int = 28,
+    pooling: str = "max",
+    norm: str = "batch",
+    eps: float = 1e-3,
+    activation: str = "relu",
+) -> nn.Sequential:
+    """Four blocks of 3x3 convolution, norm, activation and halving, then a linear head: [N, C, H, W] -> [N, ways].
+
+    pooling "max" halves by 2x2 max pooling and flattens (miniImageNet); "stride" halves by the convolution's stride and takes
+    the spatial mean (Omniglot in Finn's code). Convolutions start Xavier uniform with bias 0. The head starts N(0, 1) for
+    "stride", as Finn's Omniglot head, else Xavier uniform. eps of the norm: 1e-3 in Finn's code, 1e-5 in torch.
+    Raises ValueError for an image that four halvings leave nothing of, or for a name that is not known.
+    """
+    _known("pooling", pooling, ("max", "stride"))
+    _known("norm", norm, NORMS)
+    _known("activation", activation, ACTIVATIONS)
+    layers: list[nn.Module] = []
+    channels, size = in_channels, image_size
+    for _ in range(4):
+        stride = 2 if pooling == "stride" else 1
+        layers.append(_initialised(nn.Conv2d(channels, filters, 3, stride=stride, padding=1), "xavier", 0.0))
+        size = (size + 1) // 2 if pooling == "stride" else size
+        layers += _norm(norm, filters, size, eps)
+        layers.append(ACTIVATIONS[activation]())
+        if pooling == "max":
+            layers.append(nn.MaxPool2d(2))
+            size //= 2
+        channels = filters
+    if size < 1:
+        raise ValueError(f"image_size {image_size} is too small for four halvings; use at least 16 or pooling='stride'")
+    if pooling == "stride":
+        head = nn.Linear(filters, ways)
+        nn.init.normal_(head.weight)
+        nn.init.zeros_(head.bias)
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    head = nn.Linear(filters * size * size, ways)
+    return nn.Sequential(*layers, nn.Flatten(), _initialised(head, "xavier", 0.0))
+
+
+def _norm(name: str, channels: int, size: int, eps: float) -> list[nn.Module]:
+    if name == "batch":
+        return [nn.BatchNorm2d(channels, eps=eps)]
+    if name == "layer":
+        return [nn.LayerNorm([channels, size, size], eps=eps)]
+    if name == "group":
+        return [nn.GroupNorm(min(8, channels), channels, eps=eps)]
+    return []
+
+
+def _initialised(layer: nn.Linear | nn.Conv2d, init: str, std: float) -> nn.Module:
+    if init == "torch":
+        return layer
+    if init == "xavier":
+        nn.init.xavier_uniform_(layer.weight)
+    else:
+        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _known(what: str, name: str, names: Iterable[str]) -> None:
+    if name not in names:
+        raise ValueError(f"{what} {name!r} is not one of {', '.join(names)}")
