@@ -88,7 +88,7 @@ void cg_start(const Call& call) {
     std::memcpy(r, v, size_t(n) * sizeof(T));
     std::memcpy(p, v, size_t(n) * sizeof(T));
     state[0] = state[1] = T(dot(v, v, n));
-    state[2] = state[0] > T(0) ? T(1) : T(0);
+    state[2] = state[0] != T(0) ? T(1) : T(0);  // NaN goes on, and shows in the solution
   }
 }
 

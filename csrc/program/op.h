@@ -48,7 +48,7 @@ namespace fastmaml {
   X(group_norm_fwd, "y stats x [gamma] [beta]")                                                      \
   X(group_norm_fwd_jvp, "y_dot stats_dot x [x_dot] stats [gamma] [gamma_dot] [beta_dot]")            \
   X(group_norm_bwd, "[dx] dgamma dbeta x dy stats [gamma]")                                          \
-  X(group_norm_bwd_jvp, "[dx_dot] dgamma_dot dbeta_dot x [x_dot] dy dy_dot stats stats_dot [gamma] [gamma_dot]") \
+  X(group_norm_bwd_jvp, "[dx_dot] dgamma_dot dbeta_dot x [x_dot] dy dy_dot stats [stats_dot] [gamma] [gamma_dot]") \
   /* pointwise functions (layers.h, Pointwise::Kind) */                                              \
   X(pointwise_fwd, "y x")                                                                            \
   X(pointwise_fwd_jvp, "y_dot x x_dot")                                                              \

@@ -332,7 +332,7 @@ class BackwardWalk {
     const int64_t C = std::get<BatchNorm>(node.layer).C;
     const int in = node.inputs[0];
     const Operand gamma = part(net_, tape_.params, node.weight), gamma_dot = part(net_, tape_.params_dot, node.weight);
-    const Operand stats = tape_.saved[i], stats_dot = tape_.saved_dot[i];
+    const Operand stats = tape_.saved[i], stats_dot = tangent() ? tape_.saved_dot[i] : Operand{};
     if (primal()) {
       const Operand dgamma = grad_.target(node.weight, C, true), dbeta = grad_.target(node.bias, C, true);
       step(Op::batch_norm_bwd_weight, node, {dgamma, dbeta, x_, dy_, stats});

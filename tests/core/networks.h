@@ -1,0 +1,82 @@
+// Small Programs and random arguments for the C++ tests: what a binding would hand in, without Python.
+#pragma once
+
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "meta/meta.h"
+#include "ops/ops.h"
+
+namespace fastmaml {
+
+inline const char* const kMlp = R"(fastmaml 1
+input 3
+param 0 9 3
+param 27 9
+param 36 2 9
+param 54 2
+linear 0 weight=0 bias=1
+tanh 1
+linear 2 weight=2 bias=3
+output 3
+loss mse
+)";
+
+// Residual convolutions with batch norm, pooling and a classifier: most ops, branches included.
+inline const char* const kConvnet = R"(fastmaml 1
+input 2 7 6
+param 0 5 2 3 3
+param 90 5
+param 95 5
+param 100 5
+param 105 5 5 3 3
+param 330 5
+param 335 3 45
+param 470 3
+conv2d 0 weight=0 bias=1 stride=1,1 padding=1,1
+batch_norm 1 weight=2 bias=3 eps=1e-5 mode=batch
+relu 2
+conv2d 3 weight=4 bias=5 stride=1,1 padding=1,1
+add 3,4
+max_pool2d 5 kernel=2,2 stride=2,2 padding=0,0
+silu 6
+flatten 7
+linear 8 weight=6 bias=7
+output 9
+loss cross_entropy smoothing=0.1
+)";
+
+// Every argument of a schedule, filled with reproducible numbers; results are zero until a run writes them.
+template <class T>
+struct Arguments {
+  std::vector<std::vector<T>> real;
+  std::vector<std::vector<int64_t>> label;
+  View views[kArgs];
+
+  Arguments(const Schedule& schedule, int64_t tasks, int64_t classes, unsigned seed = 7) : real(kArgs), label(kArgs) {
+    for (const Slot& slot : schedule.slots) {
+      if (slot.arg == Arg::none) continue;
+      const int a = static_cast<int>(slot.arg);
+      std::mt19937 random(seed + unsigned(a));
+      std::normal_distribution<double> normal(0.0, 0.5);
+      const bool shared = slot.arg == Arg::params || slot.arg == Arg::rates;
+      const size_t n = size_t(slot.size * (shared ? 1 : tasks));
+      if (slot.type == Type::label) {
+        for (size_t i = 0; i < n; ++i) label[a].push_back(int64_t(random() % unsigned(classes)));
+        views[a] = {label[a].data(), slot.size, 1};
+        continue;
+      }
+      const bool result = slot.arg >= Arg::loss;
+      for (size_t i = 0; i < n; ++i) {
+        const double v = normal(random);
+        real[a].push_back(T(result ? 0.0 : slot.arg == Arg::rates ? 0.1 + 0.01 * v : v));
+      }
+      views[a] = {real[a].data(), shared ? 0 : slot.size, 1};
+    }
+  }
+};
+
+
+}  // namespace fastmaml
