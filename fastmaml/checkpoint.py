@@ -77,7 +77,9 @@ def load(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, An
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} names {tensor_file}, which is missing") from None
     if hashlib.sha256(data).hexdigest() != digest:
-        raise CheckpointError(f"checkpoint {path} is damaged: {tensor_file} ({len(data)} bytes) is not the file it was saved with")
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {tensor_file} ({len(data)} bytes) is not the file it was saved with"
+        )
     return _safetensors().load(data), record["state"]
 
 
@@ -139,7 +141,11 @@ def pack_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
         "rng/numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
         "rng/python": torch.tensor(words, dtype=torch.int64),
     }
-    numpy_rest = {"pos": int(numpy_state["state"]["pos"]), "has_gauss": int(numpy_state["has_gauss"]), "gauss": float(numpy_state["gauss"])}
+    numpy_rest = {
+        "pos": int(numpy_state["state"]["pos"]),
+        "has_gauss": int(numpy_state["has_gauss"]),
+        "gauss": float(numpy_state["gauss"]),
+    }
     return tensors, {"numpy": numpy_rest, "python": {"version": version, "gauss": gauss}}
 
 

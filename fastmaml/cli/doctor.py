@@ -1,0 +1,183 @@
+"""fastmaml doctor: what this machine offers, which backends run and why others do not, and whether their gradients agree."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import fastmaml
+from fastmaml import Engine, checkpoint, models
+from fastmaml.engine import BACKENDS
+from fastmaml.experiment import machine
+from fastmaml.tasks import TaskBatch
+from fastmaml.tasks.cache import cache_folder
+
+EXTRAS = {
+    "train": ("tqdm", "tensorboard", "safetensors"),
+    "report": ("matplotlib",),
+    "vision": ("pillow", "matplotlib"),
+    "test": ("pytest", "hypothesis"),
+}
+
+
+class Finding(NamedTuple):
+    """One line: `state` "ok", "note" (works with less) or "broken" (makes the exit code 1)."""
+
+    state: str
+    topic: str
+    text: str
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add this command to the parser."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say what works on this machine",
+        description="Says what this machine offers and checks that the backends agree. Exit code 0: the compiled engine works; 1: something is broken.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the network and tasks of the check")
+    parser.add_argument("--out", metavar="FILE", help="write the findings as JSON too")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; 1 if one of them is broken."""
+    findings = list(examine(args.seed))
+    marks = {"ok": " ", "note": "-", "broken": "!"}
+    for finding in findings:
+        print(f"{marks[finding.state]} {finding.topic:18} {finding.text}")
+    broken = sum(finding.state == "broken" for finding in findings)
+    print(f"\n{broken} broken (marked !)" if broken else "\nall is well")
+    if args.out is not None:
+        text = json.dumps([finding._asdict() for finding in findings], indent=1) + "\n"
+        checkpoint.write_durably(Path(args.out), text.encode())
+    return 1 if broken else 0
+
+
+def examine(seed: int) -> Iterator[Finding]:
+    """All findings, in the order in which one would look."""
+    yield Finding("ok", "fastmaml", f"{fastmaml.__version__}, {Path(fastmaml.__file__).parent}")
+    yield Finding("ok", "machine", machine())
+    yield Finding("ok", "python", f"{platform.python_version()}, {sys.executable}")
+    yield Finding(
+        "ok",
+        "torch",
+        f"{torch.__version__}, {torch.get_num_threads()} threads, {'CUDA' if torch.cuda.is_available() else 'no CUDA'}",
+    )
+    yield _compiler()
+    yield _cache(cache_folder())
+    yield from _backends(seed)
+    yield from _compiled_module()
+    for extra, packages in EXTRAS.items():
+        yield _extra(extra, packages)
+    for name in ("FASTMAML_BACKEND", "FASTMAML_STRICT", "FASTMAML_CACHE", "FASTMAML_DATA"):
+        if name in os.environ:
+            yield Finding("ok", name, os.environ[name])
+
+
+def _compiler() -> Finding:
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        path = shutil.which(name.split()[0])
+        if path is not None:
+            answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+            return Finding(
+                "ok", "compiler", f"{path}: {answer.splitlines()[0] if answer else 'answers nothing to --version'}"
+            )
+    return Finding(
+        "note",
+        "compiler",
+        "no C++ compiler found (c++, g++, clang++ or $CXX); only a compiled module that is already there can run",
+    )
+
+
+def _cache(folder: Path) -> Finding:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(b"fastmaml")
+            file.flush()
+    except OSError as error:
+        return Finding(
+            "broken",
+            "cache",
+            f"{folder} is not writable: {checkpoint.why(error)}; set FASTMAML_CACHE to another folder",
+        )
+    return Finding("ok", "cache", f"{folder}, {shutil.disk_usage(folder).free / 1e9:.1f} GB free")
+
+
+def _backends(seed: int) -> Iterator[Finding]:
+    """For every backend whether it runs a small convolutional network, and how far its meta-gradient is from autodiff's."""
+    model, batch = _small_problem(seed)
+    expected = _meta_gradient(model, batch, "autodiff")
+    for name in BACKENDS[1:]:
+        try:
+            grad = _meta_gradient(model, batch, name)
+        except ValueError as error:
+            # Only `cpu` is expected to run everywhere; the others say what they lack.
+            yield Finding("broken" if name == "cpu" else "note", f"backend {name}", str(error))
+            continue
+        distance = ((grad - expected).norm() / expected.norm()).item()
+        good = distance <= 1e-9  # all in float64; 1e-9 is far above rounding and far below any wrong term
+        text = (
+            f"{'works' if good else 'WRONG'}, meta-gradient within {distance:.0e} of autodiff"
+            if name != "autodiff"
+            else "works"
+        )
+        yield Finding("ok" if good else "broken", f"backend {name}", text)
+    level = logging.getLogger("fastmaml").level
+    logging.getLogger("fastmaml").setLevel(logging.ERROR)
+    try:
+        auto = Engine(model)
+    finally:
+        logging.getLogger("fastmaml").setLevel(level)
+    yield Finding("ok" if auto.fused else "note", "backend auto", auto.backend + (f": {auto.why}" if auto.why else ""))
+
+
+def _small_problem(seed: int) -> tuple[torch.nn.Module, TaskBatch]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = models.conv4(ways=3, filters=4, image_size=16).double()
+        images = torch.rand(4, 3, 1, 16, 16, dtype=torch.float64), torch.rand(4, 6, 1, 16, 16, dtype=torch.float64)
+    labels = torch.arange(3).repeat(4, 1)
+    return model, TaskBatch(images[0], labels, images[1], labels.repeat(1, 2))
+
+
+def _meta_gradient(model: torch.nn.Module, batch: TaskBatch, backend: str) -> torch.Tensor:
+    engine = Engine(model, backend=backend)
+    return engine.meta_gradient(engine.flatten(), batch, inner_lr=0.4, inner_steps=2).grad
+
+
+def _compiled_module() -> Iterator[Finding]:
+    compiled: Any = sys.modules.get("fastmaml._C")  # loaded by the engine, if it can be
+    if compiled is None:
+        return
+    yield Finding("ok", "compiled module", str(compiled.__file__))
+    yield Finding("ok", "instruction sets", f"{', '.join(compiled.available_isas())}; in use: {compiled.cpu_isa()}")
+    threads, wanted = compiled.threads_seen(), torch.get_num_threads()
+    text = f"{threads} seen by the engine, {wanted} wanted by torch"
+    yield Finding("ok" if threads == wanted else "note", "threads", text)
+
+
+def _extra(extra: str, packages: tuple[str, ...]) -> Finding:
+    found, missing = [], []
+    for package in packages:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    text = ", ".join(found + [f"no {package}" for package in missing])
+    hint = f" (pip install 'fastmaml[{extra}]')" if missing else ""
+    return Finding("note" if missing else "ok", f"extra [{extra}]", text + hint)

@@ -1,0 +1,32 @@
+"""fastmaml evaluate RUN: accuracy or error on held-out tasks after 0 to 10 inner steps, beside two baselines."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fastmaml.cli.text import duration, evaluation_table
+from fastmaml.evaluation import evaluate_run
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add this command to the parser."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="evaluate a run on held-out tasks",
+        description="Evaluates the best checkpoint of a run on held-out test tasks after 0 to 10 inner steps, beside two baselines.",
+    )
+    parser.add_argument("run_dir", metavar="RUN", help="folder that `fastmaml train` wrote")
+    parser.add_argument("--eval-tasks", type=int, metavar="N", help="held-out tasks (default: as the run says, 600)")
+    parser.add_argument("--seed", type=int, help="of the test tasks (default: the run's seed)")
+    parser.add_argument("--out", metavar="DIR", help="folder for evaluation.json and examples.npz (default: RUN)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print the table."""
+    results = evaluate_run(args.run_dir, args.eval_tasks, args.seed, args.out, args.quiet)
+    print(evaluation_table(results))
+    print(f"\n{results['checkpoint']} checkpoint (step {results['step']}), evaluated in {duration(results['wall_s'])}")
+    return 0

@@ -1,0 +1,164 @@
+"""fastmaml train DATASET: meta-train, evaluate, write the report. Ctrl-C saves; --resume goes on to the same bits."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastmaml import checkpoint
+from fastmaml.cli.report import write_report
+from fastmaml.cli.text import command, duration, evaluation_table, size
+from fastmaml.evaluation import evaluate_run
+from fastmaml.experiment import make_learner, make_tasks, read_config, seed_generators, write_config
+from fastmaml.metrics import show
+from fastmaml.presets import ALGORITHMS, PRESETS, RunConfig, checked, preset
+from fastmaml.trainer import Outcome, Trainer
+
+# Options that are settings of RunConfig, and `filters` of its network. Only the free ones may change when a run goes on.
+_TASK = ("ways", "shots", "query_shots", "meta_batch")
+_LEARNING = ("algorithm", "inner_lr", "inner_steps", "outer_lr", "schedule", "filters", "batch_norm", "seed")
+_FIXED = (*_TASK, *_LEARNING, "validate_every")
+_FREE = ("steps", "time_limit", "backend", "memory", "root", "eval_tasks")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add this command to the parser."""
+    parser = subparsers.add_parser(
+        "train",
+        help="meta-train on a data set",
+        description="Meta-trains a network, evaluates it on held-out tasks and writes a report. Where an option is not given, the "
+        "published setting of the data set holds.",
+    )
+    parser.add_argument("dataset", nargs="?", choices=sorted(PRESETS), metavar="DATASET", help=", ".join(PRESETS))
+    task = parser.add_argument_group("tasks")
+    task.add_argument("--ways", type=int, metavar="N", help="classes in a task")
+    task.add_argument("--shots", type=int, metavar="N", help="support examples a class (regression: a task)")
+    task.add_argument("--query-shots", type=int, metavar="N", help="query examples a class (regression: a task)")
+    task.add_argument("--root", metavar="DIR", help="folder of the data set's files")
+    loops = parser.add_argument_group("learning")
+    loops.add_argument("--algorithm", choices=ALGORITHMS, help="default: maml")
+    loops.add_argument("--steps", type=int, metavar="N", help="outer steps")
+    loops.add_argument("--meta-batch", type=int, metavar="N", help="tasks in an outer step")
+    loops.add_argument("--outer-lr", type=float, metavar="RATE", help="of Adam")
+    loops.add_argument("--schedule", choices=("constant", "cosine"), help="of the outer rate")
+    loops.add_argument("--inner-steps", type=int, metavar="N", help="gradient steps on the support set")
+    loops.add_argument("--inner-lr", type=float, metavar="RATE", help="of these steps, for the mean loss")
+    loops.add_argument("--filters", type=int, metavar="N", help="of each convolution")
+    loops.add_argument(
+        "--batch-norm", choices=("transductive", "support", "frozen", "per_step"), help="default: transductive"
+    )
+    loops.add_argument("--seed", type=int, metavar="N", help="of network, tasks and everything random")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--backend", help="auto, cpu, reference, autodiff")
+    engine.add_argument(
+        "--memory", choices=("auto", "low", "stash"), help="recompute or keep activations of the inner steps"
+    )
+    run_group = parser.add_argument_group("run")
+    run_group.add_argument("--out", metavar="DIR", help="run folder (default: a new one under runs/)")
+    run_group.add_argument("--resume", metavar="RUN", help="go on with this run from its last checkpoint")
+    run_group.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="of training, earlier parts of a resumed run included"
+    )
+    run_group.add_argument("--validate-every", type=int, metavar="N", help="outer steps between validations")
+    run_group.add_argument(
+        "--eval-tasks", type=int, metavar="N", help="held-out tasks of the evaluation (default: 600)"
+    )
+    run_group.add_argument("--no-evaluate", action="store_true", help="stop after training")
+    run_group.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, evaluate, report."""
+    resumed = args.resume is not None
+    config, run_dir = _resumed(args) if resumed else _new(args)
+    seed_generators(config.seed)
+    learner = make_learner(config)
+    train_tasks, validation_tasks = make_tasks(config, "train"), make_tasks(config, "val")
+    trainer = Trainer(learner, train_tasks, validation_tasks, config, run_dir, args.quiet)
+    if resumed:
+        trainer.resume()
+    write_config(run_dir, config, learner.engine)
+    print(_headline(config, learner, run_dir, trainer.step))
+    outcome = trainer.train()
+    if not trainer.tensorboard:
+        print("metrics go to metrics.jsonl only: TensorBoard is not installed (pip install 'fastmaml[train]')")
+    print(_summary(config, outcome))
+    if outcome.reason == "interrupted":
+        print(f"stopped and saved; go on with:  {command('train', '--resume', run_dir)}")
+        return 130
+    if args.no_evaluate:
+        print(f"evaluate with:  {command('evaluate', run_dir)}")
+        return 0
+    return _evaluate_and_report(config, run_dir, args.quiet)
+
+
+def _evaluate_and_report(config: RunConfig, run_dir: Path, quiet: bool) -> int:
+    try:
+        results = evaluate_run(run_dir, quiet=quiet)
+    except KeyboardInterrupt:
+        print(f"the trained network is saved; evaluate it with:  {command('evaluate', run_dir)}")
+        return 130
+    print(f"\n{evaluation_table(results)}\n")
+    try:
+        print(f"report: {write_report(run_dir)}")
+    except ImportError as error:
+        print(f"no report: {error}; then:  {command('report', run_dir)}")
+    return 0
+
+
+def _new(args: argparse.Namespace) -> tuple[RunConfig, Path]:
+    if args.dataset is None:
+        raise ValueError(f"train needs a data set ({', '.join(PRESETS)}) or --resume RUN")
+    config = preset(args.dataset, **{name: getattr(args, name) for name in _FIXED + _FREE})
+    run_dir = Path(args.out) if args.out else _free_folder(config)
+    if (run_dir / "config.json").exists():
+        raise ValueError(f"{run_dir} already holds a run: go on with it by --resume {run_dir}, or choose another --out")
+    return config, run_dir
+
+
+def _resumed(args: argparse.Namespace) -> tuple[RunConfig, Path]:
+    if args.dataset is not None or args.out is not None:
+        raise ValueError("--resume RUN goes on in RUN with its data set: leave out DATASET and --out")
+    changed = [name for name in _FIXED if getattr(args, name) is not None]
+    if changed:
+        raise ValueError(f"--{changed[0].replace('_', '-')} cannot change when a run goes on; start a new one")
+    run_dir = Path(args.resume)
+    config = read_config(run_dir)
+    if not checkpoint.exists(run_dir / "checkpoints", "last"):
+        raise ValueError(f"{run_dir} has no checkpoint to go on from; train anew with another --out")
+    given = {name: getattr(args, name) for name in _FREE if getattr(args, name) is not None}
+    return checked(replace(config, **given)), run_dir
+
+
+def _free_folder(config: RunConfig) -> Path:
+    """runs/glyphs-maml-5way-1shot, or the first of -2, -3, .. that is free."""
+    task = f"{config.ways}way-{config.shots}shot" if config.ways else f"{config.shots}shot"
+    name = f"{config.dataset}-{config.algorithm}-{task}"
+    number = 1
+    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def _headline(config: RunConfig, learner: Any, run_dir: Path, step: int) -> str:
+    engine = learner.engine
+    task = f"{config.ways}-way {config.shots}-shot" if config.ways else f"{config.shots} support points"
+    parameters = size(sum(p.numel() for p in learner.parameters()))
+    backend = engine.backend if engine.fused else f"{engine.backend} ({engine.why})"
+    position = f", from step {step}" if step else ""
+    return (
+        f"{config.dataset}: {config.algorithm.upper()}, {task}, {config.inner_steps} inner step(s) at {config.inner_lr}, "
+        f"{config.meta_batch} tasks a step, {config.steps} steps{position}\n"
+        f"{config.model['name']} with {parameters} parameters on {backend}; run folder {run_dir}"
+    )
+
+
+def _summary(config: RunConfig, outcome: Outcome) -> str:
+    why = {"finished": "", "interrupted": " (interrupted)", "time limit": " (time limit)"}[outcome.reason]
+    text = f"{outcome.step} of {config.steps} steps{why} in {duration(outcome.elapsed_s)}, {100 * outcome.sampling_share:.1f} % of it sampling tasks"
+    if outcome.best is not None:
+        text += f"; best validation {config.metric} {show(config.metric, outcome.best['metric_after'])} at step {outcome.best['step']}"
+    return text

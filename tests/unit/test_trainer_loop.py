@@ -1,0 +1,255 @@
+"""The trainer: a run resumed is the run in one piece; what goes wrong says so and loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastmaml import MAML, checkpoint
+from fastmaml.experiment import seed_generators
+from fastmaml.metrics import read_rows
+from fastmaml.presets import PRESETS, RunConfig, preset
+from fastmaml.tasks import Sinusoid
+from fastmaml.trainer import Trainer, chunks
+
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+
+TIMES = {"steps_per_second", "sampling_share", "elapsed_s"}
+CONFIG = replace(
+    PRESETS["sinusoid"],
+    steps=20,
+    meta_batch=3,
+    outer_lr=1e-2,
+    schedule="cosine",
+    log_every=3,  # rows and checkpoints fall on different steps
+    validate_every=4,
+    validation_tasks=5,
+    backend="autodiff",
+)
+
+
+class NoisySinusoid(Sinusoid):
+    """Draws from the generators of torch, numpy and Python, as a user's own tasks, augmentations or dropout may."""
+
+    def _draw(self, tasks, step):
+        batch = super()._draw(tasks, step)
+        noise = 1e-2 * torch.randn_like(batch.support_y) + 1e-2 * float(np.random.randn()) + random.gauss(0, 1e-2)
+        return batch._replace(support_y=batch.support_y + noise)
+
+
+def make_trainer(run_dir, config: RunConfig = CONFIG, **tasks) -> Trainer:
+    seed_generators(config.seed)
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    learner = MAML(model, config.inner_lr, config.inner_steps, loss="mse", backend="autodiff")
+    settings = {"shots": 10, "query_shots": 10, "seed": config.seed} | tasks
+    train_tasks, validation_tasks = NoisySinusoid(split="train", **settings), Sinusoid(split="val", **settings)
+    return Trainer(learner, train_tasks, validation_tasks, config, run_dir, quiet=True)
+
+
+def rows(run_dir) -> list[dict[str, object]]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(run_dir / "metrics.jsonl")]
+
+
+def expect_same_run(one, other) -> None:
+    """Same parameters, optimizer, generators and sampler to the bit, and the same metrics."""
+    for name in ("last", "best"):
+        tensors, state = checkpoint.load(one / "checkpoints", name)
+        tensors_, state_ = checkpoint.load(other / "checkpoints", name)
+        assert tensors.keys() == tensors_.keys()
+        for key, value in tensors.items():
+            assert torch.equal(value, tensors_[key]), key
+        assert {k: v for k, v in state.items() if k not in ("elapsed_s", "sampling_s")} == {
+            k: v for k, v in state_.items() if k not in ("elapsed_s", "sampling_s")
+        }
+    assert rows(one) == rows(other)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("straight")
+    outcome = make_trainer(run_dir).train()
+    assert outcome.reason == "finished" and outcome.step == 20
+    return run_dir
+
+
+@pytest.mark.parametrize("stops", [[10], [1, 4, 19]], ids=str)
+def test_a_resumed_run_goes_through_the_same_bits(tmp_path, straight, stops):
+    for stop in stops:
+        trainer = make_trainer(tmp_path)
+        if stop != stops[0]:
+            trainer.resume()
+        outcome = trainer.train(until=stop)
+        assert (outcome.reason, outcome.step) == ("interrupted", stop)
+    trainer = make_trainer(tmp_path)
+    trainer.resume()
+    assert trainer.train().reason == "finished"
+    expect_same_run(tmp_path, straight)
+
+
+def test_a_signal_ends_the_step_and_saves(tmp_path, straight):
+    trainer = make_trainer(tmp_path)
+    sample = trainer.train_tasks.sample
+
+    def sample_and_signal(tasks):
+        if trainer.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sample(tasks)
+
+    trainer.train_tasks.sample = sample_and_signal
+    handler = signal.getsignal(signal.SIGINT)
+    outcome = trainer.train()
+    assert (outcome.reason, outcome.step) == ("interrupted", 7)
+    assert signal.getsignal(signal.SIGINT) is handler
+    trainer = make_trainer(tmp_path)
+    trainer.resume()
+    trainer.train()
+    expect_same_run(tmp_path, straight)
+
+
+def test_a_full_disk_stops_training_and_loses_nothing(tmp_path, straight, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    write = checkpoint._write
+
+    def full(file, data):
+        if trainer.step >= 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, data)
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(checkpoint.CheckpointError, match="no space left on device.*untouched"):
+        trainer.train()
+    monkeypatch.undo()
+    trainer = make_trainer(tmp_path)
+    trainer.resume()
+    assert trainer.step == 4
+    trainer.train()
+    expect_same_run(tmp_path, straight)
+
+
+def test_rows_hold_what_the_report_reads(straight):
+    found = read_rows(straight / "metrics.jsonl")
+    train = [row for row in found if row["kind"] == "train"]
+    validation = [row for row in found if row["kind"] == "validation"]
+    assert [row["step"] for row in train] == [1, 3, 6, 9, 12, 15, 18, 20]
+    assert [row["step"] for row in validation] == [4, 8, 12, 16, 20]
+    keys = {"kind", "step", "loss", "support_loss", "metric_before", "metric_after"}
+    assert all(row.keys() == keys | TIMES for row in train)
+    assert all(
+        row.keys() == {"kind", "step", "loss", "metric_before", "metric_after", "ci95", "best"} for row in validation
+    )
+    assert all(0 < row["sampling_share"] < 1 for row in train)
+    assert [row["elapsed_s"] for row in train] == sorted(row["elapsed_s"] for row in train)
+
+
+def test_the_best_checkpoint_is_the_best_validation_row(straight):
+    validation = [row for row in read_rows(straight / "metrics.jsonl") if row["kind"] == "validation"]
+    best = min(validation, key=lambda row: row["metric_after"])
+    _, state = checkpoint.load(straight / "checkpoints", "best")
+    assert (state["step"], state["metric_after"]) == (best["step"], best["metric_after"])
+    lowest = float("inf")
+    for row in validation:
+        assert row["best"] is (row["metric_after"] < lowest)
+        lowest = min(lowest, row["metric_after"])
+
+
+def test_validation_meets_the_same_tasks_every_time(tmp_path):
+    trainer = make_trainer(tmp_path, replace(CONFIG, outer_lr=1e-30, steps=8))
+    trainer.train()
+    first, second = (row for row in rows(tmp_path) if row["kind"] == "validation")
+    assert first["metric_after"] == second["metric_after"] and first["metric_before"] == second["metric_before"]
+
+
+def test_the_cosine_schedule_ends_at_zero(tmp_path):
+    trainer = make_trainer(tmp_path)
+    rates = []
+    for trainer.step in (0, 10, 20):
+        trainer._set_outer_lr()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-2, 5e-3, 0.0])
+
+
+def test_training_learns(tmp_path):
+    config = replace(CONFIG, steps=60, schedule="constant", validate_every=60, validation_tasks=20, meta_batch=8)
+    trainer = make_trainer(tmp_path, config)
+    before = {name: p.detach().clone() for name, p in trainer.learner.named_parameters()}
+    trainer.train()
+    losses = [row["loss"] for row in rows(tmp_path) if row["kind"] == "train"]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[1:6])
+    assert all(not torch.equal(before[name], p) for name, p in trainer.learner.named_parameters())
+
+
+def test_a_loss_that_is_not_finite_is_refused_and_the_checkpoint_stays(tmp_path):
+    trainer = make_trainer(tmp_path, replace(CONFIG, inner_lr=1e30))
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step 1: lower inner_lr \(1e\+30\)"):
+        trainer.train()
+    assert checkpoint.load(tmp_path / "checkpoints", "last")[1]["step"] == 0
+
+
+def test_a_state_with_nan_is_not_saved(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.save()
+    with torch.no_grad():
+        next(trainer.learner.parameters())[0] = float("nan")
+    with pytest.raises(ValueError, match="model/0.weight holds NaN or infinity"):
+        trainer.save()
+    tensors, _ = checkpoint.load(tmp_path / "checkpoints", "last")
+    assert torch.isfinite(tensors["model/0.weight"]).all()
+
+
+def test_the_time_limit_ends_training_and_is_counted_over_a_resume(tmp_path):
+    config = replace(CONFIG, steps=10_000, time_limit=0.5)
+    outcome = make_trainer(tmp_path, config).train()
+    assert outcome.reason == "time limit" and 0 < outcome.step < 10_000
+    assert outcome.best is not None, "what is reached at the limit is validated"
+    again = make_trainer(tmp_path, config)
+    again.resume()
+    assert (again.train().step, again.step) == (outcome.step, outcome.step)
+
+
+def test_resuming_on_other_tasks_is_refused(tmp_path):
+    make_trainer(tmp_path).train(until=2)
+    with pytest.raises(ValueError, match="shots"):
+        make_trainer(tmp_path, shots=5).resume()
+
+
+def test_resuming_nothing_is_refused(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match="there is no checkpoint"):
+        make_trainer(tmp_path).resume()
+
+
+def test_presets_take_changes_and_check_them():
+    config = preset("omniglot", ways=20, filters=8, steps=None)
+    assert (config.ways, config.model["filters"], config.steps) == (20, 8, PRESETS["omniglot"].steps)
+    assert RunConfig.from_json(config.to_json()) == config
+    assert preset("sinusoid", shots=7).eval_shots == (5, 7, 10, 20)
+    for wrong, sentence in [
+        ({"ways": 1}, "ways is 1, it must be at least 2"),
+        ({"meta_batch": 0}, "meta_batch is 0"),
+        ({"outer_lr": 0.0}, "outer_lr is 0.0, it must be above 0"),
+        ({"inner_steps": -1}, "inner_steps is -1"),
+        ({"time_limit": -1.0}, "time_limit is -1.0 seconds"),
+        ({"algorithm": "sgd"}, "'sgd' is not one of maml, fomaml"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            preset("omniglot", **wrong)
+    with pytest.raises(ValueError, match="no classes"):
+        preset("sinusoid", ways=5)
+    with pytest.raises(ValueError, match="has no filters"):
+        preset("sinusoid", filters=5)
+    with pytest.raises(ValueError, match="unknown data set 'mnist'"):
+        preset("mnist")
+
+
+def test_chunks_cover_all_tasks():
+    assert chunks(7, 3) == [3, 3, 1]
+    assert chunks(6, 3) == [3, 3]
+    assert chunks(2, 3) == [2]
