@@ -95,11 +95,15 @@ def read_network(model: nn.Module, layout: ParameterLayout) -> Network:
 def _trace(model: nn.Module) -> fx.Graph:
     arguments = list(inspect.signature(model.forward).parameters.values())
     defaults = {a.name: a.default for a in arguments[1:] if a.default is not inspect.Parameter.empty}
+    before = set(vars(model))
     try:
         return fx.Tracer().trace(model, concrete_args=defaults or None)
     except Exception as error:
         sentence = str(error).strip().split("\n")[0]
         raise Unsupported(f"torch.fx cannot trace the forward of {type(model).__name__}: {sentence}") from error
+    finally:
+        for name in set(vars(model)) - before:  # the tracer keeps tensor constants on the model
+            delattr(model, name)
 
 
 @contextmanager
@@ -156,7 +160,7 @@ class _Reader:
         if node.op == "get_attr":
             value: Any = self.model
             for part in str(node.target).split("."):
-                value = getattr(value, part)
+                value = getattr(value, part, None)
             return self._param(value, f"'{node.target}'")
         if node.op == "call_module":
             name = str(node.target)
