@@ -234,15 +234,25 @@ def _result(run: Run) -> str:
     every = tables.evaluation_table(evaluation, evaluation.inner_steps, trained)
     middle = tables.evaluation_table(evaluation, evaluation.inner_steps, trained, median=True)
     wall = evaluation.facts.get("wall_s")
+    origin = _origin(evaluation.facts)
     cost = f" Evaluating took {tables.duration(float(wall))}." if isinstance(wall, (int, float)) else ""
     tint = f" The tinted column is the number of inner steps used in training, {trained}." if trained in shown else ""
     text = (
         f"Every learner gets the same {_tasks_seen(evaluation)}, adapts on the support set and is judged on the query "
-        f"set; bands and ± are 95 % intervals.{tint}{cost}"
+        f"set; bands and ± are 95 % intervals.{tint}{origin}{cost}"
     )
     details = f"<details><summary>All inner steps, means and medians</summary>{every}{middle}</details>"
     name = "Accuracy" if evaluation.metric == "accuracy" else "Error"
     return _section(f"{name} against inner steps", text, grid + table + details)
+
+
+def _origin(facts: dict[str, Any]) -> str:
+    """Which parameters were evaluated."""
+    name = {"best": "the best checkpoint by validation", "last": "the last checkpoint"}.get(
+        str(facts.get("checkpoint"))
+    )
+    step = facts.get("step")
+    return f" Evaluated is {name}, outer step {plots.grouped(step)}." if name and isinstance(step, int) else ""
 
 
 def _examples(run: Run) -> str:
@@ -386,17 +396,22 @@ def _time(run: Run) -> str:
         pairs.append(("outer steps a second, median", tables.rate(middle)))
         if isinstance(tasks, int):
             pairs.append(("tasks a second, median", tables.rate(middle * tasks)))
-    pairs += [
-        ("backend", config.get("backend")),
-        ("threads", config.get("threads")),
-        ("machine", config.get("machine")),
-    ]
+    pairs += [*_engine(config), ("threads", config.get("threads")), ("machine", config.get("machine"))]
     versions = config.get("versions")
     if isinstance(versions, dict):
         pairs += [(str(name), str(version)) for name, version in versions.items()]
     left = f"<div>{tables.facts(pairs)}{_share_bar(float(share.mean())) if len(share) else ''}</div>"
     right = _figure(plots.speed_curve(train)) if len(speed) > 2 else ""
     return _section("Time and machine", "", f"<div class='figures'>{left}{right}</div>")
+
+
+def _engine(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What computed the gradients: the backend that "auto" became, whether fused, and the reason where it is not."""
+    engine = config.get("engine")
+    if not isinstance(engine, dict):
+        return [("backend", config.get("backend"))]
+    fused = ", fused" if engine.get("fused") else ""
+    return [("backend", f"{engine.get('backend')}{fused}"), ("because", engine.get("why") or None)]
 
 
 def _share_bar(share: float) -> str:
@@ -409,23 +424,33 @@ def _share_bar(share: float) -> str:
 
 
 def _setup(run: Run) -> str:
-    commands = "\n".join([_command(run), f"fastmaml evaluate {run.place}", f"fastmaml report {run.place}"])
+    commands = "\n".join([command(run), f"fastmaml evaluate {run.place}", f"fastmaml report {run.place}"])
     raw = escape(json.dumps(run.config, indent=2, ensure_ascii=False))
     again = f"<h3 style='margin-top:28px'>Run it again</h3><pre><code>{escape(commands)}</code></pre>"
     whole = f"<details><summary>config.json</summary><pre><code>{raw}</code></pre></details>"
     return _section("Setup", "", tables.config_cards(run.config) + again + whole)
 
 
-def _command(run: Run) -> str:
-    """config["command"] if the trainer wrote it, else the command as far as the configuration tells."""
-    config = run.config
-    if config.get("command"):
-        command = config["command"]
-        return " ".join(map(str, command)) if isinstance(command, list) else str(command)
-    parts = [
-        "fastmaml train",
-        str(config.get("dataset", "DATASET")),
-        "--algorithm",
-        str(config.get("algorithm", "maml")),
-    ]
-    return " ".join(parts + (["--seed", str(config["seed"])] if "seed" in config else []) + ["--out", run.place])
+# Settings in config.json that are options of `fastmaml train`. `root` is left out: it is a place on one machine.
+_TASK = ("ways", "shots", "query_shots")
+_LEARNING = ("algorithm", "inner_steps", "inner_lr", "meta_batch", "outer_lr", "schedule", "filters", "batch_norm")
+_RUN = ("steps", "time_limit", "validate_every", "eval_tasks", "backend", "memory", "seed")
+_OPTIONS = _TASK + _LEARNING + _RUN
+
+
+def command(run: Run, width: int = 96) -> str:
+    """The command that trains this run again, from config.json, with every setting written out."""
+    model = run.config.get("model")
+    settings = {**run.config, **({"filters": model.get("filters")} if isinstance(model, dict) else {})}
+    words = [f"fastmaml train {settings.get('dataset', 'DATASET')}"]
+    for name in _OPTIONS:
+        value = settings.get(name)
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            words.append(f"--{name.replace('_', '-')} {value}")
+    lines = [""]
+    for word in [*words, f"--out {run.place}"]:
+        if len(lines[-1]) + len(word) > width:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] = f"{lines[-1]} {word}" if lines[-1] else word
+    return "\n".join(lines)

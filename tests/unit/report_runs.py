@@ -25,7 +25,10 @@ CONFIG: dict[str, Any] = {
     "validation_tasks": 200,
     "eval_tasks": 600,
     "seed": 0,
-    "backend": "cpu",
+    "backend": "auto",
+    "engine": {"backend": "cpu", "fused": True, "why": ""},
+    "batch_norm": "transductive",
+    "validate_every": 200,
     "memory": "auto",
     "threads": 2,
     "machine": "2 cores, AVX2+FMA",
@@ -38,9 +41,8 @@ def sinusoid(folder: Path, steps: int = 70_000, every: int = 20, tasks: int = 8)
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     more = {"dataset": "sinusoid", "shots": 10, "query_shots": 10, "inner_lr": 0.01, "meta_batch": 25, "steps": steps}
-    model = {"name": "mlp", "sizes": [1, 40, 40, 1], "parameters": 1761}
-    command = f"fastmaml train sinusoid --algorithm maml --steps {steps} --seed 0 --out runs/{folder.name}"
-    config = {**CONFIG, **more, "model": model, "loss": "mse", "metric": "mse", "command": command}
+    model = {"name": "mlp", "sizes": [1, 40, 40, 1], "init": "truncated_normal"}
+    config = {**CONFIG, **more, "ways": None, "model": model, "loss": "mse", "metric": "mse"}
     write_json(folder / "config.json", config)
 
     at = np.arange(every, steps + 1, every)
@@ -99,14 +101,13 @@ def glyphs(folder: Path, steps: int = 2_000, ways: int = 5, shots: int = 1, task
         "meta_batch": 32,
         "steps": steps,
     }
-    model = {"name": "conv4", "filters": 64, "parameters": 112_005}
+    model = {"name": "conv4", "filters": 64}
     config = {
         **CONFIG,
         **more,
         "model": model,
         "loss": "cross_entropy",
         "metric": "accuracy",
-        "batch_norm": "transductive",
     }
     write_json(folder / "config.json", config)
 
@@ -187,8 +188,8 @@ def row(name: str, kind: str, mean: np.ndarray, ci95: np.ndarray) -> dict[str, A
 
 
 def evaluation(dataset: str, metric: str, tables: list[dict[str, Any]]) -> dict[str, Any]:
-    facts = {"dataset": dataset, "split": "test", "tasks": 600, "query_shots": 15, "wall_s": 21.4}
-    return {**facts, "metric": metric, "inner_steps": STEPS, "tables": tables}
+    facts = {"dataset": dataset, "split": "test", "tasks": 600, "query_shots": 15, "checkpoint": "best", "step": 1800}
+    return {**facts, "wall_s": 21.4, "metric": metric, "inner_steps": STEPS, "tables": tables}
 
 
 def comparison(rng: np.random.Generator, points: int = 60) -> list[dict[str, Any]]:

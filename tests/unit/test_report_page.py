@@ -145,7 +145,6 @@ def test_sections_of_a_finished_sinusoid_run(pages: dict[str, str]) -> None:
     ]
     assert [f"{shots} support points" in text for shots in (5, 10, 20)] == [True] * 3
     assert "cpu equals autodiff in 5 of 60 points" in text
-    assert "fastmaml train sinusoid --algorithm maml --steps 20000 --seed 0 --out runs/sinusoid" in text
 
 
 def test_an_unfinished_run_says_what_is_missing(pages: dict[str, str]) -> None:
@@ -210,6 +209,23 @@ def test_a_page_without_mistakes_or_probabilities(tmp_path: Path) -> None:
 def test_an_absolute_path_of_the_machine_is_not_in_the_commands(runs: dict[str, Path], pages: dict[str, str]) -> None:
     text = pages["glyphs"]
     assert "fastmaml evaluate glyphs" in text and str(runs["glyphs"].parent) not in text
+
+
+@pytest.mark.parametrize("name", ["sinusoid", "glyphs"])
+def test_the_command_trains_the_same_run(runs: dict[str, Path], name: str) -> None:
+    import shlex
+
+    from fastmaml.cli.main import make_parser
+
+    run = run_folder.read(runs[name])
+    run.config.update(time_limit=230.5, root="/somewhere/on/this/machine")
+    words = shlex.split(page.command(run).replace("\\\n", " "))
+    given = vars(make_parser().parse_args(words[1:]))
+    for setting in page._OPTIONS:
+        expected = run.config["model"].get("filters") if setting == "filters" else run.config.get(setting)
+        assert given[setting] == expected, setting
+    assert given["dataset"] == name and given["out"] == name and given["root"] is None
+    assert max(map(len, page.command(run).splitlines())) <= 100
 
 
 def test_commands_name_a_relative_folder_as_it_was_given(
