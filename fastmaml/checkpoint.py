@@ -1,8 +1,8 @@
 """Checkpoints: tensors in safetensors, everything else in JSON, nothing pickled.
 
-`NAME.json` is the checkpoint; it names its tensor file and that file's SHA-256. A save writes a new tensor file beside the old one, then
-replaces the JSON by one rename, then removes the old tensor file. Whatever stops it (kill -9, a full disk, a power cut), NAME.json
-still names a complete tensor file.
+`NAME.json` is the checkpoint; it names its tensor file and that file's SHA-256. A save writes a new tensor file beside
+the old one, then replaces the JSON by one rename, then removes the old tensor file. Whatever stops it (kill -9, a full
+disk, a power cut), NAME.json still names a complete tensor file.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class CheckpointError(OSError):
 def save(folder: str | Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
     """Write checkpoint `name` of `folder`: named `tensors` and a JSON-able `state`; returns the path of its JSON file.
 
-    The earlier checkpoint of that name stays valid until the new one is complete. Raises `CheckpointError` when the disk is full or
-    not writable (the earlier one is then untouched), `TypeError` for a state that JSON cannot hold.
+    The earlier checkpoint of that name stays valid until the new one is complete. Raises `CheckpointError` when the disk
+    is full or not writable (the earlier one is then untouched), `TypeError` for a state that JSON cannot hold.
     """
     folder = Path(folder)
     # Clones, because safetensors refuses tensors that share memory, as tied parameters do.
@@ -89,7 +89,7 @@ def exists(folder: str | Path, name: str) -> bool:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one rename, on disk before it returns; a failure leaves the old file and no temporary one."""
+    """Replace `path` by `data` in one rename, on disk before it returns; a failure leaves the old file as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -110,7 +110,7 @@ def why(error: OSError) -> str:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of any torch optimizer as named tensors `optimizer/<parameter>/<key>` and the rest, which JSON can hold."""
+    """The state of any torch optimizer: tensors named `optimizer/<parameter>/<key>`, and the rest, ready for JSON."""
     packed = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -164,7 +164,7 @@ def _write(file: Any, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; some file systems cannot open a folder, and there the rename is as durable as they make it."""
+    """Make a rename durable. Where a folder cannot be opened, the rename is as durable as the file system makes it."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

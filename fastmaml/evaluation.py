@@ -48,8 +48,9 @@ def evaluate_run(
         quiet: no progress bar.
 
     Returns:
-        What `evaluation.json` holds: for each number of shots the learner, the same network from its random initialisation and a predictor
-        without a network, with mean, 95 % interval (1.96 std / sqrt(tasks)) and median over tasks after each number of inner steps.
+        What `evaluation.json` holds: for each number of shots the learner, the same network from its random
+        initialisation and a predictor without a network, with mean, 95 % interval (1.96 std / sqrt(tasks)) and median over
+        tasks after each number of inner steps.
     """
     started = time.perf_counter()
     config = read_config(run_dir)

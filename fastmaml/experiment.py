@@ -27,7 +27,7 @@ _LEARNERS: dict[str, Any] = {"maml": MAML, "fomaml": FOMAML}
 def make_tasks(
     config: RunConfig, split: str, shots: int | None = None, query_shots: int | None = None, seed: int | None = None
 ) -> TaskSource:
-    """The tasks of a run's data set: `split` "train", "val" or "test", with other shots, query shots or seed where given."""
+    """The tasks of a run's data set: `split` "train", "val" or "test"; other shots, query shots or seed where given."""
     settings: dict[str, Any] = {
         "shots": shots or config.shots,
         "query_shots": query_shots or config.query_shots,
@@ -66,7 +66,7 @@ def make_learner(config: RunConfig) -> Any:
 
 
 def load_learner(run_dir: str | Path, config: RunConfig) -> tuple[Any, dict[str, Any]]:
-    """The meta-trained learner of a run: the best checkpoint by validation, the last one where there is none; and its state."""
+    """The meta-trained learner of a run and where it comes from: the best checkpoint by validation, else the last."""
     folder = Path(run_dir) / "checkpoints"
     name = "best" if checkpoint.exists(folder, "best") else "last"
     tensors, state = checkpoint.load(folder, name)
@@ -76,7 +76,7 @@ def load_learner(run_dir: str | Path, config: RunConfig) -> tuple[Any, dict[str,
 
 
 def seed_generators(seed: int) -> None:
-    """Seed the generators of torch, numpy and Python, which dropout and a user's own code draw from; tasks have streams of their own."""
+    """Seed the generators of torch, numpy and Python, for dropout and a user's code; tasks have their own streams."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -1,4 +1,4 @@
-"""Metrics of a batch of tasks, their summary over tasks, and the two places where a run writes them (JSONL and TensorBoard)."""
+"""Metrics of a batch of tasks, their summary over tasks, and where a run writes them: JSONL and TensorBoard."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def show(metric: str, value: float | None) -> str:
 
 
 class Summary(NamedTuple):
-    """Over tasks: the mean, the half width of its 95 % interval, the median. None where some tasks have no finite value."""
+    """Over tasks: the mean, the half width of its 95 % interval, the median. None for what is not finite."""
 
     mean: float | None
     ci95: float | None

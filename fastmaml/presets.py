@@ -1,4 +1,4 @@
-"""What a run is: `RunConfig`, and the published settings of each data set, translated for mean losses (ALGORITHMS 2.1)."""
+"""What a run is: `RunConfig`, and the published settings of each data set, translated for mean losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ALGORITHMS = ("maml", "fomaml")
 class RunConfig:
     """All that decides the numbers of a run; `config.json` of the run folder holds it.
 
-    Counts of `shots` and `query_shots` are per class, or per task where `ways` is None (regression). Rates are for mean losses.
+    `shots` and `query_shots` count per class, or per task where `ways` is None (regression). Rates are for mean losses.
     """
 
     dataset: str
@@ -63,8 +63,8 @@ class RunConfig:
         return checked(cls(**settings))
 
 
-# Finn et al. 2017, sections 5.1 and 5.2 with their released code. There the cross-entropy is summed over the ways, so its rate of 0.4 is 2.0 for a
-# mean; learn2learn reaches the paper's numbers with 0.5 on the mean, and 0.4 to 0.5 is the steadier choice for one inner step.
+# Finn et al. 2017, sections 5.1 and 5.2 with their released code. There the cross-entropy is summed over the ways, so
+# its rate of 0.4 is 2.0 for a mean; learn2learn reaches the paper's numbers with 0.5 on the mean, the steadier choice.
 PRESETS = {
     "sinusoid": RunConfig(
         dataset="sinusoid",
@@ -107,7 +107,7 @@ PRESETS = {
 
 
 def preset(dataset: str, **changes: Any) -> RunConfig:
-    """The settings published for `dataset` with `changes`; a change of None keeps the preset's value, `filters` goes to the model.
+    """The settings published for `dataset` with `changes`; None keeps the preset's value, `filters` goes to the model.
 
     Raises ValueError for a data set without a preset and for values out of range.
     """

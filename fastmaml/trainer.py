@@ -3,7 +3,8 @@
     trainer = Trainer(learner, train_tasks, validation_tasks, config, run_dir)
     outcome = trainer.train()
 
-A run is a function of its config: it goes through the same bits in one piece or in several, each resumed from the last checkpoint.
+A run is a function of its config: it goes through the same bits in one piece or in several, each resumed from the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SAVE_EVERY_S = 60.0  # between validations; when it falls changes no result
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended: reason "finished", "interrupted" or "time limit"; `best` is the best validation row, if any."""
+    """How training ended: reason "finished", "interrupted" or "time limit"; `best` the best validation row or None."""
 
     reason: str
     step: int
@@ -40,8 +41,8 @@ class Outcome:
 class Trainer:
     """Meta-trains `learner` on `train_tasks` into the run folder `run_dir`, with Adam at `config.outer_lr`.
 
-    `learner` is called as learner(support_x, support_y, query_x, query_y) and answers with `.loss` (differentiable), `.query_output`
-    and `.support_losses`. `validation_tasks` are the same tasks at every validation.
+    `learner` is called as learner(support_x, support_y, query_x, query_y) and answers with `.loss` (differentiable),
+    `.query_output` and `.support_losses`. Every validation meets the same first tasks of `validation_tasks`.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Trainer:
         parameters = [p for p in learner.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("the learner has no trainable parameter")
-        # Fused: one call for all parameters, where the loop over them would cost as much as a small network's meta-gradient.
+        # Fused: one call for all parameters; the loop over them would cost as much as a small network's meta-gradient.
         self.optimizer = torch.optim.Adam(parameters, lr=config.outer_lr, fused=True)
         self.metric = METRICS[config.metric]
         self.step = 0
@@ -86,10 +87,10 @@ class Trainer:
         self.train_tasks.load_state_dict(state["sampler"])
 
     def train(self, until: int | None = None) -> Outcome:
-        """Train to `config.steps`, or to step `until` as if interrupted there; the last checkpoint holds where it stopped.
+        """Train to `config.steps`, or to step `until` as if interrupted; checkpoint `last` holds where it stopped.
 
-        The first Ctrl-C or SIGTERM lets the step end, saves and returns. Raises ValueError when the loss is not finite, `CheckpointError`
-        when a checkpoint cannot be written; the checkpoint before stays valid in both cases.
+        The first Ctrl-C or SIGTERM lets the step end, saves and returns. Raises ValueError when the loss is not finite,
+        `CheckpointError` when a checkpoint cannot be written; the checkpoint before stays valid in both cases.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._writer = MetricsWriter(self.run_dir, last_step=self.step if self.step else -1)
@@ -146,8 +147,8 @@ class Trainer:
         loss = out.loss.item()
         if not math.isfinite(loss):
             raise ValueError(
-                f"the loss is {loss} at step {self.step + 1}: lower inner_lr ({config.inner_lr}) or outer_lr ({config.outer_lr}); "
-                f"the last checkpoint in {self.checkpoints} is from before"
+                f"the loss is {loss} at step {self.step + 1}: lower inner_lr ({config.inner_lr}) or outer_lr "
+                f"({config.outer_lr}); the last checkpoint in {self.checkpoints} is from before"
             )
         out.loss.backward()
         step = self.step + 1
@@ -236,7 +237,7 @@ class Trainer:
 
 
 class _Window:
-    """Sums over the steps since the last row of metrics; part of a checkpoint, so that a resumed run writes the same rows."""
+    """Sums over the steps since the last row of metrics; in the checkpoint, so that a resumed run has the same rows."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""fastmaml doctor: what this machine offers, which backends run and why others do not, and whether their gradients agree."""
+"""fastmaml doctor: what this machine offers, which backends run, why others do not, whether their gradients agree."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="say what works on this machine",
-        description="Says what this machine offers and checks that the backends agree. Exit code 0: the compiled engine works; 1: something is broken.",
+        description="Says what this machine offers and checks that the backends agree. Exit code 0: the compiled "
+        "engine works; 1: something is broken.",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the network and tasks of the check")
     parser.add_argument("--out", metavar="FILE", help="write the findings as JSON too")
@@ -119,7 +120,7 @@ def _cache(folder: Path) -> Finding:
 
 
 def _backends(seed: int) -> Iterator[Finding]:
-    """For every backend whether it runs a small convolutional network, and how far its meta-gradient is from autodiff's."""
+    """For every backend whether it runs a small convolutional network, and how far it is from autodiff's result."""
     model, batch = _small_problem(seed)
     expected = _meta_gradient(model, batch, "autodiff")
     for name in BACKENDS[1:]:

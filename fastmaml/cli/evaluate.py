@@ -14,7 +14,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="evaluate a run on held-out tasks",
-        description="Evaluates the best checkpoint of a run on held-out test tasks after 0 to 10 inner steps, beside two baselines.",
+        description="Evaluates the best checkpoint of a run on held-out test tasks after 0 to 10 inner steps, beside "
+        "two baselines.",
     )
     parser.add_argument("run_dir", metavar="RUN", help="folder that `fastmaml train` wrote")
     parser.add_argument("--eval-tasks", type=int, metavar="N", help="held-out tasks (default: as the run says, 600)")

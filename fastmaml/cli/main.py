@@ -14,7 +14,7 @@ COMMANDS = (train, evaluate, report, data, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 1 failed (one sentence on stderr), 2 usage, 130 interrupted."""
+    """Run the command line; its exit code is 0 done, 1 failed (one sentence on stderr), 2 usage, 130 interrupted."""
     args = make_parser().parse_args(argv)
     try:
         return args.run(args) or 0

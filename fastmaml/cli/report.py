@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page into the run's folder, copy it to `out` if given, and return its path. Imports matplotlib only now."""
-    from fastmaml import report
+    """Write the page into the run's folder, copy it to `out` if given, and return its path."""
+    from fastmaml import report  # imports matplotlib
 
     page = report.write(run_dir)
     return page if out is None else Path(shutil.copyfile(page, out))

@@ -41,7 +41,7 @@ def command(*arguments: object) -> str:
 
 
 def evaluation_table(results: dict[str, Any]) -> str:
-    """What `evaluation.json` holds as aligned text: a line for each predictor, a column for some numbers of inner steps."""
+    """What `evaluation.json` holds as aligned text: a line for each predictor, columns for numbers of inner steps."""
     return "\n\n".join(_table(results, table) for table in results["tables"])
 
 

@@ -16,7 +16,7 @@ from fastmaml.metrics import show
 from fastmaml.presets import ALGORITHMS, PRESETS, RunConfig, checked, preset
 from fastmaml.trainer import Outcome, Trainer
 
-# Options that are settings of RunConfig, and `filters` of its network. Only the free ones may change when a run goes on.
+# Options that are settings of RunConfig, and `filters` of its network. Only the free may change when a run goes on.
 _TASK = ("ways", "shots", "query_shots", "meta_batch")
 _LEARNING = ("algorithm", "inner_lr", "inner_steps", "outer_lr", "schedule", "filters", "batch_norm", "seed")
 _FIXED = (*_TASK, *_LEARNING, "validate_every")
@@ -28,8 +28,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="meta-train on a data set",
-        description="Meta-trains a network, evaluates it on held-out tasks and writes a report. Where an option is not given, the "
-        "published setting of the data set holds.",
+        description="Meta-trains a network, evaluates it on held-out tasks and writes a report. Where an option is not "
+        "given, the published setting of the data set holds.",
     )
     parser.add_argument("dataset", nargs="?", choices=sorted(PRESETS), metavar="DATASET", help=", ".join(PRESETS))
     task = parser.add_argument_group("tasks")
@@ -150,15 +150,17 @@ def _headline(config: RunConfig, learner: Any, run_dir: Path, step: int) -> str:
     backend = engine.backend if engine.fused else f"{engine.backend} ({engine.why})"
     position = f", from step {step}" if step else ""
     return (
-        f"{config.dataset}: {config.algorithm.upper()}, {task}, {config.inner_steps} inner step(s) at {config.inner_lr}, "
-        f"{config.meta_batch} tasks a step, {config.steps} steps{position}\n"
+        f"{config.dataset}: {config.algorithm.upper()}, {task}, {config.inner_steps} inner step(s) at "
+        f"{config.inner_lr}, {config.meta_batch} tasks a step, {config.steps} steps{position}\n"
         f"{config.model['name']} with {parameters} parameters on {backend}; run folder {run_dir}"
     )
 
 
 def _summary(config: RunConfig, outcome: Outcome) -> str:
     why = {"finished": "", "interrupted": " (interrupted)", "time limit": " (time limit)"}[outcome.reason]
-    text = f"{outcome.step} of {config.steps} steps{why} in {duration(outcome.elapsed_s)}, {100 * outcome.sampling_share:.1f} % of it sampling tasks"
+    text = f"{outcome.step} of {config.steps} steps{why} in {duration(outcome.elapsed_s)}"
+    text += f", {100 * outcome.sampling_share:.1f} % of it sampling tasks"
     if outcome.best is not None:
-        text += f"; best validation {config.metric} {show(config.metric, outcome.best['metric_after'])} at step {outcome.best['step']}"
+        best = show(config.metric, outcome.best["metric_after"])
+        text += f"; best validation {config.metric} {best} at step {outcome.best['step']}"
     return text

@@ -85,7 +85,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch, failing
 
     monkeypatch.setattr(checkpoint, "_write", full)
     with pytest.raises(
-        checkpoint.CheckpointError, match="no space left on device.*the earlier .*last.json is untouched"
+        checkpoint.CheckpointError, match=r"no space left on device.*the earlier .*last.json is untouched"
     ) as error:
         checkpoint.save(tmp_path, "last", *state_of(2))
     assert "\n" not in str(error.value)
@@ -192,7 +192,7 @@ def test_damage_is_named(tmp_path):
     (tensor_file,) = tmp_path.glob("*.safetensors")
     data = tensor_file.read_bytes()
     tensor_file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(checkpoint.CheckpointError, match="damaged.*is not the file it was saved with"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"damaged.*is not the file it was saved with"):
         checkpoint.load(tmp_path, "last")
     tensor_file.unlink()
     with pytest.raises(checkpoint.CheckpointError, match="which is missing"):

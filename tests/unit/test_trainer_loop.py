@@ -125,7 +125,7 @@ def test_a_full_disk_stops_training_and_loses_nothing(tmp_path, straight, monkey
         write(file, data)
 
     monkeypatch.setattr(checkpoint, "_write", full)
-    with pytest.raises(checkpoint.CheckpointError, match="no space left on device.*untouched"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"no space left on device.*untouched"):
         trainer.train()
     monkeypatch.undo()
     trainer = make_trainer(tmp_path)
@@ -199,7 +199,7 @@ def test_a_state_with_nan_is_not_saved(tmp_path):
     trainer.save()
     with torch.no_grad():
         next(trainer.learner.parameters())[0] = float("nan")
-    with pytest.raises(ValueError, match="model/0.weight holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"model/0\.weight holds NaN or infinity"):
         trainer.save()
     tensors, _ = checkpoint.load(tmp_path / "checkpoints", "last")
     assert torch.isfinite(tensors["model/0.weight"]).all()
