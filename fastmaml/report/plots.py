@@ -169,7 +169,8 @@ def _log_y(axes: Any) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     span = math.log10(high / low)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if span > 2.2 else (1.0, 2.0, 5.0), numticks=9))
+    subs = (1.0,) if span > 2.2 else (1.0, 2.0, 5.0) if span > 0.8 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
     axes.yaxis.set_major_formatter(FuncFormatter(decade))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

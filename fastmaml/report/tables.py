@@ -56,6 +56,8 @@ def measure(metric: str, value: float, half: float = math.nan) -> tuple[str, str
     digits = 2 if scale == 0 else min(6, max(0, 1 - math.floor(math.log10(scale))))
     if metric == "accuracy":
         digits = min(2, max(1, digits))
+    elif abs(value) < 100:
+        digits = max(digits, 2)
     return f"{value:.{digits}f}", f"{half:.{digits}f}" if math.isfinite(half) else ""
 
 

@@ -108,6 +108,8 @@ def test_spread_moves_labels_apart_and_keeps_their_order(share: float) -> None:
         ("accuracy", 0.2, math.nan, "20.0 %"),
         ("mse", 0.094217, 0.0094, "0.0942 ± 0.0094"),
         ("mse", 4.2471, 0.3012, "4.25 ± 0.30"),
+        ("mse", 4.2471, 1.1, "4.25 ± 1.10"),
+        ("mse", 5120.3, 830.0, "5120 ± 830"),
         ("mse", math.nan, math.nan, "diverged"),
     ],
 )
