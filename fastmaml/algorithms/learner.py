@@ -62,7 +62,7 @@ class Adapted:
 
 
 class Learner(nn.Module):
-    """Base of the learners. `parameters()` are the model's, then the learnable rates; `state_dict()` has the model's own keys.
+    """Base of the learners. `parameters()` are the model's and the learnable rates; `state_dict()` has the model's own keys.
 
     inner_lr: a number, a tensor, or a dict by parameter name (Engine.meta_gradient says which shapes). An nn.Parameter, alone
     or in the dict, is learnable: it gets its exact gradient, and the state_dict holds it as "inner_lr" or "inner_lr.NAME".
