@@ -34,8 +34,8 @@ class CheckpointError(OSError):
 def save(folder: str | Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
     """Write checkpoint `name` of `folder`: named `tensors` and a JSON-able `state`; returns the path of its JSON file.
 
-    The earlier checkpoint of that name stays valid until the new one is complete. Raises `CheckpointError` when the disk
-    is full or not writable (the earlier one is then untouched), `TypeError` for a state that JSON cannot hold.
+    The earlier checkpoint of that name stays valid until the new one is complete. Raises `CheckpointError` when the
+    disk is full or not writable (the earlier one is then untouched), `TypeError` for a state that JSON cannot hold.
     """
     folder = Path(folder)
     # Clones, because safetensors refuses tensors that share memory, as tied parameters do.

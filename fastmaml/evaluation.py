@@ -24,11 +24,10 @@ from fastmaml.metrics import METRICS, Metric, summarise
 from fastmaml.presets import RunConfig, checked
 from fastmaml.progress import progress
 from fastmaml.tasks import Sinusoid, TaskBatch
-from fastmaml.trainer import chunks
+from fastmaml.trainer import CHUNK, chunks
 
 EXAMPLE_TASKS = 6
 GRID_POINTS = 201
-CHUNK = 25  # tasks at a time
 
 
 def evaluate_run(
@@ -49,8 +48,8 @@ def evaluate_run(
 
     Returns:
         What `evaluation.json` holds: for each number of shots the learner, the same network from its random
-        initialisation and a predictor without a network, with mean, 95 % interval (1.96 std / sqrt(tasks)) and median over
-        tasks after each number of inner steps.
+        initialisation and a predictor without a network, with mean, 95 % interval (1.96 std / sqrt(tasks)) and median
+        over tasks after each number of inner steps.
     """
     started = time.perf_counter()
     config = read_config(run_dir)

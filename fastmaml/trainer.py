@@ -24,6 +24,7 @@ from fastmaml.presets import RunConfig
 from fastmaml.progress import progress, stop_on_signal
 from fastmaml.tasks.source import TaskSource
 
+CHUNK = 25  # validation and test tasks at a time
 SAVE_EVERY_S = 60.0  # between validations; when it falls changes no result
 
 
@@ -185,7 +186,7 @@ class Trainer:
         """Loss and metric on the fixed validation tasks; the best parameters so far become checkpoint `best`."""
         losses, before, after = [], [], []
         with torch.no_grad():
-            for chunk, count in enumerate(chunks(self.config.validation_tasks, self.config.meta_batch)):
+            for chunk, count in enumerate(chunks(self.config.validation_tasks, CHUNK)):
                 batch = self.validation_tasks.sample(count, step=chunk)
                 out = self.learner(*batch)
                 losses.append(out.task_losses.double())

@@ -19,7 +19,7 @@ from fastmaml.trainer import Outcome, Trainer
 # Options that are settings of RunConfig, and `filters` of its network. Only the free may change when a run goes on.
 _TASK = ("ways", "shots", "query_shots", "meta_batch")
 _LEARNING = ("algorithm", "inner_lr", "inner_steps", "outer_lr", "schedule", "filters", "batch_norm", "seed")
-_FIXED = (*_TASK, *_LEARNING, "validate_every")
+_FIXED = (*_TASK, *_LEARNING, "validate_every", "validation_tasks")
 _FREE = ("steps", "time_limit", "backend", "memory", "root", "eval_tasks")
 
 
@@ -62,6 +62,7 @@ def add_parser(subparsers: Any) -> None:
         "--time-limit", type=float, metavar="SECONDS", help="of training, earlier parts of a resumed run included"
     )
     run_group.add_argument("--validate-every", type=int, metavar="N", help="outer steps between validations")
+    run_group.add_argument("--validation-tasks", type=int, metavar="N", help="fixed tasks of every validation")
     run_group.add_argument(
         "--eval-tasks", type=int, metavar="N", help="held-out tasks of the evaluation (default: 600)"
     )
