@@ -61,8 +61,8 @@ class Trainer:
         parameters = [p for p in learner.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("the learner has no trainable parameter")
-        # Fused: one call for all parameters; the loop over them would cost as much as a small network's meta-gradient.
-        self.optimizer = torch.optim.Adam(parameters, lr=config.outer_lr, fused=True)
+        # Not fused: that starts threads for every small tensor, which on a busy machine costs more than the meta-gradient.
+        self.optimizer = torch.optim.Adam(parameters, lr=config.outer_lr, foreach=False)
         self.metric = METRICS[config.metric]
         self.step = 0
         self.elapsed_s = 0.0
