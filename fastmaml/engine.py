@@ -50,16 +50,13 @@ class Solution(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _load_compiled() -> str:
-    """Imports fastmaml._C, building it when it is missing; returns "" or the sentence that says why it cannot."""
-    try:
-        import fastmaml._C  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
-    except ImportError:
-        from fastmaml import build
+    """Loads fastmaml._C, building it when it is missing; returns "" or the sentence that says why it cannot."""
+    from fastmaml import build
 
-        try:
-            build.load()
-        except build.BuildError as error:
-            return f"the compiled module is not available: {error}"
+    try:
+        build.load()
+    except build.BuildError as error:
+        return f"the compiled module is not available: {error}"
     return ""
 
 
@@ -261,7 +258,7 @@ class Engine:
             loss, grad, _ = self._autodiff.begin().grad(self._per_task(params, x), self._weighted(at))
         else:
             loss, grad = self._run("grad", program, params, *at)
-        return loss, self._masked(grad)
+        return loss, _masked(grad, self._mask(grad))
 
     @_without_graph
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, v: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -270,13 +267,15 @@ class Engine:
         program, at = self._examples("x", x, "y", y, "weights", weights, params)
         v = self._direction(v, x, params)
         self._autodiff.begin()
-        return self._hvp(program, params, at, v)
+        return self._hvp(program, params, at, v, self._mask(params))
 
-    def _hvp(self, program: Program | None, params: Tensor, at: _Given, v: Tensor) -> Tensor:
-        v = self._masked(v)
+    def _hvp(self, program: Program | None, params: Tensor, at: _Given, v: Tensor, mask: Tensor | None) -> Tensor:
+        v = _masked(v, mask)
         if program is None:
-            return self._masked(self._autodiff.hvp(self._per_task(params, at.x), self._weighted(at), v)[1])
-        return self._masked(self._run("hvp", program, params, *at, v)[0])
+            hv = self._autodiff.hvp(self._per_task(params, at.x), self._weighted(at), v)[1]
+        else:
+            hv = self._run("hvp", program, params, *at, v)[0]
+        return _masked(hv, mask)
 
     @_without_graph
     def solve(
@@ -303,12 +302,13 @@ class Engine:
         if lam <= 0:
             raise ValueError(f"lam is {lam}; it must be positive")
         steps = checks.whole_number("steps", steps, 1)
-        if program is not None and self._mask(params) is None:
+        mask = self._mask(params)
+        if program is not None and mask is None:
             return Solution(*self._run("solve", program, params, *at, v, lam, steps, damping))
         self._autodiff.begin()
 
         def operator(p: Tensor) -> Tensor:
-            return (1.0 + damping) * p + self._hvp(program, params, at, p) / lam
+            return (1.0 + damping) * p + self._hvp(program, params, at, p, mask) / lam
 
         return Solution(*conjugate_gradients(operator, v, steps))
 
@@ -424,8 +424,8 @@ class Engine:
             )
             rate_grad = rate_rows.sum(0) if inner_lr_grad else None
         if rate_grad is not None:
-            rate_grad = collapse_rates(self._masked(rate_grad), inner_lr, self.layout)
-        return MetaGradient(loss, self._masked(grad), output, rate_grad, support_losses)
+            rate_grad = collapse_rates(_masked(rate_grad, mask), inner_lr, self.layout)
+        return MetaGradient(loss, _masked(grad, mask), output, rate_grad, support_losses)
 
     # ---------------------------------------------------------------- checks and calls
 
@@ -481,10 +481,6 @@ class Engine:
     def _mask(self, like: Tensor) -> Tensor | None:
         return self.layout.trainable(self.model, like)
 
-    def _masked(self, vector: Tensor) -> Tensor:
-        mask = self._mask(vector)
-        return vector if mask is None else vector * mask
-
     def _run(self, op: str, program: Program, params: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """Calls a compiled op; the reference backend computes in float64 and answers in the caller's type."""
         dtype = params.dtype
@@ -494,6 +490,10 @@ class Engine:
         result = getattr(torch.ops.fastmaml, op)(program.text, self.backend, *given)
         results = (result,) if isinstance(result, Tensor) else tuple(result)
         return tuple(r.to(dtype) for r in results)
+
+
+def _masked(vector: Tensor, mask: Tensor | None) -> Tensor:
+    return vector if mask is None else vector * mask
 
 
 class _Given(NamedTuple):

@@ -140,6 +140,8 @@ class Writer:
         trailing = layer.options["trailing"]
         if x.shape[-len(trailing) :] != trailing:
             raise ValueError(f"{layer.where} normalises {list(trailing)} and gets {list(x.shape)}")
+        if len(trailing) < len(x.shape):
+            raise Unsupported(f"{layer.where} normalises only the last of {list(x.shape)}, a fused one takes them all")
         weight, bias, eps = (layer.options[key] for key in ("weight", "bias", "eps"))
         options = {"weight": weight, "bias": bias, "eps": eps, "dims": len(trailing)}
         return self._line("layer_norm", (x,), options, x.shape)

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from unrolled import BACKENDS
 
+from fastmaml import Engine
 from fastmaml.fused_layers import Unsupported
 from fastmaml.models import conv4, mlp, sinusoid_mlp
 from fastmaml.network import read_network
@@ -138,7 +140,7 @@ SEQUENTIAL = {
         ),
         (3,),
     ),
-    "layer norm of rows": (nn.Sequential(nn.Conv2d(1, 2, 1), nn.LayerNorm([4, 3])), (1, 4, 3)),
+    "layer norm of images": (nn.Sequential(nn.Conv2d(1, 2, 1), nn.LayerNorm([2, 4, 3])), (1, 4, 3)),
     "gelu tanh": (nn.Sequential(nn.Linear(2, 2), nn.GELU(approximate="tanh"), nn.Identity(), nn.LeakyReLU(0.2)), (2,)),
     "inplace": (nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(3, 1)), (2,)),
     "nested": (nn.Sequential(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), nn.Sequential(nn.Linear(3, 1))), (2,)),
@@ -173,7 +175,7 @@ class Functional(nn.Module):
         h = F.avg_pool2d(h, kernel_size=2, stride=1)
         h += F.silu(h)
         h = h.add(F.gelu(h, approximate="tanh")).contiguous()
-        h = F.layer_norm(h, (3, 3)).tanh()
+        h = F.layer_norm(h, (4, 3, 3)).tanh()
         h = F.adaptive_avg_pool2d(h, 1)
         h = torch.sigmoid(torch.flatten(h, 1))
         return F.linear(h, self.head)
@@ -209,6 +211,28 @@ class Wrapped(nn.Module):
 def test_functions_methods_and_residual_sums_are_read():
     torch.manual_seed(0)
     expect_same(Functional(), (2, 6, 6))
+
+
+def test_a_value_added_to_itself_counts_twice():
+    torch.manual_seed(0)
+    expect_same(Wrapped(lambda x: (x + x).flatten(1)), (1, 2, 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("name", [*SEQUENTIAL, "functional", "twice"])
+def test_the_compiled_module_reads_the_text_as_meant(name, backend):
+    torch.manual_seed(0)
+    own = {"functional": (Functional(), (2, 6, 6)), "twice": (Wrapped(lambda x: (x + x).tanh().flatten(1)), (1, 2, 2))}
+    model, shape = {**SEQUENTIAL, **own}[name]
+    model = model.double()
+    x = torch.randn(2, 4, *shape, dtype=torch.float64)
+    engines = [Engine(model, "mse", b) for b in (backend, "autodiff")]
+    assert engines[0].fused
+    theta = engines[0].flatten() + 0.1 * torch.randn(2, engines[0].layout.size, dtype=torch.float64)
+    y, v = torch.randn_like(engines[1].forward(theta, x)), torch.randn_like(theta)
+    for result, expected in zip(*[(e.forward(theta, x), *e.grad(theta, x, y), e.hvp(theta, x, y, v)) for e in engines]):
+        # Absolute part: a bias in front of batch norm has gradient zero, of which both sides keep rounding errors.
+        assert torch.allclose(result, expected, rtol=1e-9, atol=1e-11 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", FLATTENINGS)
@@ -310,6 +334,7 @@ REFUSED = {
     "conv1d": (nn.Conv1d(2, 2, 1), (2, 6), "layer '1' (Conv1d) is not one of the fused layers"),
     "softplus": (nn.Softplus(), image, "layer '1' (Softplus) is not one of the fused layers"),
     "linear on images": (nn.Linear(6, 6), image, "acts on the last dimension of [2, 6, 6], only flat input is fused"),
+    "layer norm of rows": (nn.LayerNorm([6, 6]), image, "normalises only the last of [2, 6, 6]"),
     "partial flatten": (nn.Flatten(2), image, "flattens only dimensions 2 to 3"),
 }
 
