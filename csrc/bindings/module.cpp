@@ -1,0 +1,101 @@
+// The list of everything Python can reach: torch.ops.fastmaml.* and the functions of the module fastmaml._C.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+
+#include "bindings/calls.h"
+#include "bindings/threads.h"
+#include "cpu/isa/choose_isa.h"
+
+// T tasks, N examples, P parameters in torch's order, K inner steps, B running statistics. program: the text of fastmaml/program_text.py.
+STABLE_TORCH_LIBRARY(fastmaml, m) {
+  m.def("forward(str program, str backend, Tensor params, Tensor x, Tensor? support_x, Tensor buffers) -> Tensor");
+  m.def(
+      "grad(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor buffers) -> (Tensor loss, Tensor grad)");
+  m.def(
+      "hvp(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor v, Tensor buffers) -> Tensor");
+  m.def(
+      "adapt(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor rates, int inner_steps, Tensor buffers) "
+      "-> (Tensor params, Tensor losses)");
+  m.def(
+      "meta_gradient(str program, str backend, Tensor theta, Tensor support_x, Tensor support_y, Tensor? support_weights, Tensor query_x, "
+      "Tensor query_y, Tensor? query_weights, Tensor? task_weights, Tensor rates, int inner_steps, bool first_order, str memory, "
+      "bool rate_grad, Tensor buffers) "
+      "-> (Tensor loss, Tensor grad, Tensor query_output, Tensor support_losses, Tensor rate_grad)");
+  m.def(
+      "solve(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor v, float lam, int steps, float damping, "
+      "Tensor buffers) -> (Tensor solution, Tensor residual)");
+  m.def(
+      "passes(str program, str backend, bool dual, Tensor params, Tensor params_dot, Tensor x, Tensor x_dot, Tensor dy, Tensor dy_dot, "
+      "Tensor buffers) -> (Tensor y, Tensor y_dot, Tensor dx, Tensor dx_dot, Tensor dparams, Tensor dparams_dot)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastmaml, CPU, m) {
+  m.impl("forward", TORCH_BOX(&fastmaml::forward_call));
+  m.impl("grad", TORCH_BOX(&fastmaml::grad_call));
+  m.impl("hvp", TORCH_BOX(&fastmaml::hvp_call));
+  m.impl("adapt", TORCH_BOX(&fastmaml::adapt_call));
+  m.impl("meta_gradient", TORCH_BOX(&fastmaml::meta_gradient_call));
+  m.impl("solve", TORCH_BOX(&fastmaml::solve_call));
+  m.impl("passes", TORCH_BOX(&fastmaml::passes_call));
+}
+
+namespace {
+
+using namespace fastmaml;
+
+std::shared_ptr<const Plan> plan(const std::string& program, const std::string& kind, const std::string& backend, int64_t real_bytes,
+                                 int64_t support_examples, int64_t query_examples, int inner_steps, const std::string& memory,
+                                 bool first_order, bool rate_grad) {
+  Work work;
+  work.kind = kind_named(kind);
+  work.how.support_examples = support_examples;
+  work.how.query_examples = query_examples;
+  work.how.inner_steps = work.solve_steps = inner_steps;
+  work.how.first_order = first_order;
+  work.how.rate_grad = rate_grad;
+  work.memory = work.kind == Kind::meta_gradient ? memory_named(memory) : Memory::low;
+  return plan_for(program, table_named(backend, size_t(real_bytes)), work);
+}
+
+std::string steps_of(const Plan& plan) { return to_string(plan.schedule); }
+size_t arena_bytes_of(const Plan& plan) { return plan.arena_bytes(); }
+
+// A function of the arguments of plan().
+template <auto kOf, class... A>
+auto planned(std::shared_ptr<const Plan> (*make)(A...)) {
+  return [make](A... how) { return kOf(*make(how...)); };
+}
+
+// of one example, as torch has it
+std::vector<int64_t> output_shape(const std::string& text) {
+  const Shape shape = program_of(text)->output_shape();
+  return shape.image ? std::vector<int64_t>{shape.C, shape.H, shape.W} : std::vector<int64_t>{shape.C};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using namespace pybind11::literals;
+  m.doc() = "The compiled engine. Importing it registers torch.ops.fastmaml.*; engine.py is its only caller.";
+
+  m.def(
+      "describe", [](const std::string& program) { return to_string(*program_of(program)); }, "program"_a,
+      "The network as the engine computes it, a line per value.");
+  m.def("output_shape", &output_shape, "program"_a, "The output of one example, in torch's order.");
+  const auto def_planned = [&](const char* name, const auto& function, const char* doc) {
+    m.def(name, function, "program"_a, "kind"_a, "backend"_a = "cpu", "real_bytes"_a = 4, "support_examples"_a = 1, "query_examples"_a = 1,
+          "inner_steps"_a = 1, "memory"_a = "low", "first_order"_a = false, "rate_grad"_a = false, doc);
+  };
+  def_planned("steps", planned<steps_of>(&plan), "The Schedule of one kind of work, a line per Step.");
+  def_planned("arena_bytes", planned<arena_bytes_of>(&plan), "The memory that one task in flight takes, in bytes.");
+
+  m.def("cpu_isa", &cpu_isa, "The instruction set that the cpu backend runs on.");
+  m.def("set_cpu_isa", &set_cpu_isa, "name"_a, "Chooses one of available_isas(); \"\" restores the widest.");
+  m.def("available_isas", &available_cpu_isas, "The instruction sets that this machine can run, narrowest first.");
+  m.def("thread_count", &thread_count, "torch.get_num_threads(), as the engine sees it.");
+  m.def("threads_seen", &threads_seen, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "How many threads took part in one parallel loop.");
+
+  pybind11::module_::import("fastmaml.fakes");  // the operators' shapes, for torch.compile
+}

@@ -1,0 +1,163 @@
+#include "bindings/plans.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <unordered_map>
+
+namespace fastmaml {
+namespace {
+
+constexpr size_t kStashBytes = size_t(256) << 20;  // a task: beyond that, "auto" recomputes
+constexpr size_t kCached = 64;                     // a plan of 100 inner steps of Conv4 holds megabytes of Steps
+
+// Values by key. When it is full everything goes: a program that makes that many plans has no favourites.
+template <class Value>
+class Cache {
+ public:
+  template <class Make>
+  std::shared_ptr<const Value> get(const std::string& key, const Make& make) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = values_.find(key);
+      if (found != values_.end()) return found->second;
+    }
+    auto made = std::make_shared<const Value>(make());
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (values_.size() >= kCached) values_.clear();
+    return values_.emplace(key, std::move(made)).first->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<std::string, std::shared_ptr<const Value>> values_;
+};
+
+std::string key_of(const std::string& text, const OpTable& table, const Work& work) {
+  const Adaptation& how = work.how;
+  const int64_t numbers[] = {
+      int64_t(reinterpret_cast<uintptr_t>(&table)),  // one table for each backend, type and instruction set
+      int64_t(work.kind),
+      int64_t(work.memory),
+      work.solve_steps,
+      work.dual,
+      how.support_examples,
+      how.query_examples,
+      how.inner_steps,
+      how.rates_per_step,
+      how.first_order,
+      how.rate_grad,
+      how.support_weights,
+      how.query_weights,
+  };
+  return std::string(reinterpret_cast<const char*>(numbers), sizeof numbers) + text;
+}
+
+Schedule schedule_of(const Program& net, const Work& work) {
+  const Adaptation& how = work.how;
+  switch (work.kind) {
+    case Kind::forward: return forward_schedule(net, how.query_examples, how.support_examples);
+    case Kind::gradient: return gradient_schedule(net, how.support_examples, how.support_weights);
+    case Kind::hvp: return hvp_schedule(net, how.support_examples, how.support_weights);
+    case Kind::adapt: return adapt_schedule(net, how);
+    case Kind::meta_gradient: return meta_gradient_schedule(net, how);
+    case Kind::solve: return conjugate_gradient_schedule(net, how.support_examples, how.support_weights, work.solve_steps);
+    case Kind::passes: return passes_schedule(net, how.support_examples, work.dual);
+  }
+  throw std::logic_error("a kind of work without a schedule");
+}
+
+Plan make_plan(const std::string& text, const OpTable& table, Work work) {
+  Plan plan{program_of(text), &table, {}, {}};
+  work.how.stash = work.memory != Memory::low;
+  plan.schedule = schedule_of(*plan.program, work);
+  plan.workspace = plan_workspace(plan.schedule, table);
+  if (work.memory == Memory::automatic && plan.arena_bytes() > kStashBytes) {
+    work.memory = Memory::low;
+    return make_plan(text, table, work);
+  }
+  return plan;
+}
+
+std::mutex idle_mutex;
+std::vector<std::unique_ptr<Workplace>>& idle() {
+  static auto* places = new std::vector<std::unique_ptr<Workplace>>;  // outlives calls made while the process ends
+  return *places;
+}
+
+template <class Value>
+Value named(const char* what, const std::string& name, std::initializer_list<std::pair<const char*, Value>> known) {
+  std::string names;
+  for (const auto& [candidate, value] : known) {
+    if (name == candidate) return value;
+    names += std::string(names.empty() ? "" : ", ") + candidate;
+  }
+  throw std::invalid_argument(std::string(what) + " \"" + name + "\" is not one of " + names);
+}
+
+}  // namespace
+
+Kind kind_named(const std::string& name) {
+  return named<Kind>("kind", name,
+                     {{"forward", Kind::forward},
+                      {"grad", Kind::gradient},
+                      {"hvp", Kind::hvp},
+                      {"adapt", Kind::adapt},
+                      {"meta_gradient", Kind::meta_gradient},
+                      {"solve", Kind::solve},
+                      {"passes", Kind::passes}});
+}
+
+Memory memory_named(const std::string& name) {
+  return named<Memory>("memory", name, {{"low", Memory::low}, {"stash", Memory::stash}, {"auto", Memory::automatic}});
+}
+
+const OpTable& table_named(const std::string& backend, size_t real_bytes) {
+  return named<bool>("backend", backend, {{"cpu", true}, {"reference", false}}) ? cpu_ops(real_bytes) : reference_ops();
+}
+
+std::shared_ptr<const Program> program_of(const std::string& text) {
+  static Cache<Program> cache;
+  return cache.get(text, [&] { return Program::parse(text); });
+}
+
+std::shared_ptr<const Plan> plan_for(const std::string& text, const OpTable& table, const Work& work) {
+  static Cache<Plan> cache;
+  return cache.get(key_of(text, table, work), [&] { return make_plan(text, table, work); });
+}
+
+void Workplace::Free::operator()(void* data) const { std::free(data); }
+
+void* Workplace::take(size_t bytes) {
+  bytes = std::max<size_t>((bytes + 63) / 64 * 64, 64);
+  if (taken_ == blocks_.size()) blocks_.emplace_back();
+  Block& block = blocks_[taken_++];
+  if (block.bytes < bytes) {
+    block.bytes = 0;
+    block.data.reset();
+    block.data.reset(std::aligned_alloc(64, bytes));
+    if (!block.data) throw std::bad_alloc();
+    block.bytes = bytes;
+  }
+  return block.data.get();
+}
+
+LentWorkplace::LentWorkplace() {
+  const std::lock_guard<std::mutex> lock(idle_mutex);
+  if (idle().empty()) {
+    place_ = std::make_unique<Workplace>();
+  } else {
+    place_ = std::move(idle().back());
+    idle().pop_back();
+  }
+}
+
+LentWorkplace::~LentWorkplace() {
+  place_->reset();
+  const std::lock_guard<std::mutex> lock(idle_mutex);
+  idle().push_back(std::move(place_));
+}
+
+}  // namespace fastmaml

@@ -1,0 +1,68 @@
+// What calls share: parsed Programs, planned Schedules, and the memory that outlives a call. All of it is thread-safe.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "meta/meta.h"
+#include "ops/ops.h"
+
+namespace fastmaml {
+
+enum class Kind : uint8_t { forward, gradient, hvp, adapt, meta_gradient, solve, passes };
+enum class Memory : uint8_t { low, stash, automatic };
+
+Kind kind_named(const std::string& name);
+Memory memory_named(const std::string& name);                                // "low", "stash" or "auto"
+const OpTable& table_named(const std::string& backend, size_t real_bytes);   // "cpu" or "reference" (always float64)
+
+// What a Schedule depends on beside the network and the backend.
+struct Work {
+  Kind kind = Kind::forward;
+  Adaptation how;
+  Memory memory = Memory::low;  // meta_gradient
+  int solve_steps = 0;
+  bool dual = false;            // passes
+};
+
+struct Plan {
+  std::shared_ptr<const Program> program;
+  const OpTable* table;
+  Schedule schedule;
+  Workspace workspace;
+
+  size_t arena_bytes() const { return workspace.task_bytes + workspace.scratch_bytes; }  // one worker's
+};
+
+std::shared_ptr<const Program> program_of(const std::string& text);
+std::shared_ptr<const Plan> plan_for(const std::string& text, const OpTable& table, const Work& work);
+
+// The memory of one call: an arena a worker, and blocks for arrays on their way between torch's layout and the engine's.
+class Workplace {
+ public:
+  Arenas arenas;
+  void* take(size_t bytes);     // 64-byte aligned, until reset
+  void reset() { taken_ = 0; }
+
+ private:
+  struct Free { void operator()(void* data) const; };
+  struct Block { std::unique_ptr<void, Free> data; size_t bytes = 0; };
+  std::vector<Block> blocks_;
+  size_t taken_ = 0;
+};
+
+// Lends a Workplace for one call, the last returned first, so that calls at the same time never share one.
+class LentWorkplace {
+ public:
+  LentWorkplace();
+  ~LentWorkplace();
+  LentWorkplace(const LentWorkplace&) = delete;
+  LentWorkplace& operator=(const LentWorkplace&) = delete;
+  Workplace* operator->() const { return place_.get(); }
+
+ private:
+  std::unique_ptr<Workplace> place_;
+};
+
+}  // namespace fastmaml

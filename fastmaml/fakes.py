@@ -1,0 +1,103 @@
+"""Shapes of the compiled operators' results, for torch.compile, fake tensors and torch.library.opcheck.
+
+fastmaml._C imports this file once its operators are registered. Sizes may be symbolic here, so these stand in Python.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+
+def _output(program: str, like: Tensor, x: Tensor) -> Tensor:
+    from fastmaml import _C  # type: ignore[attr-defined,unused-ignore]
+
+    return like.new_empty([x.shape[0], x.shape[1], *_C.output_shape(program)])
+
+
+@register_fake("fastmaml::forward")
+def _forward(program: str, backend: str, params: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return _output(program, params, x)
+
+
+@register_fake("fastmaml::grad")
+def _grad(program: str, backend: str, params: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    T, P = x.shape[0], params.shape[-1]
+    return params.new_empty([T]), params.new_empty([T, P])
+
+
+@register_fake("fastmaml::hvp")
+def _hvp(program: str, backend: str, params: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return params.new_empty([x.shape[0], params.shape[-1]])
+
+
+@register_fake("fastmaml::adapt")
+def _adapt(
+    program: str,
+    backend: str,
+    params: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    rates: Tensor,
+    inner_steps: int,
+    buffers: Tensor,
+) -> tuple[Tensor, Tensor]:
+    T, P = x.shape[0], params.shape[-1]
+    return params.new_empty([T, P]), params.new_empty([T, inner_steps])
+
+
+@register_fake("fastmaml::meta_gradient")
+def _meta_gradient(
+    program: str,
+    backend: str,
+    theta: Tensor,
+    support_x: Tensor,
+    support_y: Tensor,
+    support_weights: Tensor | None,
+    query_x: Tensor,
+    query_y: Tensor,
+    query_weights: Tensor | None,
+    task_weights: Tensor | None,
+    rates: Tensor,
+    inner_steps: int,
+    first_order: bool,
+    memory: str,
+    rate_grad: bool,
+    buffers: Tensor,
+) -> tuple[Tensor, ...]:
+    T = support_x.shape[0]
+    return (
+        theta.new_empty([T]),
+        torch.empty_like(theta),
+        _output(program, theta, query_x),
+        theta.new_empty([T, inner_steps]),
+        torch.empty_like(rates) if rate_grad else theta.new_empty([0]),
+    )
+
+
+@register_fake("fastmaml::solve")
+def _solve(program: str, backend: str, params: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    T, P = x.shape[0], params.shape[-1]
+    return params.new_empty([T, P]), params.new_empty([T])
+
+
+@register_fake("fastmaml::passes")
+def _passes(
+    program: str,
+    backend: str,
+    dual: bool,
+    params: Tensor,
+    params_dot: Tensor,
+    x: Tensor,
+    x_dot: Tensor,
+    dy: Tensor,
+    dy_dot: Tensor,
+    buffers: Tensor,
+) -> tuple[Tensor, ...]:
+    results = (dy, dy_dot, x, x_dot)
+    T, P = x.shape[0], params.shape[-1]
+    return (*(torch.empty_like(r) for r in results), params.new_empty([T, P]), params.new_empty([T, P]))
