@@ -34,13 +34,13 @@ TORCH_ABI = "0x020a000000000000"
 
 # Every file of csrc/cpu is compiled once for each: name, bytes of a vector, flags. From narrow to wide, and linked in this
 # order: of an inline function that several objects hold, the linker keeps the first, so none runs a wider machine's code.
-ISAS = (("portable", 16, ()),)
+ISAS: tuple[tuple[str, int, tuple[str, ...]], ...] = (("portable", 16, ()),)
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS += (
         ("avx2", 32, ("-mavx2", "-mfma")),
         ("avx2x16", 64, ("-mavx2", "-mfma")),  # the 16-lane code, executed on machines that have 8 lanes
         ("avx512", 64, ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma")),
-    )  # type: ignore[assignment]
+    )
 
 
 class BuildError(RuntimeError):
@@ -197,15 +197,15 @@ def _quoted(flag: str) -> str:
     return f"'{flag}'" if " " in flag else flag
 
 
-def _with_ninja(
-    csrc: Path, cxx: str, work: list[Compilation], folder: Path, progress: Progress, log: IO[str]
-) -> int:
+def _with_ninja(csrc: Path, cxx: str, work: list[Compilation], folder: Path, progress: Progress, log: IO[str]) -> int:
     text, file = _ninja_file(csrc, cxx, work), folder / "build.ninja"
     if not file.is_file() or file.read_text() != text:
         file.write_text(text)
     command = [str(_ninja()), "-C", str(folder), "-j", str(_jobs())]
     environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as ninja:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as ninja:
         assert ninja.stdout is not None
         for line in ninja.stdout:
             log.write(line)
