@@ -122,7 +122,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_run_goes_on_later(tmp_path
     child = start("train", *SMALL, *QUICK, "--steps", 100_000, "--validate-every", 5, "--out", run_dir)
     wait_for_rows(run_dir, 3, child)
     resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (16_000, 16_000))  # bytes a file; a checkpoint needs more
-    out, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=60)
     assert child.returncode == 1
     sentence = err.strip()
     assert sentence.startswith("fastmaml: cannot write checkpoint") and "file too large" in sentence, err
