@@ -1,11 +1,12 @@
-"""The autodiff backend: every Engine function for any nn.Module, by torch.func, with the same adjoint sweep as the kernels.
+"""The autodiff backend: every Engine function for any nn.Module, by torch.func and the same adjoint sweep.
 
 A Hessian-vector product is the tangent of the gradient (forward-over-reverse), so memory holds phi[0..K] and one step's
-activations. Tasks are vmapped; a module that vmap refuses (dropout, data-dependent control flow) takes a loop over tasks, and
-one that forward mode refuses takes double backward, task by task. What was decided is remembered and written to `note`.
+activations. Tasks are vmapped; a module that vmap refuses (dropout, data-dependent control flow) takes a loop over
+tasks, and one that forward mode refuses takes double backward, task by task. What was decided is remembered and
+written to `note`.
 
-Dropout: a loop over tasks seeds each evaluation by (call, step, task), so a step's Hessian sees the masks of its gradient. Each
-call draws its own seed from torch's generator.
+Dropout: a loop over tasks seeds each evaluation by (call, step, task), so a step's Hessian sees the masks of its
+gradient. Each call draws its own seed from torch's generator.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Examples(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What a meta-gradient returns: loss [T], grad [T, P], output [T, N, ...], support_losses [T, K], rate_grad [T, P]."""
+    """A meta-gradient: loss [T], grad [T, P], output [T, N, ...], support_losses [T, K], rate_grad [T, P]."""
 
     loss: Tensor
     grad: Tensor
@@ -44,7 +45,7 @@ class Sweep(NamedTuple):
 
 
 class Autodiff:
-    """grad, hvp, adapt, meta_gradient and forward of one module and loss; parameters are vectors [T, P], one per task."""
+    """forward, grad, hvp, adapt and meta_gradient of one module and loss; parameters are vectors [T, P]."""
 
     def __init__(self, model: nn.Module, layout: ParameterLayout, loss: LossFunction, norm_mode: str):
         self.model = model
@@ -97,7 +98,7 @@ class Autodiff:
         first_order: bool,
         rate_grad: bool,
     ) -> Sweep:
-        """lambda[K] = grad L_query(phi[K]); lambda[k] = lambda[k+1] - H_k (a * lambda[k+1]); da = -sum_k g_k * lambda[k+1].
+        """lambda[K] = grad L_query(phi[K]); lambda[k] = lambda[k+1] - H_k (a * lambda[k+1]); da = -sum g_k * lambda[k+1].
 
         theta [T, P], one rate row [1, P]. The meta-gradient of a task is lambda[0] (first order: lambda[K]).
         """

@@ -30,7 +30,7 @@ def check_mode(model: nn.Module, mode: str) -> None:
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and module.running_mean is None:
                 raise ValueError(
-                    f"batch_norm='frozen' needs running statistics, but layer '{name}' ({type(module).__name__}) keeps none"
+                    f"batch_norm='frozen' needs running statistics, and layer '{name}' ({type(module).__name__}) keeps none"
                 )
 
 
@@ -82,7 +82,7 @@ def _normalise_by_support(module: _BatchNorm, support_rows: int, x: Tensor) -> T
 def settle(model: nn.Module, mode: str, support_x: Tensor) -> None:
     """Makes the batch norms of a module follow the mode by themselves, and puts the module in eval mode.
 
-    The parameters must be the adapted ones: in mode 'support' the statistics of the support set [N, ...] become the running ones.
+    The parameters must be the adapted ones: in mode 'support' the support set's statistics become the running ones.
     """
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]

@@ -1,7 +1,7 @@
-"""The Engine: gradients, Hessian-vector products, inner loops and exact meta-gradients of one network and loss, task by task.
+"""The Engine: gradients, Hessian-vector products, inner loops and exact meta-gradients of one network and loss.
 
-The only file that reaches the compiled module fastmaml._C (through torch.ops.fastmaml). A network that is not fused runs on
-autodiff.py with the same results; `engine.why` says why.
+The only file that reaches the compiled module fastmaml._C (through torch.ops.fastmaml). A network that is not fused
+runs on autodiff.py with the same results; `engine.why` says why.
 """
 
 from __future__ import annotations
@@ -82,17 +82,17 @@ class Engine:
     loss: "cross_entropy" (scores [N, C], labels [N]), "mse" (mean over the outputs), or a function
         (output, target) -> [examples]. The loss of a task is the mean over its examples, or sum_i w_i l_i with weights.
     backend: "auto", "cpu", "reference" (float64 plain loops), "autodiff". The environment variable FASTMAML_BACKEND
-        stands in for "auto". A backend that is named here and cannot run the model raises; "auto" falls back to autodiff
-        and logs one line, or raises with FASTMAML_STRICT=1.
+        stands in for "auto". A backend that is named here and cannot run the model raises; "auto" falls back to
+        autodiff and logs one line, or raises with FASTMAML_STRICT=1.
     memory: "low" recomputes activations in the adjoint sweep, "stash" keeps those of the inner steps, "auto" chooses.
         autodiff always recomputes.
     batch_norm: "transductive" (batch statistics everywhere), "support" (the query is normalised with the support set's
         statistics, and differentiated through them), "frozen" (running statistics). Running buffers are never changed.
 
-    Frozen parameters (requires_grad=False) keep their place in theta: they are not adapted and have zero gradients. Unused
-    ones have zero gradients; tied ones one entry and the sum of their gradients. Dropout runs (on autodiff) while
-    model.training is set; the Hessian of an inner step replays the masks of its gradient. Each call draws new masks.
-    Not safe to call from several threads at once on one model.
+    Frozen parameters (requires_grad=False) keep their place in theta: they are not adapted and have zero gradients.
+    Unused ones have zero gradients; tied ones one entry and the sum of their gradients. Dropout runs (on autodiff)
+    while model.training is set; the Hessian of an inner step replays the masks of its gradient. Each call draws new
+    masks. Not safe to call from several threads at once on one model.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class Engine:
             for layer, positions in program.norms:
                 if positions * x.shape[1] == 1:
                     raise ValueError(
-                        f"batch norm '{layer}' needs more than one value per channel, and {name} {checks.shape(x)} gives it one"
+                        f"batch norm '{layer}' needs more than one value per channel; {name} {checks.shape(x)} gives one"
                     )
             return program.output_shape
         if tuple(x.shape[1:]) not in self._output_shapes:
@@ -292,8 +292,8 @@ class Engine:
         """Solves ((1 + damping) I + H / lam) s = v by conjugate gradients from s = 0, each task by itself.
 
         v [T, P], lam > 0, at most `steps` Hessian products. A task stops at |r|^2 < 1e-10 or where its operator is not
-        positive definite. The implicit meta-gradient of iMAML (Rajeswaran et al. 2019, section 3) is this with v the query
-        gradient.
+        positive definite. The implicit meta-gradient of iMAML (Rajeswaran et al. 2019, section 3) is this with v the
+        query gradient.
         """
         params = self._parameters("params", params)
         program, at = self._examples("x", x, "y", y, "weights", weights, params)
@@ -370,11 +370,11 @@ class Engine:
     ) -> MetaGradient:
         """The exact gradient of the query loss after the inner loop, for a batch of tasks (Finn et al. 2017, eq. 1).
 
-        theta [P]. batch: support_x [T, S, ...], support_y, query_x [T, Q, ...], query_y. inner_lr: a number, a tensor []
-        or [P], or a dict from parameter names to numbers, tensors [] or tensors of the parameter's shape; inner_lr_grad has
-        the same form. first_order drops the Hessian terms. Weights: support [T, S] and query [T, Q] of the examples in
-        their loss (default 1/S, 1/Q), task_weights [T] of the tasks in grad (default 1/T). Raises ValueError or TypeError
-        for anything that does not fit.
+        theta [P]. batch: support_x [T, S, ...], support_y, query_x [T, Q, ...], query_y. inner_lr: a number, a tensor
+        [] or [P], or a dict from parameter names to numbers, tensors [] or tensors of the parameter's shape;
+        inner_lr_grad has the same form. first_order drops the Hessian terms. Weights: support [T, S] and query [T, Q]
+        of the examples in their loss (default 1/S, 1/Q), task_weights [T] of the tasks in grad (default 1/T). Raises
+        ValueError or TypeError for anything that does not fit.
         """
         if not isinstance(batch, (tuple, list)) or len(batch) != 4:
             raise TypeError("batch must be (support_x, support_y, query_x, query_y)")

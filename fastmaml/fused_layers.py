@@ -1,7 +1,7 @@
 """How each fused layer is recognised, as an nn module or as a function or method call, and with which options.
 
-No shapes are needed here. One reader serves a layer's module and its function: `Arguments` hides which of the two it was.
-program_text.py holds what becomes of a layer once the shape of an example is known.
+No shapes are needed here. One reader serves a layer's module and its function: `Arguments` hides which of the two it
+was. program_text.py holds what becomes of a layer once the shape of an example is known.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ _MODULES: dict[type, Reader] = {
 
 
 def read_module(module: nn.Module, name: str, param: Callable[[Any, str], Param]) -> tuple[str, str, Options]:
-    """(kind, where, options) of a leaf module; `param` finds a tensor among the model's parameters. Raises Unsupported."""
+    """(kind, where, options) of a leaf module; `param` finds a tensor among the parameters. Raises Unsupported."""
     where = f"layer '{name}' ({type(module).__name__})"
     reader = _MODULES.get(type(module))
     if reader is None:
@@ -359,9 +359,9 @@ def is_shape_query(node: fx.Node) -> bool:
 def read_shape_query(node: fx.Node, where: str, of: Any) -> Computed:
     """x.shape and x.size() -> SHAPE, x.shape[0] and x.size(0) -> BATCH; `of` is what x means. Raises Unsupported."""
     rest = [*node.args[1:], *node.kwargs.values()]
-    if node.target is getattr and rest == ["shape"] or node.target == "size" and not rest:
+    if (node.target is getattr and rest == ["shape"]) or (node.target == "size" and not rest):
         return SHAPE
-    if node.target == "size" and rest == [0] or node.target is operator.getitem and of == SHAPE and rest == [0]:
+    if rest == [0] and (node.target == "size" or (node.target is operator.getitem and of == SHAPE)):
         return BATCH
     if node.target is operator.getitem and of != SHAPE:
         raise Unsupported(f"{where} indexes a tensor, which is not fused")
@@ -393,7 +393,7 @@ def _read_view(node: fx.Node, where: str, understood: Callable[[Any], Any]) -> t
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = list(sizes[0])
     known = [understood(s) for s in sizes]
-    if not known or not all(isinstance(s, int) or s == BATCH for s in known) or not (known[0] in (BATCH, -1)):
+    if not known or not all(isinstance(s, int) or s == BATCH for s in known) or known[0] not in (BATCH, -1):
         raise Unsupported(f"{where} gives a shape that does not begin with the batch size x.shape[0]")
     if any(s == BATCH for s in known[1:]):
         raise Unsupported(f"{where} uses the batch size for another dimension")

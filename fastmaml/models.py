@@ -37,7 +37,7 @@ def mlp(sizes: Sequence[int], activation: str = "relu", init: str = "torch", std
 
 
 def sinusoid_mlp() -> nn.Sequential:
-    """The 1-40-40-1 ReLU network of the sinusoid task (Finn et al. 2017), weights truncated normal with std 0.01, biases 0."""
+    """The 1-40-40-1 ReLU network of the sinusoid task (Finn et al. 2017): truncated normal, std 0.01, biases 0."""
     return mlp([1, 40, 40, 1], init="truncated_normal", std=0.01)
 
 
@@ -53,10 +53,11 @@ def conv4(
 ) -> nn.Sequential:
     """Four blocks of 3x3 convolution, norm, activation and halving, then a linear head: [N, C, H, W] -> [N, ways].
 
-    pooling "max" halves by 2x2 max pooling and flattens (miniImageNet); "stride" halves by the convolution's stride and takes
-    the spatial mean (Omniglot in Finn's code). Convolutions start Xavier uniform with bias 0. The head starts N(0, 1) for
-    "stride", as Finn's Omniglot head, else Xavier uniform. eps of the norm: 1e-3 in Finn's code, 1e-5 in torch.
-    Raises ValueError for an image that four halvings leave nothing of, or for a name that is not known.
+    pooling "max" halves by 2x2 max pooling and flattens (miniImageNet); "stride" halves by the convolution's stride
+    and takes the spatial mean (Omniglot in Finn's code). Convolutions start Xavier uniform with bias 0. The head
+    starts N(0, 1) for "stride", as Finn's Omniglot head, else Xavier uniform. eps of the norm: 1e-3 in Finn's code,
+    1e-5 in torch. Raises ValueError for an image that four halvings leave nothing of, or for a name that is not
+    known.
     """
     _known("pooling", pooling, ("max", "stride"))
     _known("norm", norm, NORMS)

@@ -1,8 +1,8 @@
 """An nn.Module becomes a Program, or the reason why not.
 
-`read_network(model)` traces the forward with torch.fx and names what every node does (fused_layers.py); no shapes are needed for
-that. `Network.program(...)` walks the same list with the shape of an example and writes the text that the C++ side parses
-(program_text.py).
+`read_network(model)` traces the forward with torch.fx and names what every node does (fused_layers.py); no shapes are
+needed for that. `Network.program(...)` walks the same list with the shape of an example and writes the text that the
+C++ side parses (program_text.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Network:
     def program(self, input_shape: tuple[int, ...], loss: str, smoothing: float, norm_mode: str) -> Program:
         """The Program for examples of this shape.
 
-        Raises ValueError when the examples do not fit the network, Unsupported when a layer is not fused at these shapes.
+        Raises ValueError when the examples do not fit the network, Unsupported when a layer is not fused at these
+        shapes.
         """
         writer = Writer(input_shape, norm_mode)
         values = {0: writer.input}
@@ -61,7 +62,7 @@ class Network:
         output = values[self.output]
         if loss == "cross_entropy" and len(output.shape) != 1:
             raise Unsupported(
-                f"the output {list(output.shape)} of an example is not one row of scores, as the fused cross-entropy takes it"
+                f"the output {list(output.shape)} of an example is not one row of scores, as cross_entropy needs"
             )
         lines = ["fastmaml 1", "input " + " ".join(map(str, input_shape))]
         offset = 0

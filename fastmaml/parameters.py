@@ -60,8 +60,8 @@ class ParameterLayout:
 def expand_rates(inner_lr: InnerLr, layout: ParameterLayout, mask: Tensor | None, like: Tensor) -> Tensor:
     """Inner learning rates as one row [1, P]; frozen parameters get 0.
 
-    inner_lr is a number, a tensor [] or [1] (one rate), a tensor [P] (one per entry), or a dict from each parameter's name to
-    a number, a 0-d tensor or a tensor of the parameter's shape.
+    inner_lr is a number, a tensor [] or [1] (one rate), a tensor [P] (one per entry), or a dict from each parameter's
+    name to a number, a 0-d tensor or a tensor of the parameter's shape.
     """
     if isinstance(inner_lr, Mapping):
         rates = torch.cat(_dict_rates(inner_lr, layout, mask, like))

@@ -1,4 +1,4 @@
-"""First-order MAML: the meta-gradient is the query gradient at the adapted parameters (Finn et al. 2017, section 5.2)."""
+"""First-order MAML: the query gradient at the adapted parameters (Finn et al. 2017, section 5.2)."""
 
 from __future__ import annotations
 

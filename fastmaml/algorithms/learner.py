@@ -1,7 +1,7 @@
 """The face that every learner shares: an nn.Module around the user's model whose loss has an exact meta-gradient.
 
-One autograd node computes the meta-gradient during the forward pass and hands it out in backward, so optimizers, clipping,
-schedulers and DistributedDataParallel work as with any module.
+One autograd node computes the meta-gradient during the forward pass and hands it out in backward, so optimizers,
+clipping, schedulers and DistributedDataParallel work as with any module.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Adapted:
     def module(self, task: int) -> nn.Module:
         """A plain copy of the model with the weights of one task, in eval mode; it predicts what `predict` does.
 
-        Its batch norms use batch statistics ("transductive"), those of the task's support set ("support"), or the running
-        ones ("frozen").
+        Its batch norms use batch statistics ("transductive"), those of the task's support set ("support"), or the
+        running ones ("frozen").
         """
         tasks = self.params.shape[0]
         if not -tasks <= task < tasks:
@@ -62,10 +62,11 @@ class Adapted:
 
 
 class Learner(nn.Module):
-    """Base of the learners. `parameters()` are the model's and the learnable rates; `state_dict()` has the model's own keys.
+    """Base of the learners: parameters() are the model's and the learnable rates, state_dict() has the model's own keys.
 
-    inner_lr: a number, a tensor, or a dict by parameter name (Engine.meta_gradient says which shapes). An nn.Parameter, alone
-    or in the dict, is learnable: it gets its exact gradient, and the state_dict holds it as "inner_lr" or "inner_lr.NAME".
+    inner_lr: a number, a tensor, or a dict by parameter name (Engine.meta_gradient says which shapes). An
+    nn.Parameter, alone or in the dict, is learnable: it gets its exact gradient, and the state_dict holds it as
+    "inner_lr" or "inner_lr.NAME".
     """
 
     first_order = False
@@ -129,8 +130,8 @@ class Learner(nn.Module):
     ) -> LearnerOutput:
         """Adapts to each task's support set and judges on its query set.
 
-        support_x [T, S, ...], query_x [T, Q, ...]; labels [T, S] or targets [T, S, *output]. task_weights [T]: loss is their
-        weighted sum instead of the mean. Under no_grad or inference_mode no meta-gradient is computed.
+        support_x [T, S, ...], query_x [T, Q, ...]; labels [T, S] or targets [T, S, *output]. task_weights [T]: loss
+        is their weighted sum instead of the mean. Under no_grad or inference_mode no meta-gradient is computed.
         """
         batch = (support_x, support_y, query_x, query_y)
         leaves = [*self.model.parameters(), *self.learnable_rates().values()]
@@ -155,7 +156,7 @@ class Learner(nn.Module):
 
 
 class _MetaGradientNode(torch.autograd.Function):
-    """(loss, task_losses, query_output, support_losses) of a learner; backward is its meta-gradient times grad_output."""
+    """(loss, task_losses, query_output, support_losses) of a learner; backward hands out its meta-gradient."""
 
     @staticmethod
     def forward(  # type: ignore[override]

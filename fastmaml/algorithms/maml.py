@@ -10,7 +10,7 @@ from fastmaml.parameters import InnerLr
 
 
 class MAML(Learner):
-    """phi = theta - inner_lr * grad L_support, inner_steps times; the loss is L_query(phi), its gradient exact in theta.
+    """phi = theta - inner_lr * grad L_support, inner_steps times; the loss is L_query(phi), its gradient exact.
 
         maml = MAML(model, inner_lr=0.4, inner_steps=1)
         out = maml(*batch)
