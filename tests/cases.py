@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,7 @@ class OpInputs:
         return OpInputs(**{name: value.to(dtype) for name, value in self.__dict__.items()})
 
 
+@cache  # every backend is judged on the same draws
 def draw_op(case: OpCase, seed: int) -> OpInputs:
     generator = torch.Generator().manual_seed(1000 * seed + sum(map(ord, str(case))))
 
@@ -409,6 +411,22 @@ class Residual(nn.Module):
         return self.head(torch.flatten(self.pool(x), 1))
 
 
+class InputResidual(nn.Module):
+    """Sums in which one branch is the input itself: no tangent and no gradient on that side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.scale = nn.Conv2d(3, 3, 1, stride=2)
+        self.pool = nn.AvgPool2d(2)
+        self.head = nn.Linear(27, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = x + torch.tanh(self.conv(x))
+        y = self.pool(x) + self.scale(inside) + self.pool(inside)
+        return self.head(y.flatten(1))
+
+
 class Tied(nn.Module):
     """One weight matrix used twice."""
 
@@ -517,6 +535,25 @@ NETWORK_CASES: list[NetworkCase] = [
         ),
         (2, 3, 3), 4, tasks=5,
     ),
+    NetworkCase(
+        "norms first",  # nothing upstream has parameters: the first layers see no tangent and owe no gradient
+        lambda: nn.Sequential(
+            nn.MaxPool2d(2), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(),
+            nn.Linear(12, 7), nn.BatchNorm1d(7), nn.Linear(7, 3),
+        ),
+        (2, 4, 6), 3,
+    ),
+    NetworkCase(
+        "layer norm first",
+        lambda: nn.Sequential(nn.GELU(), nn.LayerNorm(6), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)),
+        (6,), 2, smooth=True,
+    ),
+    NetworkCase(
+        "group norm first",
+        lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)),
+        (4, 4, 4), 3, smooth=True,
+    ),
+    NetworkCase("input residual", InputResidual, (3, 6, 6), 4, smooth=True),
     NetworkCase("tied weights", Tied, (6,), 3, smooth=True),
     NetworkCase("frozen weight", frozen_body, (5,), 3, smooth=True),
     NetworkCase("linear", lambda: nn.Linear(4, 3), (4,), 3, "mse", smooth=True),

@@ -33,6 +33,10 @@ COMING = {
 }
 
 
+# Tests are many and tiny: waiting for a second thread costs more than it does. What needs two asks for `threads`.
+torch.set_num_threads(1)
+
+
 @dataclass(frozen=True)
 class Backend:
     """What a test needs to know of a backend; `name` is Engine's and the ops' word for it."""

@@ -14,11 +14,8 @@ from engines import engine, exact, setup
 import fastmaml as fm
 
 RTOL = 1e-8  # as test_meta_gradient
-CASES = [
-    case
-    for case in NETWORK_CASES
-    if case.name in ("conv4", "batch norm mlp", "strided conv net", "residual", "leaky avg pool net")
-]
+NAMES = ("conv4", "batch norm mlp", "strided conv net", "residual", "leaky avg pool net", "norms first")
+CASES = [case for case in NETWORK_CASES if case.name in NAMES]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
