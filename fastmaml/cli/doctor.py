@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     findings = list(examine(args.seed))
     marks = {"ok": " ", "note": "-", "broken": "!"}
     for finding in findings:
-        print(f"{marks[finding.state]} {finding.topic:18} {finding.text}")
+        print(f"{marks[finding.state]} {finding.topic:21} {finding.text}")
     broken = sum(finding.state == "broken" for finding in findings)
     print(f"\n{broken} broken (marked !)" if broken else "\nall is well")
     if args.out is not None:

@@ -46,10 +46,10 @@ class NoisySinusoid(Sinusoid):
         return batch._replace(support_y=batch.support_y + noise)
 
 
-def make_trainer(run_dir, config: RunConfig = CONFIG, **tasks) -> Trainer:
+def make_trainer(run_dir, config: RunConfig = CONFIG, *layers: nn.Module, **tasks) -> Trainer:
     seed_generators(config.seed)
-    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
-    learner = MAML(model, config.inner_lr, config.inner_steps, loss="mse", backend="autodiff")
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), *layers, nn.Linear(8, 1))
+    learner = MAML(model, config.inner_lr, config.inner_steps, loss="mse", backend=config.backend)
     settings = {"shots": 10, "query_shots": 10, "seed": config.seed} | tasks
     train_tasks, validation_tasks = NoisySinusoid(split="train", **settings), Sinusoid(split="val", **settings)
     return Trainer(learner, train_tasks, validation_tasks, config, run_dir, quiet=True)
@@ -93,6 +93,19 @@ def test_a_resumed_run_goes_through_the_same_bits(tmp_path, straight, stops):
     trainer.resume()
     assert trainer.train().reason == "finished"
     expect_same_run(tmp_path, straight)
+
+
+@pytest.mark.parametrize(
+    ("backend", "layers"), [("auto", []), ("autodiff", [nn.Dropout(0.2)])], ids=["compiled engine", "dropout"]
+)
+def test_other_networks_and_engines_resume_to_the_same_bits(tmp_path, backend, layers):
+    config = replace(CONFIG, backend=backend, steps=8, validate_every=3)
+    make_trainer(tmp_path / "straight", config, *layers).train()
+    make_trainer(tmp_path / "parts", config, *layers).train(until=4)
+    trainer = make_trainer(tmp_path / "parts", config, *layers)
+    trainer.resume()
+    trainer.train()
+    expect_same_run(tmp_path / "parts", tmp_path / "straight")
 
 
 def test_a_signal_ends_the_step_and_saves(tmp_path, straight):
