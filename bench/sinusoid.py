@@ -1,0 +1,155 @@
+"""Wall time of the sinusoid meta-training loop of the MAML paper, fastmaml beside learn2learn.
+
+The whole loop counts: sampling, meta-gradient, Adam. 25 tasks, 10 support and 10 query points, one inner step of 0.01,
+Adam at 1e-3, network 1-40-40-1 (Finn et al. 2017, section 5.1). Both draw the same tasks and start from the same weights;
+first, in float64, their losses must agree to 1e-8 on every one of 20 iterations. Then blocks of iterations take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+import fastmaml as fm
+from bench.baselines import Missing, learn2learn_maml
+from bench.measure import RESULTS, facts, summarise, table, write_json
+
+TASKS, SHOTS, INNER_LR, OUTER_LR = 25, 10, 0.01, 1e-3
+PAPER_ITERATIONS = 70_000
+AGREE_ITERATIONS, AGREE_LIMIT = 20, 1e-8
+
+Loop = Callable[[int], list[float]]  # runs so many iterations on from where it stands; their losses
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, time, print, write. 1 if the two loops disagree."""
+    args = _parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    described = facts()
+    loops: dict[str, Callable[[torch.dtype, int], Loop]] = {"fastmaml": fastmaml_loop}
+    absent = {}
+    try:
+        described["versions"]["learn2learn"] = learn2learn_maml.version()
+        loops["learn2learn"] = learn2learn_loop
+    except Missing as reason:
+        absent["learn2learn"] = str(reason)
+    apart = 0.0
+    if not absent:
+        losses = [make(torch.float64, args.seed)(AGREE_ITERATIONS) for make in loops.values()]
+        apart = max(abs(a - b) / abs(b) for a, b in zip(*losses))
+        print(f"float64: losses of {AGREE_ITERATIONS} iterations agree to {apart:.1e} (limit {AGREE_LIMIT:.0e})")
+        if not apart <= AGREE_LIMIT:
+            print("the loops disagree, so they are not timed", file=sys.stderr)
+            return 1
+    running = {name: make(torch.float32, args.seed) for name, make in loops.items()}
+    samples: dict[str, list[float]] = {name: [] for name in running}
+    block = max(1, args.iterations // args.blocks)
+    for loop in running.values():
+        loop(max(1, block // 5))  # plans, allocations and caches
+    for _ in range(args.blocks):
+        for name, loop in running.items():
+            start = time.perf_counter()
+            loop(block)
+            samples[name].append((time.perf_counter() - start) / block)
+    times = {name: summarise(values, block) for name, values in samples.items()}
+    rows = []
+    for name, value in times.items():
+        hours = value.median * PAPER_ITERATIONS / 3600
+        long = f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+        ratio = f"{value.median / times['fastmaml'].median:.1f}"
+        rows.append([name, f"{1e3 * value.median:.3f}", f"{100 * value.spread:.0f} %", long, ratio])
+    measured = args.blocks * block
+    print(table(["sinusoid", "ms/iteration", "+-", f"{PAPER_ITERATIONS:,} iterations", "ratio"], rows))
+    print(f"measured over {measured} iterations each, extrapolated to {PAPER_ITERATIONS:,}; {args.threads} threads")
+    for name, why in absent.items():
+        print(f"{name}: not measured, {why}")
+    if args.out:
+        result = {
+            "what": (__doc__ or "").split("\n")[0],
+            **described,
+            "iterations": measured,
+            "loss_agreement_float64": None if absent else apart,
+            "rows": [
+                {"name": name, **value.to_json(), "paper_iterations_s": value.median * PAPER_ITERATIONS,
+                 "ratio_to_fastmaml": value.median / times["fastmaml"].median}
+                for name, value in times.items()
+            ],
+            "absent": absent,
+        }  # fmt: skip
+        write_json(args.out, result)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.sinusoid", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--iterations", type=int, default=300, help="measured iterations of each loop (default 300)")
+    parser.add_argument("--blocks", type=int, default=10, help="turns that they are cut into (default 10)")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the start and the tasks")
+    parser.add_argument("--out", default=str(RESULTS / "sinusoid.json"), help='JSON file; "" writes none')
+    return parser
+
+
+def _start(dtype: torch.dtype, seed: int) -> tuple[nn.Module, fm.tasks.Sinusoid]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = fm.models.mlp([1, 40, 40, 1]).to(dtype)
+    return model, fm.tasks.Sinusoid(shots=SHOTS, query_shots=SHOTS, seed=seed)
+
+
+def _adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=OUTER_LR, foreach=False)
+
+
+def fastmaml_loop(dtype: torch.dtype, seed: int) -> Loop:
+    """The loop as fastmaml's users write it."""
+    model, tasks = _start(dtype, seed)
+    maml = fm.MAML(model, INNER_LR, loss="mse", backend="cpu")
+    optimizer = _adam(model)
+
+    def loop(iterations: int) -> list[float]:
+        losses = []
+        for _ in range(iterations):
+            out = maml(*tasks.sample(TASKS).to(dtype=dtype))
+            optimizer.zero_grad()
+            out.loss.backward()
+            optimizer.step()
+            losses.append(out.loss.item())
+        return losses
+
+    return loop
+
+
+def learn2learn_loop(dtype: torch.dtype, seed: int) -> Loop:
+    """The loop of learn2learn's MAML examples."""
+    model, tasks = _start(dtype, seed)
+    maml = learn2learn_maml.wrapper()(model, lr=INNER_LR)
+    optimizer, mse = _adam(model), nn.MSELoss()
+
+    def loop(iterations: int) -> list[float]:
+        losses = []
+        for _ in range(iterations):
+            total = 0.0
+            optimizer.zero_grad()
+            for support_x, support_y, query_x, query_y in zip(*tasks.sample(TASKS).to(dtype=dtype)):
+                learner = maml.clone()
+                learner.adapt(mse(learner(support_x), support_y))
+                query_loss = mse(learner(query_x), query_y) / TASKS
+                query_loss.backward()
+                total += query_loss.item()
+            optimizer.step()
+            losses.append(total)
+        return losses
+
+    return loop
+
+
+if __name__ == "__main__":
+    sys.exit(main())

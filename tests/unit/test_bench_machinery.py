@@ -1,0 +1,268 @@
+# The benchmarks' machinery on tiny cases: what is wrong gets no row, what is written can be read. No timing decides a test.
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # bench is no installed package
+
+import fastmaml as fm  # noqa: E402
+from bench import divergence, memory, run, sinusoid  # noqa: E402
+from bench.baselines import Missing, fetch, learn2learn_maml, torch_func, torch_loop  # noqa: E402
+from bench.cases import CASES, Case, arithmetic, problem  # noqa: E402
+from bench.measure import error, exact, interleaved, summarise, table  # noqa: E402
+
+SINE = replace(CASES["sinusoid-k1"], name="tiny-sine", tasks=3, support=4, query=5, inner_steps=2)
+CONV = Case(
+    "tiny-conv", "Conv4-4, 16x16", lambda: fm.models.conv4(filters=4, image_size=16, ways=2),
+    "cross_entropy", (1, 16, 16), 2, 2, 2, 6, 0.01,
+)  # fmt: skip
+
+
+def learn2learn():
+    """Its baseline, where the sources are in the cache already: tests use no network."""
+    if not fetch.folder(f"learn2learn-{learn2learn_maml.VERSION}-source").is_dir():
+        pytest.skip("learn2learn's sources are not in the cache folder; `python -m bench.run` fetches them")
+    return learn2learn_maml
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------- cases
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=str)
+def test_a_case_makes_the_tasks_it_names(case):
+    made = problem(replace(case, tasks=2))
+    batch = made.batch
+    assert batch.support_x.shape == (2, case.support, *case.input_shape)
+    assert batch.query_x.shape == (2, case.query, *case.input_shape)
+    assert batch.support_y.shape == ((2, case.support) if case.ways else (2, case.support, 1))
+    again = problem(replace(case, tasks=2)).batch
+    assert all(torch.equal(a, b) for a, b in zip(batch, again))
+    assert fm.Engine(made.model, loss=case.loss, backend="cpu").fused
+
+
+def test_arithmetic_counts_the_matrix_products():
+    # 1-40-40-1: F = 2 (40 + 1600 + 40), F1 = 80.
+    F, F1 = 3360, 80
+    assert arithmetic(problem(SINE)) == 3 * (2 * 4 * (9 * F - 5 * F1) + 5 * (3 * F - F1))
+    # ALGORITHMS section 8: a forward pass of Conv4-64 on a 28x28 image is 19.6 MFLOP.
+    case = replace(CASES["omniglot-k1"], tasks=1, support=5, query=75, inner_steps=0)
+    F, F1 = 19.6e6, 2 * 9 * 64 * 784
+    assert arithmetic(problem(case)) == pytest.approx(75 * (3 * F - F1), rel=5e-3)
+
+
+# ---------------------------------------------------------------- agreement before timing
+
+
+@pytest.mark.parametrize("case", [SINE, CONV], ids=str)
+@pytest.mark.parametrize("peer", ["torch_loop", "torch_func", "learn2learn"])
+def test_peers_agree_with_the_exact_result(case, peer):
+    module = {"torch_loop": torch_loop, "torch_func": torch_func}.get(peer) or learn2learn()
+    made = problem(case)
+    answer = exact(made)
+    assert error(module.prepare(made.double())(), answer) <= run.FLOAT64_LIMIT
+    call = module.prepare(made)
+    first, second = error(call(), answer), error(call(), answer)
+    assert first == second and 0 < first < 1e-2, "a second call must not add to the gradients of the first"
+
+
+@pytest.mark.parametrize("case", [SINE, CONV], ids=str)
+def test_measure_gives_a_row_to_all_who_agree(case):
+    result = run.measure(case, ["torch_loop", "torch_func"], rounds=2)
+    assert [row.name for row in result.rows] == ["fastmaml", "torch_loop", "torch_func"] and not result.absent
+    text = run.show(result)
+    assert all(row.name in text for row in result.rows) and "K = " in text
+    value = json.loads(json.dumps(run.to_json(result)))
+    assert value["rows"][0]["ratio_to_fastmaml"] == 1.0 and value["rows"][1]["rounds"] == 2
+
+
+def test_a_first_order_method_gets_no_row(monkeypatch):
+    # The defect that a benchmark of exact second order must not time: a gradient that leaves out the Hessian.
+    def prepare(problem):
+        maml = fm.FOMAML(problem.own().model, problem.case.inner_lr, problem.case.inner_steps, loss=problem.case.loss)
+
+        def call():
+            maml.zero_grad()
+            out = maml(*problem.batch)
+            out.loss.backward()
+            return out.loss, [p.grad for p in maml.parameters()]
+
+        return call
+
+    monkeypatch.setattr(torch_func, "prepare", prepare)
+    result = run.measure(SINE, ["torch_func"], rounds=1)
+    assert [row.name for row in result.rows] == ["fastmaml"]
+    assert "disagrees with the exact result in float64" in result.absent["torch_func"]
+    assert "torch_func: not measured, disagrees" in run.show(result)
+
+
+def test_float32_alone_can_disagree():
+    assert run.disagreement(1e-12, 5e-3, 1e-6) == ""
+    assert "in float32, relative error 5.0e-02 (limit 1.0e-02)" in run.disagreement(1e-12, 5e-2, 1e-6)
+    assert run.disagreement(1e-12, 5e-2, 2e-2) == "", "plain torch is as far off: masks fall the other way"
+    assert run.disagreement(math.inf, 0.0, 0.0)
+
+
+def test_a_peer_that_cannot_be_had_is_named_with_the_reason(monkeypatch, tmp_path, capsys):
+    def version():
+        raise Missing("pip could not fetch higher==0.2.1 (no network)")
+
+    monkeypatch.setattr(run.PEERS["higher"], "version", version)
+    monkeypatch.setitem(run.CASES, SINE.name, SINE)
+    out = tmp_path / "meta.json"
+    assert (
+        run.main([SINE.name, "--peers", "higher", "torch_loop", "--rounds", "1", "--threads", "1", "--out", str(out)])
+        == 0
+    )
+    assert "higher: not measured, pip could not fetch" in capsys.readouterr().out
+    value = json.loads(out.read_text())
+    assert value["cases"][0]["absent"] == {"higher": "pip could not fetch higher==0.2.1 (no network)"}
+    assert value["threads"] == 1 and value["machine"] and value["versions"]["torch_loop"] == torch.__version__
+    assert value["instruction_set"] and "commit" in value
+
+
+def test_an_unknown_case_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["sinusoid-k7"])
+    assert "there is no case 'sinusoid-k7'; there are sinusoid-k1" in capsys.readouterr().err
+
+
+def test_the_help_explains_the_columns(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("median over the rounds", "learn2learn", "float64", "sgemm"))
+
+
+# ---------------------------------------------------------------- timing
+
+
+def test_calls_take_turns():
+    order = []
+    times = interleaved({name: lambda name=name: order.append(name) for name in "abc"}, rounds=3, least_s=0.0)
+    assert order[6:] == list("abc" + "bca" + "cab")
+    assert times["a"].rounds == 3 and times["a"].calls == 1
+
+
+def test_summarise_gives_median_and_spread():
+    times = summarise([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert times.median == 3.0 and times.fastest == 1.0 and times.spread == pytest.approx((4 - 2) / 2 / 3)
+    assert summarise([2.0]).spread == 0.0
+
+
+def test_table_aligns_columns():
+    assert table(["a", "long"], [["bcd", "1"]]).splitlines() == ["a    long", "---  ----", "bcd     1"]
+
+
+# ---------------------------------------------------------------- the other benchmarks
+
+
+def test_sinusoid_loops_are_the_same_loop(tmp_path, monkeypatch, capsys):
+    learn2learn()
+    out = tmp_path / "sinusoid.json"
+    monkeypatch.setattr(sinusoid, "AGREE_ITERATIONS", 3)
+    assert sinusoid.main(["--iterations", "4", "--blocks", "2", "--threads", "1", "--out", str(out)]) == 0
+    assert "extrapolated to 70,000" in capsys.readouterr().out
+    value = json.loads(out.read_text())
+    assert value["loss_agreement_float64"] <= 1e-8 and value["iterations"] == 4
+    assert [row["name"] for row in value["rows"]] == ["fastmaml", "learn2learn"]
+
+
+def test_sinusoid_refuses_loops_that_differ(monkeypatch, capsys):
+    learn2learn()
+    monkeypatch.setattr(sinusoid, "AGREE_ITERATIONS", 3)
+    original = sinusoid.fastmaml_loop
+    monkeypatch.setattr(sinusoid, "fastmaml_loop", lambda dtype, seed: original(dtype, seed + 1))
+    assert sinusoid.main(["--threads", "1", "--out", ""]) == 1
+    assert "the loops disagree" in capsys.readouterr().err
+
+
+def test_memory_is_explained_by_phi(tmp_path, capsys):
+    out = tmp_path / "memory.json"
+    assert memory.main(["--filters", "8", "--query-shots", "2", "--out", str(out)]) == 0
+    assert "growth is phi alone" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["inner_steps"] for row in rows] == [1, 5, 20]
+    assert rows[2]["stash_bytes"] > rows[2]["low_bytes"] + 15 * rows[0]["low_bytes"] / 20, "stash keeps activations"
+
+
+def test_memory_notices_other_growth(monkeypatch, capsys):
+    original = memory.arena_bytes
+    monkeypatch.setattr(memory, "arena_bytes", lambda *how: original(*how) + 4096 * how[3])
+    assert memory.main(["--filters", "8", "--query-shots", "2", "--out", ""]) == 1
+    assert "NOT explained" in capsys.readouterr().out
+
+
+QUICK = [
+    "--dataset",
+    "glyphs",
+    "--filters",
+    "4",
+    "--meta-batch",
+    "2",
+    "--steps",
+    "4",
+    "--steps64",
+    "3",
+    "--threads",
+    "1",
+]
+
+
+class FakeTasks:
+    """Seeded noise in the form of glyph tasks, so that no font is needed."""
+
+    def sample(self, tasks, step):
+        random = torch.Generator().manual_seed(step)
+        x = torch.rand(2, tasks, 5, 1, 28, 28, generator=random)
+        y = torch.arange(5).repeat(tasks, 1)
+        return fm.TaskBatch(x[0], y, x[1], y)
+
+
+@pytest.fixture
+def fake_tasks(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(divergence, "DRAWS", 3)
+    monkeypatch.setattr(divergence, "_tasks", lambda args: FakeTasks())
+
+
+def test_divergence_writes_what_the_report_reads(fake_tasks, tmp_path, capsys):
+    from fastmaml.report import run_folder
+
+    earlier = [{"title": title, "series": [{"x": [1], "y": [2]}]} for title in ("another", divergence.TITLES[0])]
+    (tmp_path / "comparison.json").write_text(json.dumps(earlier))
+    assert divergence.main([*QUICK, "--run", str(tmp_path), "--out", str(tmp_path / "all.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "3 losses of cpu and autodiff agree" in printed and "the float32 rule is met" in printed
+    single, double, other = run_folder._read_comparisons(tmp_path / "comparison.json")
+    assert [s.name for s in single.series] == ["autodiff", "cpu", "autodiff, start moved by 1e-07"]
+    assert [s.name for s in double.series] == ["autodiff", "cpu"] and other.title == "another"
+    assert list(single.series[0].x) == [1, 2, 3, 4] and len(double.series[0].x) == 3
+    assert (tmp_path / "divergence.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "all.json").read_text())["agreed_float64"] is True
+
+
+def test_divergence_fails_where_training_differs(fake_tasks, tmp_path, monkeypatch, capsys):
+    original = divergence.train
+
+    def another_rate_on_cpu(model, tasks, args, backend, steps):
+        changed = argparse.Namespace(**vars(args) | ({"inner_lr": 1.001 * args.inner_lr} if backend == "cpu" else {}))
+        return original(model, tasks, changed, backend, steps)
+
+    monkeypatch.setattr(divergence, "train", another_rate_on_cpu)
+    assert divergence.main([*QUICK, "--run", str(tmp_path)]) == 1
+    assert "cpu and autodiff DISAGREE" in capsys.readouterr().out
