@@ -58,8 +58,10 @@ void params_both_ways(const Program& program, bool from_torch, void* to, const v
   in_parallel(count, [&](int64_t i) {
     T* target = static_cast<T*>(to) + i * program.param_count;
     const T* source = static_cast<const T*>(from) + i * program.param_count;
-    if (from_torch) params_from_torch(program, target, source, 1);
-    else params_to_torch(program, target, source, 1);
+    if (from_torch)
+      params_from_torch(program, target, source, 1);
+    else
+      params_to_torch(program, target, source, 1);
   });
 }
 
@@ -138,8 +140,10 @@ bool Arrays::weights(Arg arg, const char* name, const std::optional<Tensor>& w, 
 
 void Arrays::move_params(Arg arg, const Tensor& from, int64_t count, int64_t task_stride) {
   void* to = place_->take(size_t(count * program_->param_count) * element_bytes());
-  if (element_bytes() == sizeof(float)) params_both_ways<float>(*program_, true, to, data_of(from), count);
-  else params_both_ways<double>(*program_, true, to, data_of(from), count);
+  if (element_bytes() == sizeof(float))
+    params_both_ways<float>(*program_, true, to, data_of(from), count);
+  else
+    params_both_ways<double>(*program_, true, to, data_of(from), count);
   bind(arg, to, task_stride);
 }
 
@@ -154,8 +158,10 @@ void Arrays::params_of_tasks(Arg arg, const char* name, const Tensor& params) {
 }
 
 void Arrays::params(Arg arg, const char* name, const Tensor& params) {
-  if (params.dim() == 1) shared_params(arg, name, params);
-  else params_of_tasks(arg, name, params);
+  if (params.dim() == 1)
+    shared_params(arg, name, params);
+  else
+    params_of_tasks(arg, name, params);
 }
 
 int64_t Arrays::rates(const Tensor& rates, int64_t inner_steps) {
@@ -174,8 +180,10 @@ void Arrays::buffers(const Tensor& buffers) {
 
 void Arrays::numbers(Arg arg, std::initializer_list<double> values) {
   void* to = place_->take(values.size() * element_bytes());
-  if (element_bytes() == sizeof(float)) std::copy(values.begin(), values.end(), static_cast<float*>(to));
-  else std::copy(values.begin(), values.end(), static_cast<double*>(to));
+  if (element_bytes() == sizeof(float))
+    std::copy(values.begin(), values.end(), static_cast<float*>(to));
+  else
+    std::copy(values.begin(), values.end(), static_cast<double*>(to));
   bind(arg, to, 0);
 }
 
@@ -216,8 +224,10 @@ Tensor Arrays::inputs(Arg arg, int64_t examples) const { return from_images(arg,
 Tensor Arrays::to_torch(const void* engine, int64_t count) const {
   const bool single = element_bytes() == sizeof(float);
   const Tensor x = empty({count, program_->param_count}, single ? ScalarType::Float : ScalarType::Double);
-  if (single) params_both_ways<float>(*program_, false, x.mutable_data_ptr(), engine, count);
-  else params_both_ways<double>(*program_, false, x.mutable_data_ptr(), engine, count);
+  if (single)
+    params_both_ways<float>(*program_, false, x.mutable_data_ptr(), engine, count);
+  else
+    params_both_ways<double>(*program_, false, x.mutable_data_ptr(), engine, count);
   return in_callers_type(x);
 }
 

@@ -24,40 +24,40 @@ class Arrays {
   int64_t tasks() const { return tasks_; }
 
   // Inputs. A tensor that does not fit raises std::invalid_argument with its name and shape in the sentence.
-  int64_t examples(Arg arg, const char* name, const Tensor& x);                          // [T, N, *input]; returns N
-  void targets(Arg arg, const char* name, const Tensor& y, int64_t examples);            // labels [T, N], or [T, N, *output]
-  void outputs(Arg arg, const char* name, const Tensor& dy, int64_t examples);           // [T, N, *output]
+  int64_t examples(Arg arg, const char* name, const Tensor& x);                               // [T, N, *input]; returns N
+  void targets(Arg arg, const char* name, const Tensor& y, int64_t examples);                 // labels [T, N], or [T, N, *output]
+  void outputs(Arg arg, const char* name, const Tensor& dy, int64_t examples);                // [T, N, *output]
   bool weights(Arg arg, const char* name, const std::optional<Tensor>& w, int64_t examples);  // [T, N]; false where absent
-  void shared_params(Arg arg, const char* name, const Tensor& params);                   // [P] for all tasks
-  void params(Arg arg, const char* name, const Tensor& params);                          // [P] for all tasks, or [T, P]
-  void params_of_tasks(Arg arg, const char* name, const Tensor& params);                 // [T, P]
-  int64_t rates(const Tensor& rates, int64_t inner_steps);                               // [1, P] or [K, P]; returns the rows
-  void buffers(const Tensor& buffers);                                                   // [B]
-  void numbers(Arg arg, std::initializer_list<double> values);                           // for all tasks
+  void shared_params(Arg arg, const char* name, const Tensor& params);                        // [P] for all tasks
+  void params(Arg arg, const char* name, const Tensor& params);                               // [P] for all tasks, or [T, P]
+  void params_of_tasks(Arg arg, const char* name, const Tensor& params);                      // [T, P]
+  int64_t rates(const Tensor& rates, int64_t inner_steps);                                    // [1, P] or [K, P]; returns the rows
+  void buffers(const Tensor& buffers);                                                        // [B]
+  void numbers(Arg arg, std::initializer_list<double> values);                                // for all tasks
 
   // Where the results will be. They live in this object until a function below hands them out.
-  void result(Arg arg, int64_t size);                                                    // [size] a task
+  void result(Arg arg, int64_t size);  // [size] a task
 
   void run(const Work& work);
 
-  Tensor values(Arg arg) const;                                     // [T], for a result of size 1
-  Tensor values(Arg arg, int64_t size) const;                       // [T, size]
-  Tensor outputs(Arg arg, int64_t examples) const;                  // [T, N, *output]
-  Tensor inputs(Arg arg, int64_t examples) const;                   // [T, N, *input]
-  Tensor params(Arg arg) const;                                     // [T, P]
+  Tensor values(Arg arg) const;                     // [T], for a result of size 1
+  Tensor values(Arg arg, int64_t size) const;       // [T, size]
+  Tensor outputs(Arg arg, int64_t examples) const;  // [T, N, *output]
+  Tensor inputs(Arg arg, int64_t examples) const;   // [T, N, *input]
+  Tensor params(Arg arg) const;                     // [T, P]
   // [rows, P]: the weighted sum over the tasks (their mean without weights) of a result of rows x P a task. It uses the result up.
   Tensor reduced_params(Arg arg, int64_t rows, const std::optional<Tensor>& task_weights);
 
  private:
   using Type = torch::headeronly::ScalarType;
   size_t element_bytes() const { return table_->real_bytes; }
-  Tensor real(const char* name, const Tensor& x);                   // checked, in the table's type, contiguous
+  Tensor real(const char* name, const Tensor& x);  // checked, in the table's type, contiguous
   void bind(Arg arg, const Tensor& x, int64_t task_stride);
   void bind(Arg arg, void* data, int64_t task_stride);
-  void images(Arg arg, const Tensor& x, const Shape& shape);        // [T, N, *shape] -> [T, N, H, W, C]
+  void images(Arg arg, const Tensor& x, const Shape& shape);  // [T, N, *shape] -> [T, N, H, W, C]
   Tensor from_images(Arg arg, int64_t examples, const Shape& shape) const;
   void move_params(Arg arg, const Tensor& from, int64_t count, int64_t task_stride);
-  Tensor to_torch(const void* engine, int64_t count) const;         // [count, P]
+  Tensor to_torch(const void* engine, int64_t count) const;  // [count, P]
   Tensor copy_of(const void* data, std::initializer_list<int64_t> sizes) const;
   Tensor in_callers_type(Tensor x) const;
 
@@ -67,7 +67,7 @@ class Arrays {
   Type callers_type_;
   int64_t tasks_ = -1;
   std::array<View, kArgs> args_{};
-  std::vector<Tensor> kept_;                                        // what the Views point into
+  std::vector<Tensor> kept_;  // what the Views point into
   LentWorkplace place_;
 };
 

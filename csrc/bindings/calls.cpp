@@ -25,8 +25,8 @@ int step_count(const char* name, int64_t steps, int64_t least) {
 
 }  // namespace
 
-Tensor forward_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x, const MaybeTensor& support_x,
-                    const Tensor& buffers) {
+Tensor forward_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
+                    const MaybeTensor& support_x, const Tensor& buffers) {
   Arrays arrays(program, backend, params);
   Work work;
   const int64_t N = work.how.query_examples = arrays.examples(Arg::query_x, "x", x);
@@ -84,11 +84,13 @@ std::tuple<Tensor, Tensor> adapt_call(const std::string& program, const std::str
   return {arrays.params(Arg::adapted), arrays.values(Arg::support_losses, K)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(
-    const std::string& program, const std::string& backend, const Tensor& theta, const Tensor& support_x, const Tensor& support_y,
-    const MaybeTensor& support_weights, const Tensor& query_x, const Tensor& query_y, const MaybeTensor& query_weights,
-    const MaybeTensor& task_weights, const Tensor& rates, int64_t inner_steps, bool first_order, const std::string& memory, bool rate_grad,
-    const Tensor& buffers) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(const std::string& program, const std::string& backend,
+                                                                      const Tensor& theta, const Tensor& support_x, const Tensor& support_y,
+                                                                      const MaybeTensor& support_weights, const Tensor& query_x,
+                                                                      const Tensor& query_y, const MaybeTensor& query_weights,
+                                                                      const MaybeTensor& task_weights, const Tensor& rates,
+                                                                      int64_t inner_steps, bool first_order, const std::string& memory,
+                                                                      bool rate_grad, const Tensor& buffers) {
   Arrays arrays(program, backend, theta);
   Work work;
   work.kind = Kind::meta_gradient;
@@ -159,8 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> passes_call(const std
   for (Arg arg : {Arg::input_grad, Arg::input_grad_dot}) arrays.result(arg, in);
   for (Arg arg : {Arg::grad, Arg::grad_dot}) arrays.result(arg, arrays.program().param_count);
   arrays.run(work);
-  return {arrays.outputs(Arg::output, N),    arrays.outputs(Arg::output_dot, N),     arrays.inputs(Arg::input_grad, N),
-          arrays.inputs(Arg::input_grad_dot, N), arrays.params(Arg::grad), arrays.params(Arg::grad_dot)};
+  return {arrays.outputs(Arg::output, N),        arrays.outputs(Arg::output_dot, N), arrays.inputs(Arg::input_grad, N),
+          arrays.inputs(Arg::input_grad_dot, N), arrays.params(Arg::grad),           arrays.params(Arg::grad_dot)};
 }
 
 }  // namespace fastmaml

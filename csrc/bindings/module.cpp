@@ -10,10 +10,8 @@
 // T tasks, N examples, P parameters in torch's order, K inner steps, B running statistics. program: the text of fastmaml/program_text.py.
 STABLE_TORCH_LIBRARY(fastmaml, m) {
   m.def("forward(str program, str backend, Tensor params, Tensor x, Tensor? support_x, Tensor buffers) -> Tensor");
-  m.def(
-      "grad(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor buffers) -> (Tensor loss, Tensor grad)");
-  m.def(
-      "hvp(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor v, Tensor buffers) -> Tensor");
+  m.def("grad(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor buffers) -> (Tensor loss, Tensor grad)");
+  m.def("hvp(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor v, Tensor buffers) -> Tensor");
   m.def(
       "adapt(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor rates, int inner_steps, Tensor buffers) "
       "-> (Tensor params, Tensor losses)");

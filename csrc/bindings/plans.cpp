@@ -58,13 +58,20 @@ std::string key_of(const std::string& text, const OpTable& table, const Work& wo
 Schedule schedule_of(const Program& net, const Work& work) {
   const Adaptation& how = work.how;
   switch (work.kind) {
-    case Kind::forward: return forward_schedule(net, how.query_examples, how.support_examples);
-    case Kind::gradient: return gradient_schedule(net, how.support_examples, how.support_weights);
-    case Kind::hvp: return hvp_schedule(net, how.support_examples, how.support_weights);
-    case Kind::adapt: return adapt_schedule(net, how);
-    case Kind::meta_gradient: return meta_gradient_schedule(net, how);
-    case Kind::solve: return conjugate_gradient_schedule(net, how.support_examples, how.support_weights, work.solve_steps);
-    case Kind::passes: return passes_schedule(net, how.support_examples, work.dual);
+    case Kind::forward:
+      return forward_schedule(net, how.query_examples, how.support_examples);
+    case Kind::gradient:
+      return gradient_schedule(net, how.support_examples, how.support_weights);
+    case Kind::hvp:
+      return hvp_schedule(net, how.support_examples, how.support_weights);
+    case Kind::adapt:
+      return adapt_schedule(net, how);
+    case Kind::meta_gradient:
+      return meta_gradient_schedule(net, how);
+    case Kind::solve:
+      return conjugate_gradient_schedule(net, how.support_examples, how.support_weights, work.solve_steps);
+    case Kind::passes:
+      return passes_schedule(net, how.support_examples, work.dual);
   }
   throw std::logic_error("a kind of work without a schedule");
 }

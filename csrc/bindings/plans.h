@@ -14,8 +14,8 @@ enum class Kind : uint8_t { forward, gradient, hvp, adapt, meta_gradient, solve,
 enum class Memory : uint8_t { low, stash, automatic };
 
 Kind kind_named(const std::string& name);
-Memory memory_named(const std::string& name);                                // "low", "stash" or "auto"
-const OpTable& table_named(const std::string& backend, size_t real_bytes);   // "cpu" or "reference" (always float64)
+Memory memory_named(const std::string& name);                               // "low", "stash" or "auto"
+const OpTable& table_named(const std::string& backend, size_t real_bytes);  // "cpu" or "reference" (always float64)
 
 // What a Schedule depends on beside the network and the backend.
 struct Work {
@@ -23,7 +23,7 @@ struct Work {
   Adaptation how;
   Memory memory = Memory::low;  // meta_gradient
   int solve_steps = 0;
-  bool dual = false;            // passes
+  bool dual = false;  // passes
 };
 
 struct Plan {
@@ -42,12 +42,17 @@ std::shared_ptr<const Plan> plan_for(const std::string& text, const OpTable& tab
 class Workplace {
  public:
   Arenas arenas;
-  void* take(size_t bytes);     // 64-byte aligned, until reset
+  void* take(size_t bytes);  // 64-byte aligned, until reset
   void reset() { taken_ = 0; }
 
  private:
-  struct Free { void operator()(void* data) const; };
-  struct Block { std::unique_ptr<void, Free> data; size_t bytes = 0; };
+  struct Free {
+    void operator()(void* data) const;
+  };
+  struct Block {
+    std::unique_ptr<void, Free> data;
+    size_t bytes = 0;
+  };
   std::vector<Block> blocks_;
   size_t taken_ = 0;
 };

@@ -6,8 +6,8 @@
 
 namespace fastmaml {
 
-int thread_count();                                                        // torch.get_num_threads()
-void in_parallel(int64_t n, const std::function<void(int64_t)>& body);     // a ParallelFor (ops/ops.h)
-int threads_seen();                                                        // how many threads one in_parallel really used
+int thread_count();                                                     // torch.get_num_threads()
+void in_parallel(int64_t n, const std::function<void(int64_t)>& body);  // a ParallelFor (ops/ops.h)
+int threads_seen();                                                     // how many threads one in_parallel really used
 
 }  // namespace fastmaml
