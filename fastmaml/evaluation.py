@@ -56,7 +56,7 @@ def evaluate_run(
     config = checked(replace(config, eval_tasks=config.eval_tasks if tasks is None else tasks))
     seed = config.seed if seed is None else seed
     trained, origin = load_learner(run_dir, config)
-    untrained = make_learner(config)
+    untrained = make_learner(config).eval()
     shots_list = config.eval_shots or (config.shots,)
     tables = []
     with progress(len(shots_list) * config.eval_tasks, "evaluation", "task", quiet=quiet) as bar:

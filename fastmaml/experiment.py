@@ -66,13 +66,13 @@ def make_learner(config: RunConfig) -> Any:
 
 
 def load_learner(run_dir: str | Path, config: RunConfig) -> tuple[Any, dict[str, Any]]:
-    """The meta-trained learner of a run and where it comes from: the best checkpoint by validation, else the last."""
+    """The meta-trained learner of a run, in eval mode, and where it comes from: the best checkpoint, else the last."""
     folder = Path(run_dir) / "checkpoints"
     name = "best" if checkpoint.exists(folder, "best") else "last"
     tensors, state = checkpoint.load(folder, name)
     learner = make_learner(config)
     learner.load_state_dict(model_tensors(tensors))
-    return learner, {"checkpoint": name, "step": state["step"]}
+    return learner.eval(), {"checkpoint": name, "step": state["step"]}
 
 
 def seed_generators(seed: int) -> None:

@@ -185,6 +185,8 @@ class Trainer:
     def _validate(self, shown: _Shown) -> None:
         """Loss and metric on the fixed validation tasks; the best parameters so far become checkpoint `best`."""
         losses, before, after = [], [], []
+        training = self.learner.training
+        self.learner.eval()  # no dropout; what batch norm does is a setting of the learner
         with torch.no_grad():
             for chunk, count in enumerate(chunks(self.config.validation_tasks, CHUNK)):
                 batch = self.validation_tasks.sample(count, step=chunk)
@@ -192,6 +194,7 @@ class Trainer:
                 losses.append(out.task_losses.double())
                 after.append(self.metric(out.query_output, batch[3]))
                 before.append(self.metric(self.learner.adapt(*batch[:2], inner_steps=0).predict(batch[2]), batch[3]))
+        self.learner.train(training)
         loss, result = summarise(torch.cat(losses)), summarise(torch.cat(after))
         value = math.nan if result.mean is None else result.mean
         row: dict[str, Any] = {

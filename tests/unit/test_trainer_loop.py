@@ -181,6 +181,16 @@ def test_validation_meets_the_same_tasks_every_time(tmp_path):
     assert first["metric_after"] == second["metric_after"] and first["metric_before"] == second["metric_before"]
 
 
+def test_validation_runs_without_dropout_and_training_with_it(tmp_path):
+    trainer = make_trainer(tmp_path, replace(CONFIG, outer_lr=1e-30, steps=8, log_every=1), nn.Dropout(0.5))
+    trainer.train_tasks.sample = lambda tasks: trainer.validation_tasks.sample(tasks, step=0)
+    trainer.train()
+    found = rows(tmp_path)
+    assert len({row["loss"] for row in found if row["kind"] == "validation"}) == 1
+    assert len({row["loss"] for row in found if row["kind"] == "train"}) == 8
+    assert trainer.learner.training
+
+
 def test_the_cosine_schedule_ends_at_zero(tmp_path):
     trainer = make_trainer(tmp_path)
     rates = []
