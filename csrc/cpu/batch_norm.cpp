@@ -11,7 +11,26 @@ struct Sizes {
   const BatchNorm& s;
   int64_t C, rows, stat_rows;
   explicit Sizes(const Call& call)
-      : s(*std::get_if<BatchNorm>(&call.layer)), C(s.C), rows(call.step.examples * s.spatial), stat_rows(call.step.stat_examples * s.spatial) {}
+      : s(*std::get_if<BatchNorm>(&call.layer)),
+        C(s.C),
+        rows(call.step.examples * s.spatial),
+        stat_rows(call.step.stat_examples * s.spatial) {}
+};
+
+// stats = [mean, 1/std, what the mean lost when it was rounded to T]. Without the third part xhat of a channel whose mean is
+// much larger than its deviation would be off by the rounding of the mean (ALGORITHMS section 7).
+template <class T>
+struct Stats {
+  T *mean, *rstd, *rest;
+  Stats(const Call& call, int i, int64_t t, int64_t C) : mean(at<T>(call, i, t)), rstd(mean + C), rest(mean + 2 * C) {}
+  void set_mean(int64_t c, double value) const {
+    mean[c] = T(value);
+    rest[c] = T(value - double(mean[c]));
+  }
+  template <class V>
+  V centred(const T* x, int64_t i, int64_t c) const {
+    return (load<V>(x + i) - load<V>(mean + c)) - load<V>(rest + c);
+  }
 };
 
 size_t sums_bytes(const Step&, const Layer& layer) { return size_t(std::get_if<BatchNorm>(&layer)->C) * 2 * sizeof(double); }
@@ -21,16 +40,19 @@ void batch_norm_stats(const Call& call) {
   const Sizes z(call);
   double* sums = static_cast<double*>(call.scratch);
   for (int64_t t = 0; t < call.tasks; ++t) {
-    T *mean = at<T>(call, 0, t), *rstd = mean + z.C;
+    const Stats<T> stats(call, 0, t, z.C);
     const T* x = at<T>(call, 1, t);
-    column_sums<T, 1>(z.stat_rows, z.C, sums, [&](auto lane, int64_t r, int64_t c, auto* sum) { sum[0] = load<decltype(lane)>(x + r * z.C + c); });
-    for (int64_t c = 0; c < z.C; ++c) mean[c] = T(sums[c] / double(z.stat_rows));
+    // Sums of differences from the first row: exactly zero for a constant channel.
     column_sums<T, 1>(z.stat_rows, z.C, sums, [&](auto lane, int64_t r, int64_t c, auto* sum) {
       using V = decltype(lane);
-      const V centred = load<V>(x + r * z.C + c) - load<V>(mean + c);
+      sum[0] = load<V>(x + r * z.C + c) - load<V>(x + c);
+    });
+    for (int64_t c = 0; c < z.C; ++c) stats.set_mean(c, double(x[c]) + sums[c] / double(z.stat_rows));
+    column_sums<T, 1>(z.stat_rows, z.C, sums, [&](auto lane, int64_t r, int64_t c, auto* sum) {
+      const auto centred = stats.template centred<decltype(lane)>(x, r * z.C + c, c);
       sum[0] = centred * centred;
     });
-    for (int64_t c = 0; c < z.C; ++c) rstd[c] = T(1.0 / std::sqrt(sums[c] / double(z.stat_rows) + z.s.eps));
+    for (int64_t c = 0; c < z.C; ++c) stats.rstd[c] = T(1.0 / std::sqrt(sums[c] / double(z.stat_rows) + z.s.eps));
   }
 }
 
@@ -38,11 +60,11 @@ template <class T>
 void batch_norm_frozen_stats(const Call& call) {
   const Sizes z(call);
   for (int64_t t = 0; t < call.tasks; ++t) {
-    T *mean = at<T>(call, 0, t), *rstd = mean + z.C;
+    const Stats<T> stats(call, 0, t, z.C);
     const T *running_mean = at<T>(call, 1, t), *running_var = at<T>(call, 2, t);
     for (int64_t c = 0; c < z.C; ++c) {
-      mean[c] = running_mean[c];
-      rstd[c] = T(1.0 / std::sqrt(double(running_var[c]) + z.s.eps));
+      stats.set_mean(c, double(running_mean[c]));
+      stats.rstd[c] = T(1.0 / std::sqrt(double(running_var[c]) + z.s.eps));
     }
   }
 }
@@ -54,12 +76,13 @@ void batch_norm_stats_jvp(const Call& call) {
   double* sums = static_cast<double*>(call.scratch);
   for (int64_t t = 0; t < call.tasks; ++t) {
     T* stats_dot = at<T>(call, 0, t);
-    const T *x = at<T>(call, 1, t), *x_dot = at<T>(call, 2, t), *mean = at<T>(call, 3, t), *rstd = mean + z.C;
+    const T *x = at<T>(call, 1, t), *x_dot = at<T>(call, 2, t);
+    const Stats<T> stats(call, 3, t, z.C);
     column_sums<T, 2>(z.stat_rows, z.C, sums, [&](auto lane, int64_t r, int64_t c, auto* sum) {
       using V = decltype(lane);
       const V v = load<V>(x_dot + r * z.C + c);
       sum[0] = v;
-      sum[1] = (load<V>(x + r * z.C + c) - load<V>(mean + c)) * load<V>(rstd + c) * v;
+      sum[1] = stats.template centred<V>(x, r * z.C + c, c) * load<V>(stats.rstd + c) * v;
     });
     for (int64_t i = 0; i < 2 * z.C; ++i) stats_dot[i] = T(sums[i] / double(z.stat_rows));
   }
@@ -70,12 +93,13 @@ void batch_norm_fwd(const Call& call) {
   const Sizes z(call);
   for (int64_t t = 0; t < call.tasks; ++t) {
     T* y = at<T>(call, 0, t);
-    const T *x = at<T>(call, 1, t), *mean = at<T>(call, 2, t), *rstd = mean + z.C, *gamma = at<T>(call, 3, t), *beta = at<T>(call, 4, t);
+    const T *x = at<T>(call, 1, t), *gamma = at<T>(call, 3, t), *beta = at<T>(call, 4, t);
+    const Stats<T> stats(call, 2, t, z.C);
     for (int64_t r = 0; r < z.rows; ++r)
       for_lanes<T>(z.C, [&](auto lane, int64_t c) {
         using V = decltype(lane);
-        const V scale = load<V>(rstd + c) * load_or<V>(gamma, c, T(1));
-        store(y + r * z.C + c, (load<V>(x + r * z.C + c) - load<V>(mean + c)) * scale + load_or<V>(beta, c, T(0)));
+        const V scale = load<V>(stats.rstd + c) * load_or<V>(gamma, c, T(1));
+        store(y + r * z.C + c, stats.template centred<V>(x, r * z.C + c, c) * scale + load_or<V>(beta, c, T(0)));
       });
   }
 }
@@ -93,14 +117,16 @@ void batch_norm_fwd_jvp(const Call& call) {
   const Sizes z(call);
   for (int64_t t = 0; t < call.tasks; ++t) {
     T* y_dot = at<T>(call, 0, t);
-    const T *x = at<T>(call, 1, t), *x_dot = at<T>(call, 2, t), *mean = at<T>(call, 3, t), *rstd = mean + z.C, *stats_dot = at<T>(call, 4, t);
+    const T *x = at<T>(call, 1, t), *x_dot = at<T>(call, 2, t), *stats_dot = at<T>(call, 4, t);
+    const Stats<T> stats(call, 3, t, z.C);
     const T *gamma = at<T>(call, 5, t), *gamma_dot = at<T>(call, 6, t), *beta_dot = at<T>(call, 7, t);
     for (int64_t r = 0; r < z.rows; ++r)
       for_lanes<T>(z.C, [&](auto lane, int64_t c) {
         using V = decltype(lane);
-        const V scale = load<V>(rstd + c), xhat = (load<V>(x + r * z.C + c) - load<V>(mean + c)) * scale;
+        const V scale = load<V>(stats.rstd + c), xhat = stats.template centred<V>(x, r * z.C + c, c) * scale;
         const V xhat_dot = xhat_tangent<V>(xhat, x_dot, r * z.C + c, scale, stats_dot, c, z.C);
-        store(y_dot + r * z.C + c, load_or<V>(gamma_dot, c, T(0)) * xhat + load_or<V>(gamma, c, T(1)) * xhat_dot + load_or<V>(beta_dot, c, T(0)));
+        store(y_dot + r * z.C + c,
+              load_or<V>(gamma_dot, c, T(0)) * xhat + load_or<V>(gamma, c, T(1)) * xhat_dot + load_or<V>(beta_dot, c, T(0)));
       });
   }
 }
@@ -111,11 +137,12 @@ void batch_norm_bwd_weight(const Call& call) {
   double* sums = static_cast<double*>(call.scratch);
   for (int64_t t = 0; t < call.tasks; ++t) {
     T *dgamma = at<T>(call, 0, t), *dbeta = at<T>(call, 1, t);
-    const T *x = at<T>(call, 2, t), *dy = at<T>(call, 3, t), *mean = at<T>(call, 4, t), *rstd = mean + z.C;
+    const T *x = at<T>(call, 2, t), *dy = at<T>(call, 3, t);
+    const Stats<T> stats(call, 4, t, z.C);
     column_sums<T, 2>(z.rows, z.C, sums, [&](auto lane, int64_t r, int64_t c, auto* sum) {
       using V = decltype(lane);
       const V d = load<V>(dy + r * z.C + c);
-      sum[0] = d * ((load<V>(x + r * z.C + c) - load<V>(mean + c)) * load<V>(rstd + c));
+      sum[0] = d * (stats.template centred<V>(x, r * z.C + c, c) * load<V>(stats.rstd + c));
       sum[1] = d;
     });
     for (int64_t c = 0; c < z.C; ++c) {
@@ -132,11 +159,12 @@ void batch_norm_bwd_weight_jvp(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     T *dgamma_dot = at<T>(call, 0, t), *dbeta_dot = at<T>(call, 1, t);
     const T *x = at<T>(call, 2, t), *x_dot = at<T>(call, 3, t), *dy = at<T>(call, 4, t), *dy_dot = at<T>(call, 5, t);
-    const T *mean = at<T>(call, 6, t), *rstd = mean + z.C, *stats_dot = at<T>(call, 7, t);
+    const T* stats_dot = at<T>(call, 7, t);
+    const Stats<T> stats(call, 6, t, z.C);
     column_sums<T, 2>(z.rows, z.C, sums, [&](auto lane, int64_t r, int64_t c, auto* sum) {
       using V = decltype(lane);
       const int64_t i = r * z.C + c;
-      const V scale = load<V>(rstd + c), xhat = (load<V>(x + i) - load<V>(mean + c)) * scale;
+      const V scale = load<V>(stats.rstd + c), xhat = stats.template centred<V>(x, i, c) * scale;
       const V d_dot = load<V>(dy_dot + i);
       sum[0] = d_dot * xhat + load<V>(dy + i) * xhat_tangent<V>(xhat, x_dot, i, scale, stats_dot, c, z.C);
       sum[1] = d_dot;
@@ -156,17 +184,18 @@ void batch_norm_bwd_data(const Call& call) {
   const T over = T(1.0 / double(z.stat_rows));
   for (int64_t t = 0; t < call.tasks; ++t) {
     T* dx = at<T>(call, 0, t);
-    const T *x = at<T>(call, 1, t), *dy = at<T>(call, 2, t), *mean = at<T>(call, 3, t), *rstd = mean + z.C, *gamma = at<T>(call, 4, t);
+    const T *x = at<T>(call, 1, t), *dy = at<T>(call, 2, t), *gamma = at<T>(call, 4, t);
+    const Stats<T> stats(call, 3, t, z.C);
     const T *dgamma = at<T>(call, 5, t), *dbeta = at<T>(call, 6, t);
     for (int64_t r = 0; r < z.rows; ++r) {
       const bool inside = !z.s.frozen && r < z.stat_rows;
       for_lanes<T>(z.C, [&](auto lane, int64_t c) {
         using V = decltype(lane);
         const int64_t i = r * z.C + c;
-        const V scale = load<V>(rstd + c);
+        const V scale = load<V>(stats.rstd + c);
         V u = load<V>(dy + i);
         if (inside) {
-          const V xhat = (load<V>(x + i) - load<V>(mean + c)) * scale;
+          const V xhat = stats.template centred<V>(x, i, c) * scale;
           u = u - load<V>(dbeta + c) * over - xhat * (load<V>(dgamma + c) * over);
         }
         store(dx + i, load_or<V>(gamma, c, T(1)) * scale * u);
@@ -183,17 +212,18 @@ void batch_norm_bwd_data_jvp(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     T* dx_dot = at<T>(call, 0, t);
     const T *x = at<T>(call, 1, t), *x_dot = at<T>(call, 2, t), *dy = at<T>(call, 3, t), *dy_dot = at<T>(call, 4, t);
-    const T *mean = at<T>(call, 5, t), *rstd = mean + z.C, *stats_dot = at<T>(call, 6, t), *gamma = at<T>(call, 7, t), *gamma_dot = at<T>(call, 8, t);
+    const T *stats_dot = at<T>(call, 6, t), *gamma = at<T>(call, 7, t), *gamma_dot = at<T>(call, 8, t);
+    const Stats<T> stats(call, 5, t, z.C);
     const T *dgamma = at<T>(call, 9, t), *dbeta = at<T>(call, 10, t), *dgamma_dot = at<T>(call, 11, t), *dbeta_dot = at<T>(call, 12, t);
     for (int64_t r = 0; r < z.rows; ++r) {
       const bool inside = !z.s.frozen && r < z.stat_rows;
       for_lanes<T>(z.C, [&](auto lane, int64_t c) {
         using V = decltype(lane);
         const int64_t i = r * z.C + c;
-        const V scale = load<V>(rstd + c), g = load_or<V>(gamma, c, T(1));
+        const V scale = load<V>(stats.rstd + c), g = load_or<V>(gamma, c, T(1));
         V u = load<V>(dy + i), u_dot = load<V>(dy_dot + i);
         if (inside) {
-          const V xhat = (load<V>(x + i) - load<V>(mean + c)) * scale, q = load<V>(dgamma + c) * over;
+          const V xhat = stats.template centred<V>(x, i, c) * scale, q = load<V>(dgamma + c) * over;
           const V xhat_dot = xhat_tangent<V>(xhat, x_dot, i, scale, stats_dot, c, z.C);
           u = u - load<V>(dbeta + c) * over - xhat * q;
           u_dot = u_dot - load<V>(dbeta_dot + c) * over - xhat_dot * q - xhat * (load<V>(dgamma_dot + c) * over);

@@ -44,11 +44,11 @@ void pad_images(T* to, const T* from, int64_t count, const Padded& p) {
 
 template <class T>
 struct Work {
-  T* image[2];               // padded images of a chunk and their tangents
-  int32_t *a_at, *out_at;    // where the rows of the product start
-  T* filter[2];              // filters in whole vectors, or flipped and transposed
+  T* image[2];             // padded images of a chunk and their tangents
+  int32_t *a_at, *out_at;  // where the rows of the product start
+  T* filter[2];            // filters in whole vectors, or flipped and transposed
   Term<T>* terms;
-  T* rows[2];                // dy, dy_dot in whole vectors
+  T* rows[2];  // dy, dy_dot in whole vectors
   double* sums;
 
   enum class Kind { forward, data, weight };
@@ -59,7 +59,9 @@ struct Work {
     for (T*& i : image) i = scratch.take<T>(images * p.size());
     a_at = scratch.take<int32_t>(images * pixels);
     out_at = scratch.take<int32_t>(images * pixels);
-    for (T*& f : filter) f = kind == Kind::weight ? nullptr : scratch.take<T>(taps * (kind == Kind::data ? s.F * padded_cols<T>(s.C) : s.C * padded_cols<T>(s.F)));
+    for (T*& f : filter)
+      f = kind == Kind::weight ? nullptr
+                               : scratch.take<T>(taps * (kind == Kind::data ? s.F * padded_cols<T>(s.C) : s.C * padded_cols<T>(s.F)));
     terms = scratch.take<Term<T>>(2 * s.KH * term_count<T>(s.KW * (s.C > s.F ? s.C : s.F)));
     for (T*& r : rows) r = kind == Kind::weight ? scratch.take<T>(kBlockPixels * padded_cols<T>(s.F)) : nullptr;
     sums = scratch.take<double>(s.F);
@@ -86,17 +88,16 @@ template <class T>
 struct Output {
   T* y;
   const T* bias;
-  const T* w_for_x;       // null: no such term
+  const T* w_for_x;  // null: no such term
   const T* w_for_x_dot;
 };
 
 template <class T>
-void forward(const Call& call, int64_t t, const T* x, const T* x_dot, const T* const* w, Output<T>* outputs, int n_outputs) {
+void forward(const Call& call, const T* x, const T* x_dot, const T* const* w, Output<T>* outputs, int n_outputs) {
   const Conv2d& s = *std::get_if<Conv2d>(&call.layer);
   const int64_t N = call.step.examples, ldb = padded_cols<T>(s.F);
   Scratch scratch(call.scratch);
   Work<T> work(scratch, s, N, Work<T>::Kind::forward);
-  (void)t;
   const T* filter[2];  // in whole vectors
   for (int i = 0; i < 2; ++i) {
     filter[i] = w[i];
@@ -121,7 +122,8 @@ void forward(const Call& call, int64_t t, const T* x, const T* x_dot, const T* c
         if (out.w_for_x) terms += split_term(work.terms + terms, from, packed(out.w_for_x) + row, s.KW * s.C, ldb);
         if (out.w_for_x_dot && x_dot) terms += split_term(work.terms + terms, shift + from, packed(out.w_for_x_dot) + row, s.KW * s.C, ldb);
       }
-      row_product(RowProduct<T>{out.y + n * made, nullptr, work.image[0], work.a_at, count * s.OH * s.OW, s.F, ldb, out.bias}, work.terms, terms);
+      row_product(RowProduct<T>{out.y + n * made, nullptr, work.image[0], work.a_at, count * s.OH * s.OW, s.F, ldb, out.bias}, work.terms,
+                  terms);
     }
   }
 }
@@ -131,7 +133,7 @@ void conv2d_fwd(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     const T* w[2] = {at<T>(call, 2, t), nullptr};
     Output<T> y{at<T>(call, 0, t), at<T>(call, 3, t), w[0], nullptr};
-    forward<T>(call, t, at<T>(call, 1, t), nullptr, w, &y, 1);
+    forward<T>(call, at<T>(call, 1, t), nullptr, w, &y, 1);
   }
 }
 
@@ -140,7 +142,7 @@ void conv2d_fwd_jvp(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     const T* w[2] = {at<T>(call, 3, t), at<T>(call, 4, t)};
     Output<T> y_dot{at<T>(call, 0, t), at<T>(call, 5, t), w[1], w[0]};
-    forward<T>(call, t, at<T>(call, 1, t), at<T>(call, 2, t), w, &y_dot, 1);
+    forward<T>(call, at<T>(call, 1, t), at<T>(call, 2, t), w, &y_dot, 1);
   }
 }
 
@@ -149,7 +151,7 @@ void conv2d_fwd_dual(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     const T* w[2] = {at<T>(call, 4, t), at<T>(call, 5, t)};
     Output<T> both[2] = {{at<T>(call, 0, t), at<T>(call, 6, t), w[0], nullptr}, {at<T>(call, 1, t), at<T>(call, 7, t), w[1], w[0]}};
-    forward<T>(call, t, at<T>(call, 2, t), at<T>(call, 3, t), w, both, 2);
+    forward<T>(call, at<T>(call, 2, t), at<T>(call, 3, t), w, both, 2);
   }
 }
 
@@ -157,7 +159,9 @@ void conv2d_fwd_dual(const Call& call) {
 struct Phase {
   int64_t first, step, taps;
   Phase(int64_t phase, int64_t stride, int64_t pad, int64_t kernel)
-      : first(((phase - pad) % stride + stride) % stride), step(stride), taps(phase < kernel ? (kernel - phase + stride - 1) / stride : 0) {}
+      : first(((phase - pad) % stride + stride) % stride),
+        step(stride),
+        taps(phase < kernel ? (kernel - phase + stride - 1) / stride : 0) {}
 };
 
 // to [taps_h, taps_w, F, C in whole vectors]: the phase's taps in falling order, each filter transposed.
@@ -197,7 +201,8 @@ void backward_data(const Call& call, T* dx, T* dx_dot, const T* dy, const T* dy_
         for (int64_t i = 0; i < count; ++i)
           for (int64_t h = ph.first; h < s.H; h += ph.step)
             for (int64_t v = pw.first; v < s.W; v += pw.step, ++rows) {
-              const int64_t qh = (h + s.pad_h) / s.stride_h + p.top - (ph.taps - 1), qw = (v + s.pad_w) / s.stride_w + p.left - (pw.taps - 1);
+              const int64_t qh = (h + s.pad_h) / s.stride_h + p.top - (ph.taps - 1),
+                            qw = (v + s.pad_w) / s.stride_w + p.left - (pw.taps - 1);
               work.a_at[rows] = ph.taps && pw.taps ? int32_t(((i * p.HP + qh) * p.WP + qw) * s.F) : 0;
               work.out_at[rows] = int32_t(((i * s.H + h) * s.W + v) * s.C);
             }
@@ -209,7 +214,8 @@ void backward_data(const Call& call, T* dx, T* dx_dot, const T* dy, const T* dy_
             terms += split_term(work.terms + terms, first_shift + from, first + row, pw.taps * s.F, ldb);
             if (second) terms += split_term(work.terms + terms, second_shift + from, second + row, pw.taps * s.F, ldb);
           }
-          row_product(RowProduct<T>{out + n * image, one_phase ? nullptr : work.out_at, work.image[0], work.a_at, rows, s.C, ldb, nullptr}, work.terms, terms);
+          row_product(RowProduct<T>{out + n * image, one_phase ? nullptr : work.out_at, work.image[0], work.a_at, rows, s.C, ldb, nullptr},
+                      work.terms, terms);
         };
         if (dx) product(dx, work.filter[0], 0, nullptr, 0);
         if (dx_dot) product(dx_dot, work.filter[0], shift, work.filter[1], 0);
@@ -232,7 +238,8 @@ void conv2d_bwd_data_jvp(const Call& call) {
 template <class T>
 void conv2d_bwd_data_dual(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t)
-    backward_data<T>(call, at<T>(call, 0, t), at<T>(call, 1, t), at<T>(call, 2, t), at<T>(call, 3, t), at<T>(call, 4, t), at<T>(call, 5, t));
+    backward_data<T>(call, at<T>(call, 0, t), at<T>(call, 1, t), at<T>(call, 2, t), at<T>(call, 3, t), at<T>(call, 4, t),
+                     at<T>(call, 5, t));
 }
 
 // dw = sum over terms and pixels of (window of x) dy^T; the bias gradient sums `bias_from` over pixels.
@@ -269,7 +276,8 @@ void backward_weight(const Call& call, T* dw, T* db, const T* const* x, const T*
     }
   }
   if (!db) return;
-  column_sums<T, 1>(N * pixels, s.F, work.sums, [&](auto lane, int64_t r, int64_t f, auto* sum) { sum[0] = load<decltype(lane)>(bias_from + r * s.F + f); });
+  column_sums<T, 1>(N * pixels, s.F, work.sums,
+                    [&](auto lane, int64_t r, int64_t f, auto* sum) { sum[0] = load<decltype(lane)>(bias_from + r * s.F + f); });
   for (int64_t f = 0; f < s.F; ++f) db[f] = T(work.sums[f]);
 }
 

@@ -10,7 +10,11 @@ struct Sizes {
   const GroupNorm& s;
   int64_t N, C, width, values;  // width: channels of a group; values: numbers of a row
   explicit Sizes(const Call& call)
-      : s(*std::get_if<GroupNorm>(&call.layer)), N(call.step.examples), C(s.channels), width(s.channels / s.groups), values(width * s.spatial) {}
+      : s(*std::get_if<GroupNorm>(&call.layer)),
+        N(call.step.examples),
+        C(s.channels),
+        width(s.channels / s.groups),
+        values(width * s.spatial) {}
 };
 
 size_t sums_bytes(const Step&, const Layer& layer) { return size_t(std::get_if<GroupNorm>(&layer)->channels) * 2 * sizeof(double); }
@@ -28,8 +32,10 @@ inline void row_means(const Sizes& z, int64_t n, int64_t g, double* means, F f) 
       V more[Q];
       f(lane, start + c, g * z.width + c, more);
       for (int q = 0; q < Q; ++q) {
-        if constexpr (std::is_same_v<V, T>) tail[q] += more[q];
-        else acc[q] += more[q];
+        if constexpr (std::is_same_v<V, T>)
+          tail[q] += more[q];
+        else
+          acc[q] += more[q];
       }
     });
     for (int q = 0; q < Q; ++q) means[q] += double(sum_lanes<T>(acc[q])) + double(tail[q]);

@@ -8,13 +8,14 @@ namespace {
 template <class T>
 struct Work {  // scratch of one Step, laid out the same when it is measured and when it is used
   int32_t* a_at;
-  T *first, *second;      // weights in whole vectors, or transposed
+  T *first, *second;  // weights in whole vectors, or transposed
   Term<T>* terms;
-  T* rows[2];             // dy, dy_dot in whole vectors
+  T* rows[2];  // dy, dy_dot in whole vectors
   double* sums;
 
   Work(Scratch& scratch, const Linear& s, int64_t N) {
-    const int64_t forward = s.in * padded_cols<T>(s.out), backward = s.out * padded_cols<T>(s.in), most = forward > backward ? forward : backward;
+    const int64_t forward = s.in * padded_cols<T>(s.out), backward = s.out * padded_cols<T>(s.in),
+                  most = forward > backward ? forward : backward;
     a_at = scratch.take<int32_t>(N);
     first = scratch.take<T>(most);
     second = scratch.take<T>(most);
@@ -160,7 +161,8 @@ template <class T>
 void bias_gradient(Task<T>& task, T* db, const T* dy) {
   if (!db) return;
   const int64_t out = task.s.out;
-  column_sums<T, 1>(task.N, out, task.work.sums, [&](auto lane, int64_t n, int64_t o, auto* sum) { sum[0] = load<decltype(lane)>(dy + n * out + o); });
+  column_sums<T, 1>(task.N, out, task.work.sums,
+                    [&](auto lane, int64_t n, int64_t o, auto* sum) { sum[0] = load<decltype(lane)>(dy + n * out + o); });
   for (int64_t o = 0; o < out; ++o) db[o] = T(task.work.sums[o]);
 }
 

@@ -11,8 +11,10 @@ using Kind = Pointwise::Kind;
 
 template <class V>
 inline V select_positive(V x, V yes, V no) {
-  if constexpr (std::is_arithmetic_v<V>) return x > V(0) ? yes : no;
-  else return (x > V{}) ? yes : no;
+  if constexpr (std::is_arithmetic_v<V>)
+    return x > V(0) ? yes : no;
+  else
+    return (x > V{}) ? yes : no;
 }
 
 // ReLU is a leaky ReLU of slope 0, but 0 * NaN and 0 * inf must not appear.
@@ -25,8 +27,10 @@ struct Rectifier {
   }
   template <class V>
   V value(V x) const {
-    if constexpr (std::is_arithmetic_v<V>) return x > V(0) ? x : (x != x ? x : low(x));
-    else return (x > V{}) ? x : ((x != x) ? x : low(x));
+    if constexpr (std::is_arithmetic_v<V>)
+      return x > V(0) ? x : (x != x ? x : low(x));
+    else
+      return (x > V{}) ? x : ((x != x) ? x : low(x));
   }
   template <class V>
   V times_slope(V x, V d) const {  // f'(x) d
@@ -64,7 +68,8 @@ inline Derivatives smooth(Kind kind, T x_in) {
       return {0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * S * u1, S * u1 + 0.5 * x * S * (u2 - 2 * t * u1 * u1)};
     }
     case Kind::relu:
-    case Kind::leaky_relu: break;
+    case Kind::leaky_relu:
+      break;
   }
   return {0, 0, 0};
 }
@@ -79,8 +84,10 @@ void pointwise_fwd(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     T* y = at<T>(call, 0, t);
     const T* x = at<T>(call, 1, t);
-    if (rectifies(s)) for_lanes<T>(size, [&](auto lane, int64_t i) { store(y + i, f.value(load<decltype(lane)>(x + i))); });
-    else for (int64_t i = 0; i < size; ++i) y[i] = T(smooth(s.kind, x[i]).f);
+    if (rectifies(s))
+      for_lanes<T>(size, [&](auto lane, int64_t i) { store(y + i, f.value(load<decltype(lane)>(x + i))); });
+    else
+      for (int64_t i = 0; i < size; ++i) y[i] = T(smooth(s.kind, x[i]).f);
   }
 }
 

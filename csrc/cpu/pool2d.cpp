@@ -28,8 +28,10 @@ bool tiles(const Pool2d& s) { return s.stride_h == s.KH && s.stride_w == s.KW &&
 // Lanes of T with int32 indices: vectors only where both have the same width.
 template <class T, class F>
 inline __attribute__((always_inline)) void for_channels(int64_t C, F f) {
-  if constexpr (sizeof(T) == sizeof(int32_t)) for_lanes<T>(C, f);
-  else for (int64_t c = 0; c < C; ++c) f(T{}, c);
+  if constexpr (sizeof(T) == sizeof(int32_t))
+    for_lanes<T>(C, f);
+  else
+    for (int64_t c = 0; c < C; ++c) f(T{}, c);
 }
 template <class V>
 using IndexOf = std::conditional_t<std::is_arithmetic_v<V>, int32_t, Vec<int32_t>>;
@@ -86,7 +88,8 @@ void max_pool2d_fwd_jvp(const Call& call) {
         using I = IndexOf<V>;
         const I tap = load<I>(index + out * s.C + c);
         V chosen{};
-        for_taps(s, n, h0, w0, [&](int32_t k, int64_t pixel) { chosen = (tap == broadcast<I>(k)) ? load<V>(x_dot + pixel * s.C + c) : chosen; });
+        for_taps(s, n, h0, w0,
+                 [&](int32_t k, int64_t pixel) { chosen = (tap == broadcast<I>(k)) ? load<V>(x_dot + pixel * s.C + c) : chosen; });
         store(y_dot + out * s.C + c, chosen);
       });
     });

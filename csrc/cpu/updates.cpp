@@ -68,8 +68,10 @@ double dot(const T* a, const T* b, int64_t n) {
     for_lanes<T>(count, [&](auto lane, int64_t i) {
       using V = decltype(lane);
       const V product = load<V>(a + from + i) * load<V>(b + from + i);
-      if constexpr (std::is_same_v<V, T>) tail += product;
-      else acc += product;
+      if constexpr (std::is_same_v<V, T>)
+        tail += product;
+      else
+        acc += product;
     });
     total += double(sum_lanes<T>(acc)) + double(tail);
   }

@@ -42,8 +42,10 @@ inline __attribute__((always_inline)) void store(T* p, V v) {
 }
 template <class V, class T>
 inline __attribute__((always_inline)) V broadcast(T x) {
-  if constexpr (std::is_same_v<V, T>) return x;
-  else return x - V{};  // GCC splats the scalar
+  if constexpr (std::is_same_v<V, T>)
+    return x;
+  else
+    return x - V{};  // GCC splats the scalar
 }
 // One operand that may be absent.
 template <class V, class T>

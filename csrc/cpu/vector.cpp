@@ -39,8 +39,10 @@ void flatten(const Call& call) {
       const T* in = at<T>(call, 1, t) + n * pixels * C;
       for (int64_t p = 0; p < pixels; ++p)
         for (int64_t c = 0; c < C; ++c) {
-          if constexpr (kForward) out[c * pixels + p] = in[p * C + c];
-          else out[p * C + c] = in[c * pixels + p];
+          if constexpr (kForward)
+            out[c * pixels + p] = in[p * C + c];
+          else
+            out[p * C + c] = in[c * pixels + p];
         }
     }
 }

@@ -1,23 +1,24 @@
 // adapt: K inner steps on the support set.
-#include "meta/meta.h"
-
 #include <stdexcept>
+
+#include "meta/meta.h"
 
 namespace fastmaml {
 namespace {
 
 Op loss_op(const Loss& loss, bool tangent) {
   switch (loss.kind) {
-    case Loss::Kind::cross_entropy: return tangent ? Op::cross_entropy_jvp : Op::cross_entropy;
-    case Loss::Kind::mse: return tangent ? Op::mse_jvp : Op::mse;
-    case Loss::Kind::none: break;
+    case Loss::Kind::cross_entropy:
+      return tangent ? Op::cross_entropy_jvp : Op::cross_entropy;
+    case Loss::Kind::mse:
+      return tangent ? Op::mse_jvp : Op::mse;
+    case Loss::Kind::none:
+      break;
   }
   throw std::invalid_argument("the program has no loss, so it has no gradient");
 }
 
-Operand buffers(Schedule& out, const Program& net) {
-  return net.buffer_count ? out.external(Arg::buffers, net.buffer_count) : Operand{};
-}
+Operand buffers(Schedule& out, const Program& net) { return net.buffer_count ? out.external(Arg::buffers, net.buffer_count) : Operand{}; }
 
 // The loss sees the last rows of the batch; the gradient by the others is zero.
 void loss_step(Schedule& out, const Program& net, const Batch& batch, Pass pass, Tape& tape, Operand loss, Operand dz) {
@@ -39,8 +40,10 @@ Batch support_batch(Schedule& out, const Program& net, int64_t examples, bool we
   Batch batch;
   batch.examples = batch.stat_examples = examples;
   batch.x = out.external(Arg::support_x, examples * net.input_shape().size());
-  if (net.loss.kind == Loss::Kind::cross_entropy) batch.y = out.external(Arg::support_y, examples, Type::label);
-  else batch.y = out.external(Arg::support_y, examples * net.output_shape().size());
+  if (net.loss.kind == Loss::Kind::cross_entropy)
+    batch.y = out.external(Arg::support_y, examples, Type::label);
+  else
+    batch.y = out.external(Arg::support_y, examples * net.output_shape().size());
   if (weights) batch.weights = out.external(Arg::support_weights, examples);
   return batch;
 }
@@ -111,7 +114,8 @@ Schedule forward_schedule(const Program& net, int64_t examples, int64_t support_
 Schedule gradient_schedule(const Program& net, int64_t examples, bool weights) {
   Schedule out;
   const Operand params = out.external(Arg::params, net.param_count);
-  gradient(out, net, params, support_batch(out, net, examples, weights), out.external(Arg::loss, 1), out.external(Arg::grad, net.param_count));
+  gradient(out, net, params, support_batch(out, net, examples, weights), out.external(Arg::loss, 1),
+           out.external(Arg::grad, net.param_count));
   return out;
 }
 

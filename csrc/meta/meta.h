@@ -10,10 +10,10 @@ namespace fastmaml {
 struct Adaptation {
   int64_t support_examples = 0, query_examples = 0;
   int inner_steps = 1;
-  bool rates_per_step = false;      // Arg::rates is [K, P] instead of [P]
+  bool rates_per_step = false;  // Arg::rates is [K, P] instead of [P]
   bool first_order = false;
-  bool stash = false;               // keep the activations of the inner steps instead of recomputing them in the sweep
-  bool rate_grad = false;           // also write Arg::rate_grad
+  bool stash = false;      // keep the activations of the inner steps instead of recomputing them in the sweep
+  bool rate_grad = false;  // also write Arg::rate_grad
   bool support_weights = false, query_weights = false;
 };
 
@@ -39,11 +39,11 @@ Schedule conjugate_gradient_schedule(const Program& net, int64_t examples, bool 
 Schedule passes_schedule(const Program& net, int64_t examples, bool dual);
 
 // Pieces that several schedules share (inner_loop.cpp, hvp.cpp).
-struct Batch {                      // a task's examples, as the loss sees them
+struct Batch {  // a task's examples, as the loss sees them
   Operand x, y, weights;
-  int64_t examples = 0;             // rows of x
-  int64_t stat_examples = 0;        // rows that batch norm takes its statistics from
-  int64_t loss_from = 0;            // the loss sees rows loss_from .. examples - 1
+  int64_t examples = 0;       // rows of x
+  int64_t stat_examples = 0;  // rows that batch norm takes its statistics from
+  int64_t loss_from = 0;      // the loss sees rows loss_from .. examples - 1
 };
 Batch support_batch(Schedule& out, const Program& net, int64_t examples, bool weights);
 Tape gradient(Schedule& out, const Program& net, Operand params, const Batch& batch, Operand loss, Operand grad);

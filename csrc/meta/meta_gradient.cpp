@@ -18,8 +18,10 @@ Batch query_batch(Schedule& out, const Program& net, const Adaptation& how, cons
   Batch batch;
   batch.x = out.external(Arg::query_x, n * in);
   batch.examples = batch.stat_examples = n;
-  if (net.loss.kind == Loss::Kind::cross_entropy) batch.y = out.external(Arg::query_y, n, Type::label);
-  else batch.y = out.external(Arg::query_y, n * net.output_shape().size());
+  if (net.loss.kind == Loss::Kind::cross_entropy)
+    batch.y = out.external(Arg::query_y, n, Type::label);
+  else
+    batch.y = out.external(Arg::query_y, n * net.output_shape().size());
   if (how.query_weights) batch.weights = out.external(Arg::query_weights, n);
   if (!net.uses_support_stats()) return batch;
   const Operand both = out.arena((support.examples + n) * in);

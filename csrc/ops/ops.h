@@ -42,13 +42,15 @@ Elements<T> elements(const View& view, int64_t task) {
 struct Call {
   const Step& step;
   const Layer& layer;
-  const View* operand;      // in the order of program/op.h
+  const View* operand;  // in the order of program/op.h
   int64_t tasks;
-  void* scratch;            // scratch_bytes(step, layer) bytes, 64-byte aligned; null where that is 0
-  uintptr_t stream;         // the device's stream; unused on the CPU
+  void* scratch;     // scratch_bytes(step, layer) bytes, 64-byte aligned; null where that is 0
+  uintptr_t stream;  // the device's stream; unused on the CPU
 
   template <class Shape>
-  const Shape& shape() const { return std::get<Shape>(layer); }
+  const Shape& shape() const {
+    return std::get<Shape>(layer);
+  }
   const View& operator[](int i) const { return operand[i]; }
 };
 
@@ -57,18 +59,18 @@ using ScratchFn = size_t (*)(const Step&, const Layer&);
 
 struct OpTable {
   const char* backend = "";
-  size_t real_bytes = 4;              // 4: float, 8: double
-  bool lane_layout = false;           // understands Views with lanes > 1
-  OpFn run[kOps] = {};                // null: this backend lacks the op
-  ScratchFn scratch[kOps] = {};       // null: no scratch
+  size_t real_bytes = 4;         // 4: float, 8: double
+  bool lane_layout = false;      // understands Views with lanes > 1
+  OpFn run[kOps] = {};           // null: this backend lacks the op
+  ScratchFn scratch[kOps] = {};  // null: no scratch
   // out[i] = sum_t w[t] x[t][i] (w null: the mean) by a fixed binary tree over t; x [T, size] is overwritten.
   void (*tree_reduce)(void* out, void* x, const void* w, int64_t tasks, int64_t size) = nullptr;
 
   bool supports(Op op) const { return run[static_cast<int>(op)] != nullptr; }
 };
 
-const OpTable& reference_ops();                       // float64, plain loops: the definition
-const OpTable& cpu_ops(size_t real_bytes);            // the best instruction set of this machine, or set_cpu_isa's
+const OpTable& reference_ops();             // float64, plain loops: the definition
+const OpTable& cpu_ops(size_t real_bytes);  // the best instruction set of this machine, or set_cpu_isa's
 
 // Runs body(0) .. body(n - 1), in any order, possibly at the same time. The caller owns the threads.
 using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t)>& body)>;
@@ -77,13 +79,16 @@ using ParallelFor = std::function<void(int64_t n, const std::function<void(int64
 class Arenas {
  public:
   ~Arenas();
-  std::byte* get(int worker, size_t bytes);           // not thread-safe across workers that share an index
+  std::byte* get(int worker, size_t bytes);  // not thread-safe across workers that share an index
   void reserve(int workers, size_t bytes);
   int64_t allocations() const { return allocations_; }
   size_t high_water() const { return high_water_; }
 
  private:
-  struct Block { std::byte* data = nullptr; size_t bytes = 0; };
+  struct Block {
+    std::byte* data = nullptr;
+    size_t bytes = 0;
+  };
   std::vector<Block> blocks_;
   int64_t allocations_ = 0;
   size_t high_water_ = 0;
@@ -93,9 +98,9 @@ struct Run {
   const OpTable& table;
   const Schedule& schedule;
   const Workspace& workspace;
-  const View* args;                   // [kArgs]
+  const View* args;  // [kArgs]
   int64_t tasks;
-  int lanes = 1;                      // layout of the arena
+  int lanes = 1;  // layout of the arena
   uintptr_t stream = 0;
 };
 

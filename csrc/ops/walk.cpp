@@ -73,8 +73,10 @@ void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor
       walk(run, arena, arena + slots, first, std::min<int64_t>(run.lanes, run.tasks - first));
     }
   };
-  if (workers <= 1) work(0);
-  else parallel_for(workers, work);
+  if (workers <= 1)
+    work(0);
+  else
+    parallel_for(workers, work);
 }
 
 Arenas::~Arenas() {

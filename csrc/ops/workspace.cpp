@@ -24,9 +24,12 @@ struct Life {
 
 size_t element_bytes(Type type, size_t real_bytes) {
   switch (type) {
-    case Type::real: return real_bytes;
-    case Type::index: return sizeof(int32_t);
-    case Type::label: return sizeof(int64_t);
+    case Type::real:
+      return real_bytes;
+    case Type::index:
+      return sizeof(int32_t);
+    case Type::label:
+      return sizeof(int64_t);
   }
   return 0;
 }

@@ -11,9 +11,9 @@ namespace fastmaml {
 struct OpTable;
 
 struct Workspace {
-  std::vector<size_t> offset;   // bytes from the task's arena start, per slot; unused for slots that are arguments
-  size_t task_bytes = 0;        // of all slots of one task
-  size_t scratch_bytes = 0;     // the largest scratch of any Step; lies behind the slots
+  std::vector<size_t> offset;  // bytes from the task's arena start, per slot; unused for slots that are arguments
+  size_t task_bytes = 0;       // of all slots of one task
+  size_t scratch_bytes = 0;    // the largest scratch of any Step; lies behind the slots
 };
 
 size_t element_bytes(Type type, size_t real_bytes);

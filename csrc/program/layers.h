@@ -11,17 +11,17 @@ struct Linear {
 };
 
 struct Conv2d {
-  int64_t C, H, W;            // input image
-  int64_t F, OH, OW;          // output image
-  int64_t KH, KW;             // kernel
+  int64_t C, H, W;    // input image
+  int64_t F, OH, OW;  // output image
+  int64_t KH, KW;     // kernel
   int64_t stride_h, stride_w;
   int64_t pad_h, pad_w;
 };
 
 struct BatchNorm {
-  int64_t C, spatial;         // spatial = H W, or 1 for vectors
+  int64_t C, spatial;  // spatial = H W, or 1 for vectors
   double eps;
-  bool frozen;                // running statistics: constants, no gradient flows through them
+  bool frozen;  // running statistics: constants, no gradient flows through them
 };
 
 // Layer norm is group norm with one group over `channels` = all features and spatial = 1.
@@ -33,17 +33,17 @@ struct GroupNorm {
 struct Pointwise {
   enum class Kind : uint8_t { relu, leaky_relu, tanh, sigmoid, gelu, gelu_tanh, silu };
   Kind kind;
-  double slope;               // leaky_relu only
+  double slope;  // leaky_relu only
   int64_t size;
 };
 
-struct Pool2d {               // max_pool2d and avg_pool2d
+struct Pool2d {  // max_pool2d and avg_pool2d
   int64_t C, H, W, OH, OW;
   int64_t KH, KW, stride_h, stride_w, pad_h, pad_w;
-  bool count_include_pad;     // avg_pool2d only
+  bool count_include_pad;  // avg_pool2d only
 };
 
-struct Flatten {              // [H, W, C] -> [C H W], torch's order
+struct Flatten {  // [H, W, C] -> [C H W], torch's order
   int64_t C, H, W;
 };
 
@@ -54,11 +54,11 @@ struct Add {
 struct Loss {
   enum class Kind : uint8_t { none, cross_entropy, mse };
   Kind kind;
-  int64_t size;               // classes, or outputs per example
-  double smoothing;           // cross_entropy: target = (1 - smoothing) onehot + smoothing / classes
+  int64_t size;      // classes, or outputs per example
+  double smoothing;  // cross_entropy: target = (1 - smoothing) onehot + smoothing / classes
 };
 
-struct Vector {               // ops on flat vectors: copy, add, updates
+struct Vector {  // ops on flat vectors: copy, add, updates
   int64_t size;
 };
 

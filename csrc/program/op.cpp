@@ -16,11 +16,11 @@ constexpr const char* kRoles[] = {
     FASTMAML_OPS(X)
 #undef X
 };
-constexpr const char* kArgNames[] = {
-    "none",          "params",      "params_dot",  "buffers",         "rates",       "support_x",      "support_y",
-    "support_weights", "support_x_dot", "query_x", "query_y",         "query_weights", "output_grad",  "output_grad_dot",
-    "cg_settings",   "loss",        "grad",        "grad_dot",        "output",      "output_dot",     "input_grad",
-    "input_grad_dot", "adapted",    "support_losses", "rate_grad",    "solution",    "residual"};
+constexpr const char* kArgNames[] = {"none",        "params",          "params_dot",    "buffers",        "rates",   "support_x",
+                                     "support_y",   "support_weights", "support_x_dot", "query_x",        "query_y", "query_weights",
+                                     "output_grad", "output_grad_dot", "cg_settings",   "loss",           "grad",    "grad_dot",
+                                     "output",      "output_dot",      "input_grad",    "input_grad_dot", "adapted", "support_losses",
+                                     "rate_grad",   "solution",        "residual"};
 static_assert(sizeof(kArgNames) / sizeof(*kArgNames) == kArgs, "one name per Arg");
 }  // namespace
 

@@ -10,71 +10,71 @@ namespace fastmaml {
 // Weights: linear [in, out], conv2d [KH, KW, C, F] (program/param_layout.h moves parameters from and to torch's order).
 // `x_dot` is the tangent of x, `dx` the gradient of the loss by x, `dx_dot` the tangent of that gradient (ALGORITHMS section 6).
 // An op whose name ends in _jvp computes the tangent of the op before it; _dual computes value and tangent in one pass.
-#define FASTMAML_OPS(X)                                                                              \
-  /* plain vectors */                                                                                \
-  X(fill_zero, "out")                                                                                \
-  X(copy, "out x")                                                                                   \
-  X(add, "out a b")                          /* out may be a */                                      \
-  /* linear: y = x w + b */                                                                          \
-  X(linear_fwd, "y x w [b]")                                                                         \
-  X(linear_fwd_jvp, "y_dot x [x_dot] w w_dot [b_dot]")                                               \
-  X(linear_fwd_dual, "y y_dot x [x_dot] w w_dot [b] [b_dot]")                                        \
-  X(linear_bwd_data, "dx dy w")                                                                      \
-  X(linear_bwd_data_jvp, "dx_dot dy dy_dot w w_dot")                                                 \
-  X(linear_bwd_data_dual, "dx dx_dot dy dy_dot w w_dot")                                             \
-  X(linear_bwd_weight, "dw [db] x dy")                                                               \
-  X(linear_bwd_weight_jvp, "dw_dot [db_dot] x [x_dot] dy dy_dot")                                    \
-  /* conv2d: the same roles */                                                                       \
-  X(conv2d_fwd, "y x w [b]")                                                                         \
-  X(conv2d_fwd_jvp, "y_dot x [x_dot] w w_dot [b_dot]")                                               \
-  X(conv2d_fwd_dual, "y y_dot x [x_dot] w w_dot [b] [b_dot]")                                        \
-  X(conv2d_bwd_data, "dx dy w")                                                                      \
-  X(conv2d_bwd_data_jvp, "dx_dot dy dy_dot w w_dot")                                                 \
-  X(conv2d_bwd_data_dual, "dx dx_dot dy dy_dot w w_dot")                                             \
-  X(conv2d_bwd_weight, "dw [db] x dy")                                                               \
-  X(conv2d_bwd_weight_jvp, "dw_dot [db_dot] x [x_dot] dy dy_dot")                                    \
-  /* batch norm: stats = [mean, 1/std] of [2, C] over the first stat_examples; stats_dot = [mean(x_dot), mean(xhat x_dot)] */ \
-  X(batch_norm_stats, "stats x")                                                                     \
-  X(batch_norm_frozen_stats, "stats mean var")                                                       \
-  X(batch_norm_stats_jvp, "stats_dot x x_dot stats")                                                 \
-  X(batch_norm_fwd, "y x stats [gamma] [beta]")                                                      \
-  X(batch_norm_fwd_jvp, "y_dot x [x_dot] stats [stats_dot] [gamma] [gamma_dot] [beta_dot]")          \
-  X(batch_norm_bwd_weight, "dgamma dbeta x dy stats")                                                \
-  X(batch_norm_bwd_weight_jvp, "dgamma_dot dbeta_dot x [x_dot] dy dy_dot stats [stats_dot]")         \
-  X(batch_norm_bwd_data, "dx x dy stats [gamma] dgamma dbeta")                                       \
-  X(batch_norm_bwd_data_jvp,                                                                         \
-    "dx_dot x [x_dot] dy dy_dot stats [stats_dot] [gamma] [gamma_dot] dgamma dbeta dgamma_dot dbeta_dot") \
-  /* group norm (and layer norm): stats = [mean, 1/std] of [N, G, 2], stats_dot = [mean(x_dot), mean(xhat x_dot)] */ \
-  X(group_norm_fwd, "y stats x [gamma] [beta]")                                                      \
-  X(group_norm_fwd_jvp, "y_dot stats_dot x [x_dot] stats [gamma] [gamma_dot] [beta_dot]")            \
-  X(group_norm_bwd, "[dx] dgamma dbeta x dy stats [gamma]")                                          \
-  X(group_norm_bwd_jvp, "[dx_dot] dgamma_dot dbeta_dot x [x_dot] dy dy_dot stats [stats_dot] [gamma] [gamma_dot]") \
-  /* pointwise functions (layers.h, Pointwise::Kind) */                                              \
-  X(pointwise_fwd, "y x")                                                                            \
-  X(pointwise_fwd_jvp, "y_dot x x_dot")                                                              \
-  X(pointwise_bwd, "dx x dy")                                                                        \
-  X(pointwise_bwd_jvp, "dx_dot x [x_dot] dy dy_dot")                                                 \
-  /* pooling and flatten are linear given the primal argmax: their backward serves tangents too */   \
-  X(max_pool2d_fwd, "y index x")                                                                     \
-  X(max_pool2d_fwd_jvp, "y_dot x_dot index")                                                         \
-  X(max_pool2d_bwd, "dx dy index")                                                                   \
-  X(avg_pool2d_fwd, "y x")                                                                           \
-  X(avg_pool2d_bwd, "dx dy")                                                                         \
-  X(flatten_fwd, "y x")                                                                              \
-  X(flatten_bwd, "dx dy")                                                                            \
-  /* losses: the weighted sum over examples and its gradient by the network's output z */            \
-  X(cross_entropy, "loss [dz] z labels [weights]")                                                   \
-  X(cross_entropy_jvp, "dz_dot z z_dot labels [weights]")                                            \
-  X(mse, "loss [dz] z target [weights]")                                                             \
-  X(mse_jvp, "dz_dot z z_dot target [weights]")                                                      \
-  /* the inner loop and its adjoint */                                                               \
-  X(sgd_update, "phi_next phi g rate")       /* phi_next = phi - rate g                    */         \
-  X(scale_by_rate, "u rate lambda")          /* u = rate lambda                            */         \
-  X(rate_grad, "rate_grad g lambda")         /* rate_grad -= g lambda (in place)           */         \
-  X(adjoint_update, "lambda hu")             /* lambda -= hu (in place)                    */         \
-  /* conjugate gradients on ((1 + damping) I + H / lam) s = v; settings = [lam, damping], state = [r.r, v.v, active] */ \
-  X(cg_start, "s r p state v")                                                                       \
-  X(cg_step, "s r p state hp settings")                                                              \
+#define FASTMAML_OPS(X)                                                                                                            \
+  /* plain vectors */                                                                                                              \
+  X(fill_zero, "out")                                                                                                              \
+  X(copy, "out x")                                                                                                                 \
+  X(add, "out a b") /* out may be a */                                                                                             \
+  /* linear: y = x w + b */                                                                                                        \
+  X(linear_fwd, "y x w [b]")                                                                                                       \
+  X(linear_fwd_jvp, "y_dot x [x_dot] w w_dot [b_dot]")                                                                             \
+  X(linear_fwd_dual, "y y_dot x [x_dot] w w_dot [b] [b_dot]")                                                                      \
+  X(linear_bwd_data, "dx dy w")                                                                                                    \
+  X(linear_bwd_data_jvp, "dx_dot dy dy_dot w w_dot")                                                                               \
+  X(linear_bwd_data_dual, "dx dx_dot dy dy_dot w w_dot")                                                                           \
+  X(linear_bwd_weight, "dw [db] x dy")                                                                                             \
+  X(linear_bwd_weight_jvp, "dw_dot [db_dot] x [x_dot] dy dy_dot")                                                                  \
+  /* conv2d: the same roles */                                                                                                     \
+  X(conv2d_fwd, "y x w [b]")                                                                                                       \
+  X(conv2d_fwd_jvp, "y_dot x [x_dot] w w_dot [b_dot]")                                                                             \
+  X(conv2d_fwd_dual, "y y_dot x [x_dot] w w_dot [b] [b_dot]")                                                                      \
+  X(conv2d_bwd_data, "dx dy w")                                                                                                    \
+  X(conv2d_bwd_data_jvp, "dx_dot dy dy_dot w w_dot")                                                                               \
+  X(conv2d_bwd_data_dual, "dx dx_dot dy dy_dot w w_dot")                                                                           \
+  X(conv2d_bwd_weight, "dw [db] x dy")                                                                                             \
+  X(conv2d_bwd_weight_jvp, "dw_dot [db_dot] x [x_dot] dy dy_dot")                                                                  \
+  /* batch norm over the first stat_examples: stats [3, C] = mean, 1/std, the mean's rounding error (a backend may leave it); */   \
+  /* stats_dot [2, C] = mean(x_dot), mean(xhat x_dot) */                                                                           \
+  X(batch_norm_stats, "stats x")                                                                                                   \
+  X(batch_norm_frozen_stats, "stats mean var")                                                                                     \
+  X(batch_norm_stats_jvp, "stats_dot x x_dot stats")                                                                               \
+  X(batch_norm_fwd, "y x stats [gamma] [beta]")                                                                                    \
+  X(batch_norm_fwd_jvp, "y_dot x [x_dot] stats [stats_dot] [gamma] [gamma_dot] [beta_dot]")                                        \
+  X(batch_norm_bwd_weight, "dgamma dbeta x dy stats")                                                                              \
+  X(batch_norm_bwd_weight_jvp, "dgamma_dot dbeta_dot x [x_dot] dy dy_dot stats [stats_dot]")                                       \
+  X(batch_norm_bwd_data, "dx x dy stats [gamma] dgamma dbeta")                                                                     \
+  X(batch_norm_bwd_data_jvp, "dx_dot x [x_dot] dy dy_dot stats [stats_dot] [gamma] [gamma_dot] dgamma dbeta dgamma_dot dbeta_dot") \
+  /* group norm (and layer norm): stats = [mean, 1/std] of [N, G, 2], stats_dot = [mean(x_dot), mean(xhat x_dot)] */               \
+  X(group_norm_fwd, "y stats x [gamma] [beta]")                                                                                    \
+  X(group_norm_fwd_jvp, "y_dot stats_dot x [x_dot] stats [gamma] [gamma_dot] [beta_dot]")                                          \
+  X(group_norm_bwd, "[dx] dgamma dbeta x dy stats [gamma]")                                                                        \
+  X(group_norm_bwd_jvp, "[dx_dot] dgamma_dot dbeta_dot x [x_dot] dy dy_dot stats [stats_dot] [gamma] [gamma_dot]")                 \
+  /* pointwise functions (layers.h, Pointwise::Kind) */                                                                            \
+  X(pointwise_fwd, "y x")                                                                                                          \
+  X(pointwise_fwd_jvp, "y_dot x x_dot")                                                                                            \
+  X(pointwise_bwd, "dx x dy")                                                                                                      \
+  X(pointwise_bwd_jvp, "dx_dot x [x_dot] dy dy_dot")                                                                               \
+  /* pooling and flatten are linear given the primal argmax: their backward serves tangents too */                                 \
+  X(max_pool2d_fwd, "y index x")                                                                                                   \
+  X(max_pool2d_fwd_jvp, "y_dot x_dot index")                                                                                       \
+  X(max_pool2d_bwd, "dx dy index")                                                                                                 \
+  X(avg_pool2d_fwd, "y x")                                                                                                         \
+  X(avg_pool2d_bwd, "dx dy")                                                                                                       \
+  X(flatten_fwd, "y x")                                                                                                            \
+  X(flatten_bwd, "dx dy")                                                                                                          \
+  /* losses: the weighted sum over examples and its gradient by the network's output z */                                          \
+  X(cross_entropy, "loss [dz] z labels [weights]")                                                                                 \
+  X(cross_entropy_jvp, "dz_dot z z_dot labels [weights]")                                                                          \
+  X(mse, "loss [dz] z target [weights]")                                                                                           \
+  X(mse_jvp, "dz_dot z z_dot target [weights]")                                                                                    \
+  /* the inner loop and its adjoint */                                                                                             \
+  X(sgd_update, "phi_next phi g rate") /* phi_next = phi - rate g                    */                                            \
+  X(scale_by_rate, "u rate lambda")    /* u = rate lambda                            */                                            \
+  X(rate_grad, "rate_grad g lambda")   /* rate_grad -= g lambda (in place)           */                                            \
+  X(adjoint_update, "lambda hu")       /* lambda -= hu (in place)                    */                                            \
+  /* conjugate gradients on ((1 + damping) I + H / lam) s = v; settings = [lam, damping], state = [r.r, v.v, active] */            \
+  X(cg_start, "s r p state v")                                                                                                     \
+  X(cg_step, "s r p state hp settings")                                                                                            \
   X(cg_residual, "residual state")
 
 enum class Op : uint8_t {

@@ -9,8 +9,10 @@ namespace {
 template <class T, bool kFromTorch>
 void move_tensor(const Param& p, T* engine_out, const T* in) {
   auto put = [&](int64_t engine, int64_t torch) {
-    if constexpr (kFromTorch) engine_out[engine] = in[torch];
-    else engine_out[torch] = in[engine];
+    if constexpr (kFromTorch)
+      engine_out[engine] = in[torch];
+    else
+      engine_out[torch] = in[engine];
   };
   switch (p.order) {
     case Param::Order::torch:

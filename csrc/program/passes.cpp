@@ -74,8 +74,10 @@ class ForwardWalk {
         if (primal()) out_.step(Op::add, flat, 1, {tape_.value[made] = out_.arena(size), x, tape_.value[other]});
         if (!tangent()) return;
         const Operand b = tape_.dot[other];
-        if (x_dot && b) out_.step(Op::add, flat, 1, {tape_.dot[made] = out_.arena(size), x_dot, b});
-        else tape_.dot[made] = x_dot ? x_dot : b;
+        if (x_dot && b)
+          out_.step(Op::add, flat, 1, {tape_.dot[made] = out_.arena(size), x_dot, b});
+        else
+          tape_.dot[made] = x_dot ? x_dot : b;
         return;
       }
     }
@@ -114,7 +116,7 @@ class ForwardWalk {
     const BatchNorm& shape = std::get<BatchNorm>(node.layer);
     const Operand gamma = part(net_, tape_.params, node.weight), beta = part(net_, tape_.params, node.bias);
     if (primal()) {
-      const Operand stats = tape_.saved[i] = out_.arena(2 * shape.C);
+      const Operand stats = tape_.saved[i] = out_.arena(3 * shape.C);
       if (shape.frozen) {
         if (!buffers_) throw std::logic_error("a frozen batch norm needs buffers");
         step(Op::batch_norm_frozen_stats, node,
@@ -127,7 +129,8 @@ class ForwardWalk {
     if (!tangent()) return;
     const Operand gamma_dot = part(net_, tape_.params_dot, node.weight), beta_dot = part(net_, tape_.params_dot, node.bias);
     if (!x_dot && !gamma_dot && !beta_dot) return;
-    if (x_dot && !shape.frozen) step(Op::batch_norm_stats_jvp, node, {tape_.saved_dot[i] = out_.arena(2 * shape.C), x, x_dot, tape_.saved[i]});
+    if (x_dot && !shape.frozen)
+      step(Op::batch_norm_stats_jvp, node, {tape_.saved_dot[i] = out_.arena(2 * shape.C), x, x_dot, tape_.saved[i]});
     step(Op::batch_norm_fwd_jvp, node,
          {tape_.dot[i + 1] = out_.arena(size), x, x_dot, tape_.saved[i], tape_.saved_dot[i], gamma, gamma_dot, beta_dot});
   }
@@ -135,12 +138,14 @@ class ForwardWalk {
   void group_norm(const Node& node, int i, int64_t size, Operand x, Operand x_dot) {
     const int64_t stats = 2 * tape_.examples * std::get<GroupNorm>(node.layer).groups;
     const Operand gamma = part(net_, tape_.params, node.weight), beta = part(net_, tape_.params, node.bias);
-    if (primal()) step(Op::group_norm_fwd, node, {tape_.value[i + 1] = out_.arena(size), tape_.saved[i] = out_.arena(stats), x, gamma, beta});
+    if (primal())
+      step(Op::group_norm_fwd, node, {tape_.value[i + 1] = out_.arena(size), tape_.saved[i] = out_.arena(stats), x, gamma, beta});
     if (!tangent()) return;
     const Operand gamma_dot = part(net_, tape_.params_dot, node.weight), beta_dot = part(net_, tape_.params_dot, node.bias);
     if (!x_dot && !gamma_dot && !beta_dot) return;
     step(Op::group_norm_fwd_jvp, node,
-         {tape_.dot[i + 1] = out_.arena(size), tape_.saved_dot[i] = out_.arena(stats), x, x_dot, tape_.saved[i], gamma, gamma_dot, beta_dot});
+         {tape_.dot[i + 1] = out_.arena(size), tape_.saved_dot[i] = out_.arena(stats), x, x_dot, tape_.saved[i], gamma, gamma_dot,
+          beta_dot});
   }
 };
 
@@ -167,8 +172,10 @@ class ParamGrad {
     if (param < 0 || !vector_) return;
     const int64_t size = net_.params[param].size;
     const Operand sum = part(net_, vector_, param);
-    if (written_[param]) out_.step(Op::add, Vector{size}, 1, {sum, sum, where});
-    else if (tied_[param]) out_.step(Op::copy, Vector{size}, 1, {sum, where});
+    if (written_[param])
+      out_.step(Op::add, Vector{size}, 1, {sum, sum, where});
+    else if (tied_[param])
+      out_.step(Op::copy, Vector{size}, 1, {sum, where});
     written_[param] = true;
   }
 
@@ -189,7 +196,13 @@ class ParamGrad {
 class BackwardWalk {
  public:
   BackwardWalk(Schedule& out, const Program& net, Tape& tape, Pass pass, Operand grad, Operand grad_dot, bool want_input)
-      : out_(out), net_(net), tape_(tape), pass_(pass), grad_(out, net, grad), grad_dot_(out, net, grad_dot), needed_(net.values.size(), false) {
+      : out_(out),
+        net_(net),
+        tape_(tape),
+        pass_(pass),
+        grad_(out, net, grad),
+        grad_dot_(out, net, grad_dot),
+        needed_(net.values.size(), false) {
     needed_[0] = want_input;
     for (size_t i = 0; i < net.nodes.size(); ++i) {
       const Node& node = net.nodes[i];
@@ -211,10 +224,12 @@ class BackwardWalk {
     size_ = tape_.examples * net_.values[in].size();
     switch (node.kind) {
       case NodeKind::linear:
-        product(node, {Op::linear_bwd_data, Op::linear_bwd_data_jvp, Op::linear_bwd_data_dual}, Op::linear_bwd_weight, Op::linear_bwd_weight_jvp);
+        product(node, {Op::linear_bwd_data, Op::linear_bwd_data_jvp, Op::linear_bwd_data_dual}, Op::linear_bwd_weight,
+                Op::linear_bwd_weight_jvp);
         return;
       case NodeKind::conv2d:
-        product(node, {Op::conv2d_bwd_data, Op::conv2d_bwd_data_jvp, Op::conv2d_bwd_data_dual}, Op::conv2d_bwd_weight, Op::conv2d_bwd_weight_jvp);
+        product(node, {Op::conv2d_bwd_data, Op::conv2d_bwd_data_jvp, Op::conv2d_bwd_data_dual}, Op::conv2d_bwd_weight,
+                Op::conv2d_bwd_weight_jvp);
         return;
       case NodeKind::batch_norm:
         batch_norm(node, i);
@@ -264,10 +279,10 @@ class BackwardWalk {
   Tape& tape_;
   const Pass pass_;
   ParamGrad grad_, grad_dot_;
-  std::vector<bool> needed_;                 // by value: does a parameter (or a wanted input) lie upstream?
-  Operand x_, x_dot_, dy_, dy_dot_;          // of the current node
-  Operand d_, d_dot_;                        // what it contributes to its input's gradient
-  int64_t size_ = 0;                         // elements of its input
+  std::vector<bool> needed_;         // by value: does a parameter (or a wanted input) lie upstream?
+  Operand x_, x_dot_, dy_, dy_dot_;  // of the current node
+  Operand d_, d_dot_;                // what it contributes to its input's gradient
+  int64_t size_ = 0;                 // elements of its input
 
   bool primal() const { return is_primal(pass_); }
   bool tangent() const { return is_tangent(pass_); }
@@ -369,7 +384,8 @@ class BackwardWalk {
     if (tangent()) {
       const Operand dgamma = grad_dot_.target(node.weight, C, true), dbeta = grad_dot_.target(node.bias, C, true);
       step(Op::group_norm_bwd_jvp, node,
-           {needed_[in] ? new_d_dot() : none, dgamma, dbeta, x_, x_dot_, dy_, dy_dot_, tape_.saved[i], tape_.saved_dot[i], gamma, gamma_dot});
+           {needed_[in] ? new_d_dot() : none, dgamma, dbeta, x_, x_dot_, dy_, dy_dot_, tape_.saved[i], tape_.saved_dot[i], gamma,
+            gamma_dot});
       grad_dot_.wrote(node.weight, dgamma);
       grad_dot_.wrote(node.bias, dbeta);
     }

@@ -12,14 +12,14 @@ namespace fastmaml {
 // What one walk through the network's nodes leaves behind, by value (value, dot, d, d_dot) or by node (saved, saved_dot).
 struct Tape {
   int64_t examples = 0, stat_examples = 0;
-  Operand params, params_dot;             // [P]
-  std::vector<Operand> value;             // activations
-  std::vector<Operand> dot;               // their tangents; absent: zero
-  std::vector<Operand> d;                 // gradients by the activations; absent: not needed
-  std::vector<Operand> d_dot;             // tangents of those
-  std::vector<Operand> saved;             // statistics or argmax
+  Operand params, params_dot;  // [P]
+  std::vector<Operand> value;  // activations
+  std::vector<Operand> dot;    // their tangents; absent: zero
+  std::vector<Operand> d;      // gradients by the activations; absent: not needed
+  std::vector<Operand> d_dot;  // tangents of those
+  std::vector<Operand> saved;  // statistics or argmax
   std::vector<Operand> saved_dot;
-  std::vector<Operand> saved_grad;        // batch norm's dgamma, dbeta (2 C), kept for the tangent pass
+  std::vector<Operand> saved_grad;  // batch norm's dgamma, dbeta (2 C), kept for the tangent pass
 };
 
 enum class Pass { primal, tangent, dual };  // dual: value and tangent side by side, one step where a fused one exists

@@ -60,8 +60,10 @@ Line read_line(const std::string& text) {
   for (std::string token; in >> token;) {
     const size_t equals = token.find('=');
     if (equals == std::string::npos) {
-      if (line.word == "loss" && line.mode.empty()) line.mode = token;
-      else for (double n : to_numbers(line, token)) line.numbers.push_back(n);
+      if (line.word == "loss" && line.mode.empty())
+        line.mode = token;
+      else
+        for (double n : to_numbers(line, token)) line.numbers.push_back(n);
     } else if (token.substr(0, equals) == "mode") {
       line.mode = token.substr(equals + 1);
     } else {
@@ -142,10 +144,14 @@ class Parser {
   }
 
   void set_loss(const Line& line) {
-    if (line.mode == "cross_entropy") net_.loss = {Loss::Kind::cross_entropy, 0, line.real("smoothing")};
-    else if (line.mode == "mse") net_.loss = {Loss::Kind::mse, 0, 0.0};
-    else if (line.mode == "none") net_.loss = {Loss::Kind::none, 0, 0.0};
-    else line.fail("unknown loss");
+    if (line.mode == "cross_entropy")
+      net_.loss = {Loss::Kind::cross_entropy, 0, line.real("smoothing")};
+    else if (line.mode == "mse")
+      net_.loss = {Loss::Kind::mse, 0, 0.0};
+    else if (line.mode == "none")
+      net_.loss = {Loss::Kind::none, 0, 0.0};
+    else
+      line.fail("unknown loss");
   }
 
   int value(const Line& line, size_t i) const {
@@ -200,10 +206,9 @@ class Parser {
     Shape y = x;
     const std::string& kind = line.word;
     using Kind = Pointwise::Kind;
-    static const std::map<std::string, Kind> pointwise = {{"relu", Kind::relu},       {"leaky_relu", Kind::leaky_relu},
-                                                          {"tanh", Kind::tanh},       {"sigmoid", Kind::sigmoid},
-                                                          {"gelu", Kind::gelu},       {"gelu_tanh", Kind::gelu_tanh},
-                                                          {"silu", Kind::silu}};
+    static const std::map<std::string, Kind> pointwise = {
+        {"relu", Kind::relu}, {"leaky_relu", Kind::leaky_relu}, {"tanh", Kind::tanh}, {"sigmoid", Kind::sigmoid},
+        {"gelu", Kind::gelu}, {"gelu_tanh", Kind::gelu_tanh},   {"silu", Kind::silu}};
     if (auto it = pointwise.find(kind); it != pointwise.end()) {
       node.kind = NodeKind::pointwise;
       node.layer = Pointwise{it->second, it->second == Kind::leaky_relu ? line.real("slope") : 0.0, x.size()};
@@ -220,13 +225,15 @@ class Parser {
     } else if (kind == "conv2d") {
       image(line, in);
       const int64_t index = line.integer("weight");
-      if (index < 0 || index >= int64_t(net_.params.size()) || net_.params[index].dims.size() != 4) line.fail("weight must be [F, C, KH, KW]");
+      if (index < 0 || index >= int64_t(net_.params.size()) || net_.params[index].dims.size() != 4)
+        line.fail("weight must be [F, C, KH, KW]");
       const std::vector<int64_t> d = net_.params[index].dims;
       const Pool2d window = conv_window(line, x, d[2], d[3]);
       node.kind = NodeKind::conv2d;
       node.weight = param(line, "weight", {d[0], x.C, d[2], d[3]}, Param::Order::conv2d);
       node.bias = param(line, "bias", {d[0]});
-      node.layer = Conv2d{x.C, x.H, x.W, d[0], window.OH, window.OW, d[2], d[3], window.stride_h, window.stride_w, window.pad_h, window.pad_w};
+      node.layer =
+          Conv2d{x.C, x.H, x.W, d[0], window.OH, window.OW, d[2], d[3], window.stride_h, window.stride_w, window.pad_h, window.pad_w};
       y = {d[0], window.OH, window.OW, true};
     } else if (kind == "batch_norm") {
       node.kind = NodeKind::batch_norm;
@@ -329,7 +336,8 @@ bool Program::uses_support_stats() const {
 }
 
 std::string to_string(const Program& program) {
-  static const char* const names[] = {"linear", "conv2d", "batch_norm", "group_norm", "pointwise", "max_pool2d", "avg_pool2d", "flatten", "add"};
+  static const char* const names[] = {"linear",     "conv2d",     "batch_norm", "group_norm", "pointwise",
+                                      "max_pool2d", "avg_pool2d", "flatten",    "add"};
   std::ostringstream out;
   for (size_t i = 0; i <= program.nodes.size(); ++i) {
     const Shape& shape = program.values[i];

@@ -8,15 +8,15 @@
 
 namespace fastmaml {
 
-struct Shape {                  // of one example: an image C H W (stored [H, W, C]) or a vector D (H = W = 1, image = false)
+struct Shape {  // of one example: an image C H W (stored [H, W, C]) or a vector D (H = W = 1, image = false)
   int64_t C = 1, H = 1, W = 1;
   bool image = false;
   int64_t size() const { return C * H * W; }
 };
 
 struct Param {
-  int64_t offset;               // in theta, the same in torch's and in the engine's order
-  std::vector<int64_t> dims;    // torch's shape
+  int64_t offset;             // in theta, the same in torch's and in the engine's order
+  std::vector<int64_t> dims;  // torch's shape
   int64_t size;
   enum class Order { torch, linear, conv2d, image };  // how the engine stores it, see param_layout.h
   Order order = Order::torch;
@@ -31,16 +31,16 @@ enum class NodeKind { linear, conv2d, batch_norm, group_norm, pointwise, max_poo
 struct Node {
   NodeKind kind;
   Layer layer;
-  std::vector<int> inputs;      // values
-  int weight = -1, bias = -1;   // params
-  int mean = -1, var = -1;      // buffers
-  bool support_stats = false;   // batch norm in `support` mode: the query is normalised with the support set's statistics
+  std::vector<int> inputs;     // values
+  int weight = -1, bias = -1;  // params
+  int mean = -1, var = -1;     // buffers
+  bool support_stats = false;  // batch norm in `support` mode: the query is normalised with the support set's statistics
 };
 
 struct Program {
   std::vector<Param> params;
   std::vector<Buffer> buffers;
-  std::vector<Shape> values;    // values[0] is the input, values[i + 1] is made by nodes[i]
+  std::vector<Shape> values;  // values[0] is the input, values[i + 1] is made by nodes[i]
   std::vector<Node> nodes;
   int output = 0;
   Loss loss{Loss::Kind::none, 0, 0.0};

@@ -51,8 +51,10 @@ std::string to_string(const Schedule& schedule) {
         continue;
       }
       const Slot& slot = schedule.slots[operand.slot];
-      if (slot.arg != Arg::none) out << arg_name(slot.arg);
-      else out << '%' << operand.slot;
+      if (slot.arg != Arg::none)
+        out << arg_name(slot.arg);
+      else
+        out << '%' << operand.slot;
       if (operand.offset) out << '+' << operand.offset;
     }
     out << '\n';

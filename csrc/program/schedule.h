@@ -25,22 +25,22 @@ enum class Arg : uint8_t {
   query_x,
   query_y,
   query_weights,
-  output_grad,      // [N, output] passes: gradient by the output
+  output_grad,  // [N, output] passes: gradient by the output
   output_grad_dot,
-  cg_settings,      // [lam, damping]
+  cg_settings,  // [lam, damping]
   // results
-  loss,             // [1]
-  grad,             // [P]
-  grad_dot,         // [P]
-  output,           // [N, output]
+  loss,      // [1]
+  grad,      // [P]
+  grad_dot,  // [P]
+  output,    // [N, output]
   output_dot,
-  input_grad,       // [N, input]
+  input_grad,  // [N, input]
   input_grad_dot,
-  adapted,          // [P]
-  support_losses,   // [K]
-  rate_grad,        // [P] or [K, P]
-  solution,         // [P]
-  residual,         // [1]
+  adapted,         // [P]
+  support_losses,  // [K]
+  rate_grad,       // [P] or [K, P]
+  solution,        // [P]
+  residual,        // [1]
   count
 };
 inline constexpr int kArgs = static_cast<int>(Arg::count);
@@ -49,21 +49,21 @@ const char* arg_name(Arg arg);
 enum class Type : uint8_t { real, index, label };  // float or double; int32; int64
 
 struct Slot {
-  int64_t size = 0;         // elements per task
+  int64_t size = 0;  // elements per task
   Type type = Type::real;
-  Arg arg = Arg::none;      // none: the slot lives in the arena
+  Arg arg = Arg::none;  // none: the slot lives in the arena
 };
 
 struct Operand {
-  int slot = -1;            // -1: absent
-  int64_t offset = 0;       // elements from the slot's start
+  int slot = -1;       // -1: absent
+  int64_t offset = 0;  // elements from the slot's start
   explicit operator bool() const { return slot >= 0; }
 };
 
 struct Step {
   Op op;
-  int layer = 0;            // index into Schedule::layers
-  int64_t examples = 1;     // N
+  int layer = 0;              // index into Schedule::layers
+  int64_t examples = 1;       // N
   int64_t stat_examples = 1;  // batch norm: statistics come from the first stat_examples
   std::array<Operand, kMaxOperands> operand{};
 };

@@ -109,8 +109,7 @@ void batch_norm_fwd_jvp(const Call& call) {
       const Channel channel(stats, stats_dot, c, shape.C);
       for (int64_t i = c; i < shape.rows * shape.C; i += shape.C)
         y_dot[i] = value_or(gamma_dot, c, 0.0) * channel.xhat(x[i]) +
-                   value_or(gamma, c, 1.0) * channel.xhat_dot(x[i], value_or(x_dot, i, 0.0)) +
-                   value_or(beta_dot, c, 0.0);
+                   value_or(gamma, c, 1.0) * channel.xhat_dot(x[i], value_or(x_dot, i, 0.0)) + value_or(beta_dot, c, 0.0);
     }
   }
 }

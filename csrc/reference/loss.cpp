@@ -32,8 +32,7 @@ void cross_entropy(const Call& call) {
   const Loss& shape = call.shape<Loss>();
   const int64_t N = call.step.examples, classes = shape.size;
   for (int64_t task = 0; task < call.tasks; ++task) {
-    const Real loss = real(call, 0, task), dz = real(call, 1, task), z = real(call, 2, task),
-               weights = real(call, 4, task);
+    const Real loss = real(call, 0, task), dz = real(call, 1, task), z = real(call, 2, task), weights = real(call, 4, task);
     const Label labels = elements<int64_t>(call[3], task);
     loss[0] = 0;
     for (int64_t n = 0; n < N; ++n) {
@@ -41,8 +40,7 @@ void cross_entropy(const Call& call) {
       const Softmax s = softmax(z, n * classes, classes);
       double example_loss = 0;
       for (int64_t c = 0; c < classes; ++c) {
-        const double target =
-            (c == labels[n] ? 1 - shape.smoothing : 0) + shape.smoothing / static_cast<double>(classes);
+        const double target = (c == labels[n] ? 1 - shape.smoothing : 0) + shape.smoothing / static_cast<double>(classes);
         // A class that is no target adds nothing, even where its log-probability is -inf.
         if (target != 0) example_loss += target * (s.log_sum_exp - z[n * classes + c]);
         if (dz) dz[n * classes + c] = weight * (s.p[c] - target);
@@ -57,8 +55,7 @@ void cross_entropy_jvp(const Call& call) {
   const Loss& shape = call.shape<Loss>();
   const int64_t N = call.step.examples, classes = shape.size;
   for (int64_t task = 0; task < call.tasks; ++task) {
-    const Real dz_dot = real(call, 0, task), z = real(call, 1, task), z_dot = real(call, 2, task),
-               weights = real(call, 4, task);
+    const Real dz_dot = real(call, 0, task), z = real(call, 1, task), z_dot = real(call, 2, task), weights = real(call, 4, task);
     for (int64_t n = 0; n < N; ++n) {
       const double weight = value_or(weights, n, 1.0 / static_cast<double>(N));
       const Softmax s = softmax(z, n * classes, classes);
@@ -99,8 +96,7 @@ void mse_jvp(const Call& call) {
     const Real dz_dot = real(call, 0, task), z_dot = real(call, 2, task), weights = real(call, 4, task);
     for (int64_t n = 0; n < N; ++n) {
       const double weight = value_or(weights, n, 1.0 / static_cast<double>(N));
-      for (int64_t i = n * shape.size; i < (n + 1) * shape.size; ++i)
-        dz_dot[i] = weight * 2 * z_dot[i] / static_cast<double>(shape.size);
+      for (int64_t i = n * shape.size; i < (n + 1) * shape.size; ++i) dz_dot[i] = weight * 2 * z_dot[i] / static_cast<double>(shape.size);
     }
   }
 }

@@ -83,9 +83,8 @@ void max_pool2d_bwd(const Call& call) {
     const Real dx = real(call, 0, task), dy = real(call, 1, task);
     const Index index = elements<int32_t>(call[2], task);
     fill(dx, call.step.examples * shape.H * shape.W * shape.C, 0.0);
-    for_each_window(call.step.examples, shape, [&](int64_t out, int64_t, int64_t, auto x_of) {
-      dx[x_of(index[out] / shape.KW, index[out] % shape.KW)] += dy[out];
-    });
+    for_each_window(call.step.examples, shape,
+                    [&](int64_t out, int64_t, int64_t, auto x_of) { dx[x_of(index[out] / shape.KW, index[out] % shape.KW)] += dy[out]; });
   }
 }
 

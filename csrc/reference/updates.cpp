@@ -6,8 +6,7 @@ namespace fastmaml::reference {
 // phi_next = phi - rate g
 void sgd_update(const Call& call) {
   for (int64_t task = 0; task < call.tasks; ++task) {
-    const Real phi_next = real(call, 0, task), phi = real(call, 1, task), g = real(call, 2, task),
-               rate = real(call, 3, task);
+    const Real phi_next = real(call, 0, task), phi = real(call, 1, task), g = real(call, 2, task), rate = real(call, 3, task);
     for (int64_t i = 0; i < call.shape<Vector>().size; ++i) phi_next[i] = phi[i] - rate[i] * g[i];
   }
 }

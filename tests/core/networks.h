@@ -78,5 +78,4 @@ struct Arguments {
   }
 };
 
-
 }  // namespace fastmaml

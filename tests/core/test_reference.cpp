@@ -44,15 +44,14 @@ void expect_close(const std::string& name, const Values& got, const Values& want
   double worst = -1;
   char detail[200] = "";
   for (size_t k = 0; k < want.size(); ++k) {
-    if (got[k].size() != want[k].size())
-      return report(name, false, "result " + std::to_string(k) + " has another size");
+    if (got[k].size() != want[k].size()) return report(name, false, "result " + std::to_string(k) + " has another size");
     for (size_t i = 0; i < want[k].size(); ++i) {
       double error = got[k][i] == want[k][i] ? 0 : std::fabs(got[k][i] - want[k][i]) / (1 + std::fabs(want[k][i]));
       if (std::isnan(error)) error = kInf;
       if (error <= worst) continue;
       worst = error;
-      std::snprintf(detail, sizeof detail, "worst: result %zu [%zu] got %.12g want %.12g error %.1e (allowed %.0e)", k,
-                    i, got[k][i], want[k][i], error, tolerance);
+      std::snprintf(detail, sizeof detail, "worst: result %zu [%zu] got %.12g want %.12g error %.1e (allowed %.0e)", k, i, got[k][i],
+                    want[k][i], error, tolerance);
     }
   }
   if (worst < 0) return report(name, false, "nothing was compared");
@@ -75,8 +74,7 @@ Vec draw(int64_t size) {
 Vec draw_spread(int64_t size, double gap = 0.01) {
   Vec x(size);
   for (int64_t i = 0; i < size; ++i) x[i] = gap * static_cast<double>(i + 1) * (i % 2 ? 1 : -1);
-  for (int64_t i = size - 1; i > 0; --i)
-    std::swap(x[i], x[static_cast<int64_t>(uniform(0, 1) * static_cast<double>(i + 1))]);
+  for (int64_t i = size - 1; i > 0; --i) std::swap(x[i], x[static_cast<int64_t>(uniform(0, 1) * static_cast<double>(i + 1))]);
   return x;
 }
 
@@ -156,10 +154,7 @@ void run_tasks(const Sized& what, std::vector<Values>& tasks, int lanes, const s
   for (size_t k = 0; k < count; ++k) {
     const size_t size = tasks[0][k].size();
     if (size == 0) continue;
-    memory[k].resize(size * element_bytes(role[k]) *
-                     static_cast<size_t>(shared[k]    ? 1
-                                         : lanes == 1 ? T
-                                                      : groups * lanes));
+    memory[k].resize(size * element_bytes(role[k]) * static_cast<size_t>(shared[k] ? 1 : lanes == 1 ? T : groups * lanes));
     views[k] = {memory[k].data(), shared[k] ? 0 : static_cast<int64_t>(size), shared[k] ? 1 : lanes};
     for (int64_t t = 0; t < T; ++t)
       for (size_t i = 0; i < size; ++i) store(role[k], address(k, t, static_cast<int64_t>(i)), tasks[t][k][i]);
@@ -169,8 +164,7 @@ void run_tasks(const Sized& what, std::vector<Values>& tasks, int lanes, const s
   table.run[static_cast<int>(what.op)](Call{step, what.layer, views.data(), T, nullptr, 0});
   for (size_t k = 0; k < count; ++k)
     for (int64_t t = 0; t < T; ++t)
-      for (size_t i = 0; i < tasks[0][k].size(); ++i)
-        tasks[t][k][i] = load(role[k], address(k, t, static_cast<int64_t>(i)));
+      for (size_t i = 0; i < tasks[0][k].size(); ++i) tasks[t][k][i] = load(role[k], address(k, t, static_cast<int64_t>(i)));
 }
 
 bool same_bits(const Vec& a, const Vec& b) {
@@ -190,14 +184,12 @@ Values run(const Sized& what, Values operands) {
     for (const Vec& x : v) s.push_back(x.size());
     return s;
   };
-  auto kind = [](const Layer& layer) {
-    return std::holds_alternative<Pointwise>(layer) ? int(std::get<Pointwise>(layer).kind) : 0;
-  };
+  auto kind = [](const Layer& layer) { return std::holds_alternative<Pointwise>(layer) ? int(std::get<Pointwise>(layer).kind) : 0; };
   bool seen = false;
   for (const Recorded& r : recorded)
-    seen = seen || (r.what.op == what.op && kind(r.what.layer) == kind(what.layer) &&
-                    r.what.examples == what.examples && r.what.stat_examples == what.stat_examples &&
-                    r.what.layer.index() == what.layer.index() && sizes(r.before) == sizes(operands));
+    seen = seen ||
+           (r.what.op == what.op && kind(r.what.layer) == kind(what.layer) && r.what.examples == what.examples &&
+            r.what.stat_examples == what.stat_examples && r.what.layer.index() == what.layer.index() && sizes(r.before) == sizes(operands));
   if (!seen) recorded.push_back({what, operands});
   std::vector<Values> tasks{operands};
   run_tasks(what, tasks, 1, std::vector<bool>(operands.size(), false));
@@ -282,8 +274,7 @@ void check(const std::string& name, const Piece& piece, const Values& x) {
   const Values y = piece.forward(x), x_dot = draw_like(x);
   const Vec dy = draw(static_cast<int64_t>(y[0].size())), dy_dot = draw(static_cast<int64_t>(y[0].size()));
 
-  expect_close(name + ": fwd_jvp is the derivative of fwd", piece.forward_jvp(x, x_dot),
-               difference(piece.forward, x, x_dot), kDifference);
+  expect_close(name + ": fwd_jvp is the derivative of fwd", piece.forward_jvp(x, x_dot), difference(piece.forward, x, x_dot), kDifference);
 
   Values gradient = x;  // entry by entry from fwd alone
   for (size_t k = 0; k < x.size(); ++k)
@@ -299,8 +290,8 @@ void check(const std::string& name, const Piece& piece, const Values& x) {
   all.push_back(dy);
   all_dot.push_back(dy_dot);
   const Function backward = [&](const Values& v) { return piece.backward(Values(v.begin(), v.end() - 1), v.back()); };
-  expect_close(name + ": bwd_jvp is the derivative of bwd", piece.backward_jvp(x, x_dot, dy, dy_dot),
-               difference(backward, all, all_dot), kDifference);
+  expect_close(name + ": bwd_jvp is the derivative of bwd", piece.backward_jvp(x, x_dot, dy, dy_dot), difference(backward, all, all_dot),
+               kDifference);
 }
 
 Vec zeros(const Vec& like) { return Vec(like.size(), 0.0); }
@@ -310,15 +301,15 @@ Vec zeros(const Vec& like) { return Vec(like.size(), 0.0); }
 struct ProductOps {
   Op fwd, fwd_jvp, fwd_dual, data, data_jvp, data_dual, weight, weight_jvp;
 };
-#define PRODUCT_OPS(name)                                                                                  \
-  ProductOps {                                                                                             \
-    Op::name##_fwd, Op::name##_fwd_jvp, Op::name##_fwd_dual, Op::name##_bwd_data, Op::name##_bwd_data_jvp, \
-        Op::name##_bwd_data_dual, Op::name##_bwd_weight, Op::name##_bwd_weight_jvp                         \
+#define PRODUCT_OPS(name)                                                                                                            \
+  ProductOps {                                                                                                                       \
+    Op::name##_fwd, Op::name##_fwd_jvp, Op::name##_fwd_dual, Op::name##_bwd_data, Op::name##_bwd_data_jvp, Op::name##_bwd_data_dual, \
+        Op::name##_bwd_weight, Op::name##_bwd_weight_jvp                                                                             \
   }
 
 // x of x_size, w of w_size, b of b_size -> y of y_size, all for N examples.
-void test_product(const std::string& name, const ProductOps& op, const Layer& layer, int64_t N, int64_t x_size,
-                  int64_t w_size, int64_t b_size, int64_t y_size) {
+void test_product(const std::string& name, const ProductOps& op, const Layer& layer, int64_t N, int64_t x_size, int64_t w_size,
+                  int64_t b_size, int64_t y_size) {
   auto one = [&](Op which) { return Sized{which, layer, N}; };
   Piece piece;
   piece.forward = [&](const Values& v) { return Values{run(one(op.fwd), {hole(y_size), v[0], v[1], v[2]})[0]}; };
@@ -343,34 +334,31 @@ void test_product(const std::string& name, const ProductOps& op, const Layer& la
   for (const bool x_has_tangent : {true, false}) {
     const Values used{x_has_tangent ? d[0] : none, d[1], d[2]};
     const Values dual = run(one(op.fwd_dual), {hole(y_size), hole(y_size), v[0], used[0], v[1], d[1], v[2], d[2]});
-    expect_close(name + ": fwd_dual is fwd and fwd_jvp", {dual[0], dual[1]},
-                 {piece.forward(v)[0], piece.forward_jvp(v, used)[0]}, 0);
+    expect_close(name + ": fwd_dual is fwd and fwd_jvp", {dual[0], dual[1]}, {piece.forward(v)[0], piece.forward_jvp(v, used)[0]}, 0);
   }
   const Values data = run(one(op.data_dual), {hole(x_size), hole(x_size), dy, dy_dot, v[1], d[1]});
   expect_close(name + ": bwd_data_dual is bwd_data and bwd_data_jvp", {data[0], data[1]},
                {piece.backward(v, dy)[0], piece.backward_jvp(v, d, dy, dy_dot)[0]}, 0);
 
   const Values no_x_dot{zeros(v[0]), d[1], d[2]};
-  expect_close(name + ": an absent x_dot, b or b_dot is zero",
-               {run(one(op.fwd_jvp), {hole(y_size), v[0], none, v[1], d[1], none})[0],
-                run(one(op.fwd), {hole(y_size), v[0], v[1], none})[0],
-                run(one(op.weight_jvp), {hole(w_size), none, v[0], none, dy, dy_dot})[0],
-                run(one(op.weight), {hole(w_size), none, v[0], dy})[0]},
-               {piece.forward_jvp(v, {zeros(v[0]), d[1], zeros(v[2])})[0], piece.forward({v[0], v[1], zeros(v[2])})[0],
-                piece.backward_jvp(v, no_x_dot, dy, dy_dot)[1], piece.backward(v, dy)[1]},
-               0);
+  expect_close(
+      name + ": an absent x_dot, b or b_dot is zero",
+      {run(one(op.fwd_jvp), {hole(y_size), v[0], none, v[1], d[1], none})[0], run(one(op.fwd), {hole(y_size), v[0], v[1], none})[0],
+       run(one(op.weight_jvp), {hole(w_size), none, v[0], none, dy, dy_dot})[0], run(one(op.weight), {hole(w_size), none, v[0], dy})[0]},
+      {piece.forward_jvp(v, {zeros(v[0]), d[1], zeros(v[2])})[0], piece.forward({v[0], v[1], zeros(v[2])})[0],
+       piece.backward_jvp(v, no_x_dot, dy, dy_dot)[1], piece.backward(v, dy)[1]},
+      0);
 }
 
-Conv2d conv_shape(int64_t C, int64_t H, int64_t W, int64_t F, int64_t KH, int64_t KW, int64_t sh, int64_t sw,
-                  int64_t ph, int64_t pw) {
+Conv2d conv_shape(int64_t C, int64_t H, int64_t W, int64_t F, int64_t KH, int64_t KW, int64_t sh, int64_t sw, int64_t ph, int64_t pw) {
   return {C, H, W, F, (H + 2 * ph - KH) / sh + 1, (W + 2 * pw - KW) / sw + 1, KH, KW, sh, sw, ph, pw};
 }
 
 void test_products() {
   for (const Linear shape : {Linear{4, 3}, Linear{1, 5}, Linear{6, 1}})
     for (const int64_t N : {1, 5})
-      test_product("linear " + std::to_string(shape.in) + "->" + std::to_string(shape.out) + " N=" + std::to_string(N),
-                   PRODUCT_OPS(linear), shape, N, N * shape.in, shape.in * shape.out, shape.out, N * shape.out);
+      test_product("linear " + std::to_string(shape.in) + "->" + std::to_string(shape.out) + " N=" + std::to_string(N), PRODUCT_OPS(linear),
+                   shape, N, N * shape.in, shape.in * shape.out, shape.out, N * shape.out);
   const Vec y = run({Op::linear_fwd, Linear{2, 3}, 2}, {hole(6), {1, 2, 3, 4}, {1, 0, 2, 0, 1, 3}, {10, 20, 30}})[0];
   expect_close("linear_fwd by hand, w is [in, out]", {y}, {{11, 22, 38, 13, 24, 48}}, 0);
 
@@ -386,16 +374,15 @@ void test_products() {
   for (const auto& c : cases)
     for (const int64_t N : {1, 3}) {
       const Conv2d& s = c.shape;
-      test_product(std::string("conv2d ") + c.name + " N=" + std::to_string(N), PRODUCT_OPS(conv2d), s, N,
-                   N * s.H * s.W * s.C, s.KH * s.KW * s.C * s.F, s.F, N * s.OH * s.OW * s.F);
+      test_product(std::string("conv2d ") + c.name + " N=" + std::to_string(N), PRODUCT_OPS(conv2d), s, N, N * s.H * s.W * s.C,
+                   s.KH * s.KW * s.C * s.F, s.F, N * s.OH * s.OW * s.F);
     }
   // One channel, 3x3 image 1..9, kernel [[1, 2], [3, 4]]: a cross-correlation, not a flipped convolution.
-  const Vec z = run({Op::conv2d_fwd, conv_shape(1, 3, 3, 1, 2, 2, 1, 1, 0, 0), 1},
-                    {hole(4), {1, 2, 3, 4, 5, 6, 7, 8, 9}, {1, 2, 3, 4}, {100}})[0];
+  const Vec z =
+      run({Op::conv2d_fwd, conv_shape(1, 3, 3, 1, 2, 2, 1, 1, 0, 0), 1}, {hole(4), {1, 2, 3, 4, 5, 6, 7, 8, 9}, {1, 2, 3, 4}, {100}})[0];
   expect_close("conv2d_fwd by hand", {z}, {{137, 147, 167, 177}}, 0);
   // Two channels, two filters, 1x1: w is [KH, KW, C, F].
-  const Vec u =
-      run({Op::conv2d_fwd, conv_shape(2, 1, 1, 2, 1, 1, 1, 1, 0, 0), 1}, {hole(2), {5, 7}, {1, 10, 2, 20}, {}})[0];
+  const Vec u = run({Op::conv2d_fwd, conv_shape(2, 1, 1, 2, 1, 1, 1, 1, 0, 0), 1}, {hole(2), {5, 7}, {1, 10, 2, 20}, {}})[0];
   expect_close("conv2d_fwd by hand, w is [KH, KW, C, F]", {u}, {{19, 190}}, 0);
 }
 
@@ -424,12 +411,9 @@ void test_batch_norm(const BatchNormCase& c) {
   auto stats_dot = [&](const Values& v, const Values& d) {
     return frozen ? none : run(one(Op::batch_norm_stats_jvp), {hole(2 * C), v[0], d[0], stats(v)})[0];
   };
-  auto weight = [&](const Values& v, const Vec& dy) {
-    return run(one(Op::batch_norm_bwd_weight), {hole(C), hole(C), v[0], dy, stats(v)});
-  };
+  auto weight = [&](const Values& v, const Vec& dy) { return run(one(Op::batch_norm_bwd_weight), {hole(C), hole(C), v[0], dy, stats(v)}); };
   auto weight_jvp = [&](const Values& v, const Values& d, const Vec& dy, const Vec& dy_dot) {
-    return run(one(Op::batch_norm_bwd_weight_jvp),
-               {hole(C), hole(C), v[0], d[0], dy, dy_dot, stats(v), stats_dot(v, d)});
+    return run(one(Op::batch_norm_bwd_weight_jvp), {hole(C), hole(C), v[0], d[0], dy, dy_dot, stats(v), stats_dot(v, d)});
   };
   auto gradients = [&](const Vec& dx, const Values& w) {
     Values out{dx};
@@ -438,12 +422,9 @@ void test_batch_norm(const BatchNormCase& c) {
     return out;
   };
   Piece piece;
-  piece.forward = [&](const Values& v) {
-    return Values{run(one(Op::batch_norm_fwd), {hole(size), v[0], stats(v), gamma(v), beta(v)})[0]};
-  };
+  piece.forward = [&](const Values& v) { return Values{run(one(Op::batch_norm_fwd), {hole(size), v[0], stats(v), gamma(v), beta(v)})[0]}; };
   piece.forward_jvp = [&](const Values& v, const Values& d) {
-    return Values{run(one(Op::batch_norm_fwd_jvp),
-                      {hole(size), v[0], d[0], stats(v), stats_dot(v, d), gamma(v), gamma(d), beta(d)})[0]};
+    return Values{run(one(Op::batch_norm_fwd_jvp), {hole(size), v[0], d[0], stats(v), stats_dot(v, d), gamma(v), gamma(d), beta(d)})[0]};
   };
   piece.backward = [&](const Values& v, const Vec& dy) {
     const Values w = weight(v, dy);
@@ -451,10 +432,9 @@ void test_batch_norm(const BatchNormCase& c) {
   };
   piece.backward_jvp = [&](const Values& v, const Values& d, const Vec& dy, const Vec& dy_dot) {
     const Values w = weight(v, dy), w_dot = weight_jvp(v, d, dy, dy_dot);
-    return gradients(
-        run(one(Op::batch_norm_bwd_data_jvp), {hole(size), v[0], d[0], dy, dy_dot, stats(v), stats_dot(v, d), gamma(v),
-                                               gamma(d), w[0], w[1], w_dot[0], w_dot[1]})[0],
-        w_dot);
+    return gradients(run(one(Op::batch_norm_bwd_data_jvp), {hole(size), v[0], d[0], dy, dy_dot, stats(v), stats_dot(v, d), gamma(v),
+                                                            gamma(d), w[0], w[1], w_dot[0], w_dot[1]})[0],
+                     w_dot);
   };
   Values v{draw(size)};
   if (c.gamma) v.push_back(draw(C));
@@ -469,8 +449,8 @@ void test_batch_norm(const BatchNormCase& c) {
   const Values w = weight(v, dy);
   const Values w_dot = run(one(Op::batch_norm_bwd_weight_jvp), {hole(C), hole(C), v[0], none, dy, dy_dot, s, none});
   const Vec y_dot = run(one(Op::batch_norm_fwd_jvp), {hole(size), v[0], none, s, none, gamma(v), gamma(d), beta(d)})[0];
-  const Vec dx_dot = run(one(Op::batch_norm_bwd_data_jvp), {hole(size), v[0], none, dy, dy_dot, s, none, gamma(v),
-                                                            gamma(d), w[0], w[1], w_dot[0], w_dot[1]})[0];
+  const Vec dx_dot = run(one(Op::batch_norm_bwd_data_jvp),
+                         {hole(size), v[0], none, dy, dy_dot, s, none, gamma(v), gamma(d), w[0], w[1], w_dot[0], w_dot[1]})[0];
   Values got{y_dot}, want{piece.forward_jvp(v, zero_x)[0]};
   for (const Vec& g : gradients(dx_dot, w_dot)) got.push_back(g);
   for (const Vec& g : piece.backward_jvp(v, zero_x, dy, dy_dot)) want.push_back(g);
@@ -514,12 +494,9 @@ void test_group_norm(const std::string& name, const GroupNorm& shape, int64_t N,
   auto one = [&](Op op) { return Sized{op, shape, N}; };
   auto gamma = [&](const Values& v) { return affine ? v[1] : none; };
   auto beta = [&](const Values& v) { return affine ? v[2] : none; };
-  auto forward = [&](const Values& v) {
-    return run(one(Op::group_norm_fwd), {hole(size), hole(stat), v[0], gamma(v), beta(v)});
-  };
+  auto forward = [&](const Values& v) { return run(one(Op::group_norm_fwd), {hole(size), hole(stat), v[0], gamma(v), beta(v)}); };
   auto jvp = [&](const Values& v, const Values& d) {
-    return run(one(Op::group_norm_fwd_jvp),
-               {hole(size), hole(stat), v[0], d[0], forward(v)[1], gamma(v), gamma(d), beta(d)});
+    return run(one(Op::group_norm_fwd_jvp), {hole(size), hole(stat), v[0], d[0], forward(v)[1], gamma(v), gamma(d), beta(d)});
   };
   auto first = [&](const Values& out) { return affine ? Values{out[0], out[1], out[2]} : Values{out[0]}; };
   Piece piece;
@@ -529,8 +506,8 @@ void test_group_norm(const std::string& name, const GroupNorm& shape, int64_t N,
     return first(run(one(Op::group_norm_bwd), {hole(size), hole(C), hole(C), v[0], dy, forward(v)[1], gamma(v)}));
   };
   piece.backward_jvp = [&](const Values& v, const Values& d, const Vec& dy, const Vec& dy_dot) {
-    return first(run(one(Op::group_norm_bwd_jvp), {hole(size), hole(C), hole(C), v[0], d[0], dy, dy_dot, forward(v)[1],
-                                                   jvp(v, d)[1], gamma(v), gamma(d)}));
+    return first(run(one(Op::group_norm_bwd_jvp),
+                     {hole(size), hole(C), hole(C), v[0], d[0], dy, dy_dot, forward(v)[1], jvp(v, d)[1], gamma(v), gamma(d)}));
   };
   Values v{draw(size)};
   if (affine) v.push_back(draw(C)), v.push_back(draw(C));
@@ -540,19 +517,16 @@ void test_group_norm(const std::string& name, const GroupNorm& shape, int64_t N,
   const Vec dy = draw(size), dy_dot = draw(size), s = forward(v)[1], s_dot = jvp(v, d)[1];
   const Values no_dx = run(one(Op::group_norm_bwd), {none, hole(C), hole(C), v[0], dy, s, gamma(v)});
   const Values with_dx = run(one(Op::group_norm_bwd), {hole(size), hole(C), hole(C), v[0], dy, s, gamma(v)});
-  const Values no_dx_dot =
-      run(one(Op::group_norm_bwd_jvp), {none, hole(C), hole(C), v[0], d[0], dy, dy_dot, s, s_dot, gamma(v), gamma(d)});
-  const Values with_dx_dot = run(one(Op::group_norm_bwd_jvp),
-                                 {hole(size), hole(C), hole(C), v[0], d[0], dy, dy_dot, s, s_dot, gamma(v), gamma(d)});
-  expect_close("group_norm " + name + ": without dx the parameter gradients are the same",
-               {no_dx[1], no_dx[2], no_dx_dot[1], no_dx_dot[2]},
+  const Values no_dx_dot = run(one(Op::group_norm_bwd_jvp), {none, hole(C), hole(C), v[0], d[0], dy, dy_dot, s, s_dot, gamma(v), gamma(d)});
+  const Values with_dx_dot =
+      run(one(Op::group_norm_bwd_jvp), {hole(size), hole(C), hole(C), v[0], d[0], dy, dy_dot, s, s_dot, gamma(v), gamma(d)});
+  expect_close("group_norm " + name + ": without dx the parameter gradients are the same", {no_dx[1], no_dx[2], no_dx_dot[1], no_dx_dot[2]},
                {with_dx[1], with_dx[2], with_dx_dot[1], with_dx_dot[2]}, 0);
 
   d[0] = zeros(d[0]);
-  const Values y_dot =
-      run(one(Op::group_norm_fwd_jvp), {hole(size), hole(stat), v[0], none, s, gamma(v), gamma(d), beta(d)});
-  const Values absent = run(one(Op::group_norm_bwd_jvp),
-                            {hole(size), hole(C), hole(C), v[0], none, dy, dy_dot, s, none, gamma(v), gamma(d)});
+  const Values y_dot = run(one(Op::group_norm_fwd_jvp), {hole(size), hole(stat), v[0], none, s, gamma(v), gamma(d), beta(d)});
+  const Values absent =
+      run(one(Op::group_norm_bwd_jvp), {hole(size), hole(C), hole(C), v[0], none, dy, dy_dot, s, none, gamma(v), gamma(d)});
   Values got{y_dot[0], y_dot[1]}, want{jvp(v, d)[0], jvp(v, d)[1]};
   for (const Vec& g : first(absent)) got.push_back(g);
   for (const Vec& g : piece.backward_jvp(v, d, dy, dy_dot)) want.push_back(g);
@@ -565,11 +539,10 @@ void test_group_norms() {
   test_group_norm("layer norm of vectors", {5, 1, 1, 1e-3}, 3, true);
   test_group_norm("layer norm, not affine", {6, 1, 1, 1e-3}, 2, false);
   // Pixels (1 3 | 10 20) and (5 7 | 30 40) in two groups: means 4 and 25, variances 5 and 125.
-  const Values out =
-      run({Op::group_norm_fwd, GroupNorm{4, 2, 2, 0}, 1}, {hole(8), hole(4), {1, 3, 10, 20, 5, 7, 30, 40}, {}, {}});
+  const Values out = run({Op::group_norm_fwd, GroupNorm{4, 2, 2, 0}, 1}, {hole(8), hole(4), {1, 3, 10, 20, 5, 7, 30, 40}, {}, {}});
   const double a = 1 / std::sqrt(5.0), b = 1 / std::sqrt(125.0);
-  expect_close("group_norm_fwd by hand", {out[1], out[0]},
-               {{4, a, 25, b}, {-3 * a, -a, -15 * b, -5 * b, a, 3 * a, 5 * b, 15 * b}}, kRounding);
+  expect_close("group_norm_fwd by hand", {out[1], out[0]}, {{4, a, 25, b}, {-3 * a, -a, -15 * b, -5 * b, a, 3 * a, 5 * b, 15 * b}},
+               kRounding);
 }
 
 // ---------------------------------------------------------------- pointwise
@@ -596,17 +569,14 @@ void test_pointwise() {
     piece.forward_jvp = [&](const Values& v, const Values& d) {
       return Values{run(one(Op::pointwise_fwd_jvp), {hole(N * size), v[0], d[0]})[0]};
     };
-    piece.backward = [&](const Values& v, const Vec& dy) {
-      return Values{run(one(Op::pointwise_bwd), {hole(N * size), v[0], dy})[0]};
-    };
+    piece.backward = [&](const Values& v, const Vec& dy) { return Values{run(one(Op::pointwise_bwd), {hole(N * size), v[0], dy})[0]}; };
     piece.backward_jvp = [&](const Values& v, const Values& d, const Vec& dy, const Vec& dy_dot) {
       return Values{run(one(Op::pointwise_bwd_jvp), {hole(N * size), v[0], d[0], dy, dy_dot})[0]};
     };
     const std::string name = std::string("pointwise ") + c.name;
     const Vec x = draw_spread(N * size, 0.2), dy = draw(N * size), dy_dot = draw(N * size);
     check(name, piece, {x});
-    expect_close(name + ": an absent x_dot is zero",
-                 {run(one(Op::pointwise_bwd_jvp), {hole(N * size), x, {}, dy, dy_dot})[0]},
+    expect_close(name + ": an absent x_dot is zero", {run(one(Op::pointwise_bwd_jvp), {hole(N * size), x, {}, dy, dy_dot})[0]},
                  piece.backward_jvp({x}, {zeros(x)}, dy, dy_dot), 0);
     const Vec y = run({Op::pointwise_fwd, Pointwise{c.kind, 0.1, 2}, 1}, {hole(2), {1, -2}})[0];
     expect_close(name + ": known values at 1 and -2", {y}, {{c.at_one, c.at_minus_two}}, kRounding);
@@ -623,8 +593,8 @@ void test_pointwise() {
 
 // ---------------------------------------------------------------- pooling, flatten
 
-Pool2d pool_shape(int64_t C, int64_t H, int64_t W, int64_t KH, int64_t KW, int64_t sh, int64_t sw, int64_t ph,
-                  int64_t pw, bool include = true) {
+Pool2d pool_shape(int64_t C, int64_t H, int64_t W, int64_t KH, int64_t KW, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
+                  bool include = true) {
   return {C, H, W, (H + 2 * ph - KH) / sh + 1, (W + 2 * pw - KW) / sw + 1, KH, KW, sh, sw, ph, pw, include};
 }
 
@@ -635,9 +605,7 @@ Piece linear_piece(const std::function<Vec(const Values& x, const Vec& value)>& 
   piece.forward = forward;
   piece.forward_jvp = [=](const Values& v, const Values& d) { return Values{forward_of(v, d[0])}; };
   piece.backward = [=](const Values& v, const Vec& dy) { return Values{backward(v, dy)}; };
-  piece.backward_jvp = [=](const Values& v, const Values&, const Vec&, const Vec& dy_dot) {
-    return Values{backward(v, dy_dot)};
-  };
+  piece.backward_jvp = [=](const Values& v, const Values&, const Vec&, const Vec& dy_dot) { return Values{backward(v, dy_dot)}; };
   return piece;
 }
 
@@ -655,15 +623,11 @@ void test_pools() {
     const int64_t N = 2, in = N * c.shape.H * c.shape.W * c.shape.C, out = N * c.shape.OH * c.shape.OW * c.shape.C;
     auto one = [&](Op op) { return Sized{op, c.shape, N}; };
     auto index = [&](const Values& v) { return run(one(Op::max_pool2d_fwd), {hole(out), hole(out), v[0]})[1]; };
-    check(
-        std::string("max_pool2d ") + c.name,
-        linear_piece(
-            [&](const Values& v, const Vec& d) {
-              return run(one(Op::max_pool2d_fwd_jvp), {hole(out), d, index(v)})[0];
-            },
-            [&](const Values& v) { return Values{run(one(Op::max_pool2d_fwd), {hole(out), hole(out), v[0]})[0]}; },
-            [&](const Values& v, const Vec& dy) { return run(one(Op::max_pool2d_bwd), {hole(in), dy, index(v)})[0]; }),
-        {draw_spread(in)});
+    check(std::string("max_pool2d ") + c.name,
+          linear_piece([&](const Values& v, const Vec& d) { return run(one(Op::max_pool2d_fwd_jvp), {hole(out), d, index(v)})[0]; },
+                       [&](const Values& v) { return Values{run(one(Op::max_pool2d_fwd), {hole(out), hole(out), v[0]})[0]}; },
+                       [&](const Values& v, const Vec& dy) { return run(one(Op::max_pool2d_bwd), {hole(in), dy, index(v)})[0]; }),
+          {draw_spread(in)});
     auto average = [&](const Values&, const Vec& x) { return run(one(Op::avg_pool2d_fwd), {hole(out), x})[0]; };
     check(std::string("avg_pool2d ") + c.name,
           linear_piece(
@@ -691,10 +655,9 @@ void test_pools() {
     return run({Op::avg_pool2d_fwd, shape, 1}, {hole(shape.OH * shape.OW * shape.C), x})[0];
   };
   expect_close("avg_pool2d by hand", {average_of(two, {1, 2, 3, 6})}, {{3}}, 0);
-  expect_close("avg_pool2d: padding counted", {average_of(pool_shape(1, 2, 2, 2, 2, 2, 2, 1, 1, true), {4, 8, 12, 16})},
-               {{1, 2, 3, 4}}, 0);
-  expect_close("avg_pool2d: padding not counted",
-               {average_of(pool_shape(1, 2, 2, 2, 2, 2, 2, 1, 1, false), {4, 8, 12, 16})}, {{4, 8, 12, 16}}, 0);
+  expect_close("avg_pool2d: padding counted", {average_of(pool_shape(1, 2, 2, 2, 2, 2, 2, 1, 1, true), {4, 8, 12, 16})}, {{1, 2, 3, 4}}, 0);
+  expect_close("avg_pool2d: padding not counted", {average_of(pool_shape(1, 2, 2, 2, 2, 2, 2, 1, 1, false), {4, 8, 12, 16})},
+               {{4, 8, 12, 16}}, 0);
 }
 
 void test_flatten() {
@@ -712,15 +675,10 @@ void test_flatten() {
 
 // ---------------------------------------------------------------- losses
 
-void test_loss(const std::string& name, Op op, Op jvp, const Loss& shape, int64_t N, const Vec& target,
-               const Vec& weights) {
+void test_loss(const std::string& name, Op op, Op jvp, const Loss& shape, int64_t N, const Vec& target, const Vec& weights) {
   const int64_t size = N * shape.size;
-  auto loss = [&](const Values& v) {
-    return Values{run({op, shape, N}, {hole(1), hole(size), v[0], target, weights})[0]};
-  };
-  auto gradient = [&](const Values& v) {
-    return Values{run({op, shape, N}, {hole(1), hole(size), v[0], target, weights})[1]};
-  };
+  auto loss = [&](const Values& v) { return Values{run({op, shape, N}, {hole(1), hole(size), v[0], target, weights})[0]}; };
+  auto gradient = [&](const Values& v) { return Values{run({op, shape, N}, {hole(1), hole(size), v[0], target, weights})[1]}; };
   const Values z{draw(size)}, z_dot = draw_like(z);
   Vec by_entry;
   for (int64_t i = 0; i < size; ++i) {
@@ -729,9 +687,8 @@ void test_loss(const std::string& name, Op op, Op jvp, const Loss& shape, int64_
     by_entry.push_back(difference(loss, z, unit)[0][0]);
   }
   expect_close(name + ": dz is the gradient of the loss", gradient(z), {by_entry}, kDifference);
-  expect_close(name + ": jvp is the derivative of dz",
-               {run({jvp, shape, N}, {hole(size), z[0], z_dot[0], target, weights})[0]}, difference(gradient, z, z_dot),
-               kDifference);
+  expect_close(name + ": jvp is the derivative of dz", {run({jvp, shape, N}, {hole(size), z[0], z_dot[0], target, weights})[0]},
+               difference(gradient, z, z_dot), kDifference);
   expect_close(name + ": the loss alone", {run({op, shape, N}, {hole(1), {}, z[0], target, weights})[0]}, loss(z), 0);
   if (weights.empty())
     expect_close(name + ": absent weights are 1/N", loss(z),
@@ -756,11 +713,10 @@ void test_losses() {
   };
   const double ln3 = std::log(3.0);
   Values r = cross_entropy({7, 7, 7}, 1, 0);
-  expect_close("cross_entropy of equal outputs is log classes", {r[0], r[1]}, {{ln3}, {1.0 / 3, -2.0 / 3, 1.0 / 3}},
-               kRounding);
+  expect_close("cross_entropy of equal outputs is log classes", {r[0], r[1]}, {{ln3}, {1.0 / 3, -2.0 / 3, 1.0 / 3}}, kRounding);
   r = cross_entropy({0, std::log(2.0)}, 0, 0.2);  // p = 1/3, 2/3;  t = 0.9, 0.1
-  expect_close("cross_entropy smoothed by hand", {r[0], r[1]},
-               {{0.9 * ln3 + 0.1 * (ln3 - std::log(2.0))}, {1.0 / 3 - 0.9, 2.0 / 3 - 0.1}}, kRounding);
+  expect_close("cross_entropy smoothed by hand", {r[0], r[1]}, {{0.9 * ln3 + 0.1 * (ln3 - std::log(2.0))}, {1.0 / 3 - 0.9, 2.0 / 3 - 0.1}},
+               kRounding);
   r = cross_entropy({1000, 0, -1000}, 1, 0);
   expect_close("cross_entropy does not overflow", {r[0], r[1]}, {{1000}, {1, -1, 0}}, kRounding);
   r = run({Op::mse, Loss{Loss::Kind::mse, 2, 0}, 2}, {hole(1), hole(4), {1, 2, 3, 4}, {0, 0, 3, 0}, {}});
@@ -773,11 +729,9 @@ void test_vectors() {
   const Vec a{1, 2, 3}, b{10, 20, 30}, rate{0.1, 0.2, 0.5};
   const Vector flat{3};
   expect_close("fill_zero, copy, add",
-               {run({Op::fill_zero, flat}, {hole(3)})[0], run({Op::copy, flat}, {hole(3), a})[0],
-                run({Op::add, flat}, {hole(3), a, b})[0]},
+               {run({Op::fill_zero, flat}, {hole(3)})[0], run({Op::copy, flat}, {hole(3), a})[0], run({Op::add, flat}, {hole(3), a, b})[0]},
                {{0, 0, 0}, a, {11, 22, 33}}, 0);
-  expect_close("add of rows", {run({Op::add, Add{2}, 2}, {hole(4), {1, 2, 3, 4}, {5, 6, 7, 8}})[0]}, {{6, 8, 10, 12}},
-               0);
+  expect_close("add of rows", {run({Op::add, Add{2}, 2}, {hole(4), {1, 2, 3, 4}, {5, 6, 7, 8}})[0]}, {{6, 8, 10, 12}}, 0);
   expect_close("sgd_update", {run({Op::sgd_update, flat}, {hole(3), a, b, rate})[0]}, {{0, -2, -12}}, kRounding);
   expect_close("scale_by_rate", {run({Op::scale_by_rate, flat}, {hole(3), rate, b})[0]}, {{1, 4, 15}}, kRounding);
   expect_close("rate_grad is in place", {run({Op::rate_grad, flat}, {{100, 100, 100}, a, b})[0]}, {{90, 60, 10}}, 0);
@@ -859,8 +813,8 @@ void test_conjugate_gradient() {
       rr += (v[i] - As[i]) * (v[i] - As[i]);
       vv += v[i] * v[i];
     }
-    expect_close("cg: residual after " + std::to_string(steps) + " steps is |v - A s| / |v|",
-                 {{part.residual}, {part.state[1]}}, {{std::sqrt(rr) / std::sqrt(vv)}, {vv}}, kRounding);
+    expect_close("cg: residual after " + std::to_string(steps) + " steps is |v - A s| / |v|", {{part.residual}, {part.state[1]}},
+                 {{std::sqrt(rr) / std::sqrt(vv)}, {vv}}, kRounding);
     report("cg: still active after " + std::to_string(steps) + " steps", part.state[2] == 1, "");
   }
   const CgRun later = solve(H, v, 2, 0.5, static_cast<int>(P) + 4);
@@ -869,11 +823,9 @@ void test_conjugate_gradient() {
   expect_close("cg: an inactive task does not change", {fixed.s, fixed.state}, {later.s, later.state}, 0);
   // A = -9 I: the first direction has negative curvature, so s stays 0 and the residual 1.
   const CgRun stopped = solve(negative, v, 1, 0, 3);
-  expect_close("cg: negative curvature keeps s", {stopped.s, {stopped.residual, stopped.state[2]}},
-               {Vec(P, 0.0), {1, 0}}, 0);
+  expect_close("cg: negative curvature keeps s", {stopped.s, {stopped.residual, stopped.state[2]}}, {Vec(P, 0.0), {1, 0}}, 0);
   const CgRun nothing = solve(H, Vec(P, 0.0), 2, 0, 3);
-  expect_close("cg: v = 0 gives s = 0 and residual 0", {nothing.s, {nothing.residual, nothing.state[2]}},
-               {Vec(P, 0.0), {0, 0}}, 0);
+  expect_close("cg: v = 0 gives s = 0 and residual 0", {nothing.s, {nothing.residual, nothing.state[2]}}, {Vec(P, 0.0), {0, 0}}, 0);
   const CgRun one = solve({3}, {4}, 1, 0, 1);  // (1 + 3) s = 4
   expect_close("cg by hand", {one.s, one.state}, {{1}, {0, 16, 0}}, 0);
   // Damping and lam act as (1 + damping) and 1 / lam: (1 + 1) s + 3 / 2 s = 7.

@@ -54,8 +54,10 @@ std::vector<double> results(const OpTable& table, const Schedule& schedule, int6
   const Workspace workspace = plan_workspace(schedule, table);
   Arenas arenas;
   const Run run{table, schedule, workspace, arguments.views, tasks, way.lanes};
-  if (way.resident) run_resident(run, arenas, way.workers, way.workers > 1 ? ParallelFor(two_threads) : ParallelFor(one_thread));
-  else run_layered(run, arenas);
+  if (way.resident)
+    run_resident(run, arenas, way.workers, way.workers > 1 ? ParallelFor(two_threads) : ParallelFor(one_thread));
+  else
+    run_layered(run, arenas);
   std::vector<double> all;
   for (Arg arg : {Arg::loss, Arg::grad, Arg::output, Arg::support_losses, Arg::rate_grad}) {
     const auto& part = arguments.real[static_cast<int>(arg)];
@@ -82,9 +84,13 @@ void every_way(const char* network, const char* name) {
     how.rate_grad = true;
     const Schedule schedule = meta_gradient_schedule(net, how);
     const int64_t tasks = 11;
-    const Way ways[] = {{"resident task-major", true, 1, 1}, {"resident task-major, 2 threads", true, 1, 2}, {"layered task-major", false, 1, 1},
-                        {"resident, 8 tasks in lanes", true, 8, 1}, {"resident, 8 tasks in lanes, 2 threads", true, 8, 2},
-                        {"layered, 8 tasks in lanes", false, 8, 1}, {"layered, 16 tasks in lanes", false, 16, 1}};
+    const Way ways[] = {{"resident task-major", true, 1, 1},
+                        {"resident task-major, 2 threads", true, 1, 2},
+                        {"layered task-major", false, 1, 1},
+                        {"resident, 8 tasks in lanes", true, 8, 1},
+                        {"resident, 8 tasks in lanes, 2 threads", true, 8, 2},
+                        {"layered, 8 tasks in lanes", false, 8, 1},
+                        {"layered, 16 tasks in lanes", false, 16, 1}};
     const std::vector<double> definition = results(reference_ops(), schedule, tasks, ways[0]);
     const std::string label = std::string(name) + (stash ? " stash: " : " low: ");
     for (const Way& way : ways) {

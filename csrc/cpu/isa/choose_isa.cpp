@@ -13,9 +13,9 @@
 
 namespace fastmaml {
 namespace cpu {
-#define X(name, runs)                                \
-  namespace name {                                   \
-  const OpTable& table(size_t real_bytes);           \
+#define X(name, runs)                      \
+  namespace name {                         \
+  const OpTable& table(size_t real_bytes); \
   }
 FASTMAML_ISAS(X)
 #undef X

@@ -6,8 +6,8 @@
 
 namespace fastmaml {
 
-std::vector<std::string> available_cpu_isas();   // narrowest first; all of them run on this machine
+std::vector<std::string> available_cpu_isas();  // narrowest first; all of them run on this machine
 std::string cpu_isa();
-void set_cpu_isa(const std::string& name);       // "" restores the default; std::invalid_argument where it cannot run here
+void set_cpu_isa(const std::string& name);  // "" restores the default; std::invalid_argument where it cannot run here
 
 }  // namespace fastmaml

@@ -10,26 +10,26 @@ FASTMAML_CPU_BEGIN
 
 inline constexpr int kTileRows = 6;
 inline constexpr int kTileVecs = 2;
-inline constexpr int64_t kBlockRows = 384;   // rows that share one pass over b: their a stays in L2
-inline constexpr int64_t kBlockK = 256;      // depth of one pass: its slice of b (16 KB) stays in L1
-inline constexpr int64_t kBlockPixels = 128; // outer_product: a and b of a block stay in L1 and L2
+inline constexpr int64_t kBlockRows = 384;    // rows that share one pass over b: their a stays in L2
+inline constexpr int64_t kBlockK = 256;       // depth of one pass: its slice of b (16 KB) stays in L1
+inline constexpr int64_t kBlockPixels = 128;  // outer_product: a and b of a block stay in L1 and L2
 
 template <class T>
 struct Term {
-  int64_t a;       // offset from a row's start
-  const T* b;      // [k, cols rounded up to whole vectors]
+  int64_t a;   // offset from a row's start
+  const T* b;  // [k, cols rounded up to whole vectors]
   int64_t k;
 };
 
 template <class T>
 struct RowProduct {
   T* out;
-  const int32_t* out_at;   // row i of out starts at out + out_at[i], or out + i * cols where null
+  const int32_t* out_at;  // row i of out starts at out + out_at[i], or out + i * cols where null
   const T* a;
-  const int32_t* a_at;     // row i of a starts at a + a_at[i]
+  const int32_t* a_at;  // row i of a starts at a + a_at[i]
   int64_t rows, cols;
-  int64_t ldb;             // row length of every b: cols rounded up to whole vectors
-  const T* bias;           // [cols] or null
+  int64_t ldb;    // row length of every b: cols rounded up to whole vectors
+  const T* bias;  // [cols] or null
 };
 
 template <class T>
@@ -65,8 +65,10 @@ inline __attribute__((always_inline)) void row_tile(const RowProduct<T>& p, cons
     if (valid >= NV * L) {
       for (int v = 0; v < NV; ++v) {
         V sum = acc[i][v];
-        if (!first) sum += load<V>(out + v * L);
-        else if (p.bias) sum += load<V>(p.bias + j0 + v * L);
+        if (!first)
+          sum += load<V>(out + v * L);
+        else if (p.bias)
+          sum += load<V>(p.bias + j0 + v * L);
         store(out + v * L, sum);
       }
     } else {
@@ -82,12 +84,23 @@ inline void row_panel(const RowProduct<T>& p, const Term<T>* terms, int n_terms,
   int64_t i = from;
   for (; i + kTileRows <= to; i += kTileRows) row_tile<T, kTileRows, NV>(p, terms, n_terms, i, j0, first);
   switch (to - i) {
-    case 5: row_tile<T, 5, NV>(p, terms, n_terms, i, j0, first); break;
-    case 4: row_tile<T, 4, NV>(p, terms, n_terms, i, j0, first); break;
-    case 3: row_tile<T, 3, NV>(p, terms, n_terms, i, j0, first); break;
-    case 2: row_tile<T, 2, NV>(p, terms, n_terms, i, j0, first); break;
-    case 1: row_tile<T, 1, NV>(p, terms, n_terms, i, j0, first); break;
-    default: break;
+    case 5:
+      row_tile<T, 5, NV>(p, terms, n_terms, i, j0, first);
+      break;
+    case 4:
+      row_tile<T, 4, NV>(p, terms, n_terms, i, j0, first);
+      break;
+    case 3:
+      row_tile<T, 3, NV>(p, terms, n_terms, i, j0, first);
+      break;
+    case 2:
+      row_tile<T, 2, NV>(p, terms, n_terms, i, j0, first);
+      break;
+    case 1:
+      row_tile<T, 1, NV>(p, terms, n_terms, i, j0, first);
+      break;
+    default:
+      break;
   }
 }
 
@@ -103,8 +116,10 @@ inline void row_product(const RowProduct<T>& p, const Term<T>* terms, int n_term
       int64_t depth = 0;
       while (end < n_terms && (end == t || depth + terms[end].k <= kBlockK)) depth += terms[end++].k;
       for (int64_t j = 0; j < p.ldb; j += kTileVecs * L) {
-        if (j + kTileVecs * L <= p.ldb) row_panel<T, kTileVecs>(p, terms + t, end - t, from, to, j, t == 0);
-        else row_panel<T, 1>(p, terms + t, end - t, from, to, j, t == 0);
+        if (j + kTileVecs * L <= p.ldb)
+          row_panel<T, kTileVecs>(p, terms + t, end - t, from, to, j, t == 0);
+        else
+          row_panel<T, 1>(p, terms + t, end - t, from, to, j, t == 0);
       }
       t = end;
     } while (t < n_terms);
@@ -125,8 +140,8 @@ inline int split_term(Term<T>* terms, int64_t shift, const T* b, int64_t k, int6
 
 template <class T>
 struct OuterTerm {
-  const T* a;      // pixel p's column starts at a + a_at[p]
-  const T* b;      // pixel p's row starts at b + p * ldb
+  const T* a;  // pixel p's column starts at a + a_at[p]
+  const T* b;  // pixel p's row starts at b + p * ldb
 };
 
 template <class T, int MR, int NV>
@@ -170,12 +185,24 @@ inline void outer_panel(T* out, int64_t ldo, int64_t valid, int64_t m, const Out
     for (int t = 0; t < n_terms; ++t) shifted[t] = {terms[t].a + i, terms[t].b};
     T* to = out + i * ldo;
     switch (m - i < kTileRows ? m - i : kTileRows) {
-      case 6: outer_tile<T, 6, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first); break;
-      case 5: outer_tile<T, 5, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first); break;
-      case 4: outer_tile<T, 4, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first); break;
-      case 3: outer_tile<T, 3, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first); break;
-      case 2: outer_tile<T, 2, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first); break;
-      default: outer_tile<T, 1, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first); break;
+      case 6:
+        outer_tile<T, 6, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        break;
+      case 5:
+        outer_tile<T, 5, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        break;
+      case 4:
+        outer_tile<T, 4, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        break;
+      case 3:
+        outer_tile<T, 3, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        break;
+      case 2:
+        outer_tile<T, 2, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        break;
+      default:
+        outer_tile<T, 1, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        break;
     }
   }
 }
@@ -188,8 +215,10 @@ inline void outer_product(T* out, int64_t m, int64_t cols, const OuterTerm<T>* t
   OuterTerm<T> shifted[2];
   for (int64_t j = 0; j < ldb; j += kTileVecs * L) {
     for (int t = 0; t < n_terms; ++t) shifted[t] = {terms[t].a, terms[t].b + j};
-    if (j + kTileVecs * L <= ldb) outer_panel<T, kTileVecs>(out + j, cols, cols - j, m, shifted, n_terms, a_at, ldb, pixels, first);
-    else outer_panel<T, 1>(out + j, cols, cols - j, m, shifted, n_terms, a_at, ldb, pixels, first);
+    if (j + kTileVecs * L <= ldb)
+      outer_panel<T, kTileVecs>(out + j, cols, cols - j, m, shifted, n_terms, a_at, ldb, pixels, first);
+    else
+      outer_panel<T, 1>(out + j, cols, cols - j, m, shifted, n_terms, a_at, ldb, pixels, first);
   }
 }
 
