@@ -85,7 +85,7 @@ format: $(STAMP)/lint
 	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(STAMP)/build
-	$(PY) bench/run.py $(BENCH)
+	$(PY) -m bench.run $(BENCH)
 
 clean:
 	rm -rf build dist fastmaml/_C*.so fastmaml/_C.stamp *.egg-info $(STAMP)/build
