@@ -88,6 +88,10 @@ PYBIND11_MODULE(_C, m) {
   def_planned("steps", planned<steps_of>(&plan), "The Schedule of one kind of work, a line per Step.");
   def_planned("arena_bytes", planned<arena_bytes_of>(&plan), "The memory that one task in flight takes, in bytes.");
 
+  m.def("allocations", [] { return memory_held().allocations; }, "How often the memory held between calls was allocated or grown.");
+  m.def("high_water", [] { return memory_held().high_water; }, "Bytes of the largest arena that one worker has needed so far.");
+  m.def("release_memory", &release_memory, "Gives the memory held between calls back to the system.");
+
   m.def("cpu_isa", &cpu_isa, "The instruction set that the cpu backend runs on.");
   m.def("set_cpu_isa", &set_cpu_isa, "name"_a, "Chooses one of available_isas(); \"\" restores the widest.");
   m.def("available_isas", &available_cpu_isas, "The instruction sets that this machine can run, narrowest first.");

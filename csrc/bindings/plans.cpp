@@ -147,6 +147,7 @@ void* Workplace::take(size_t bytes) {
     block.data.reset(std::aligned_alloc(64, bytes));
     if (!block.data) throw std::bad_alloc();
     block.bytes = bytes;
+    ++block_allocations_;
   }
   return block.data.get();
 }
@@ -165,6 +166,21 @@ LentWorkplace::~LentWorkplace() {
   place_->reset();
   const std::lock_guard<std::mutex> lock(idle_mutex);
   idle().push_back(std::move(place_));
+}
+
+MemoryHeld memory_held() {
+  const std::lock_guard<std::mutex> lock(idle_mutex);
+  MemoryHeld held;
+  for (const auto& place : idle()) {
+    held.allocations += place->allocations();
+    held.high_water = std::max(held.high_water, place->arenas.high_water());
+  }
+  return held;
+}
+
+void release_memory() {
+  const std::lock_guard<std::mutex> lock(idle_mutex);
+  idle().clear();
 }
 
 }  // namespace fastmaml

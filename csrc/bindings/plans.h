@@ -44,6 +44,7 @@ class Workplace {
   Arenas arenas;
   void* take(size_t bytes);  // 64-byte aligned, until reset
   void reset() { taken_ = 0; }
+  int64_t allocations() const { return arenas.allocations() + block_allocations_; }
 
  private:
   struct Free {
@@ -55,6 +56,7 @@ class Workplace {
   };
   std::vector<Block> blocks_;
   size_t taken_ = 0;
+  int64_t block_allocations_ = 0;
 };
 
 // Lends a Workplace for one call, the last returned first, so that calls at the same time never share one.
@@ -69,5 +71,13 @@ class LentWorkplace {
  private:
   std::unique_ptr<Workplace> place_;
 };
+
+// What the Workplaces between two calls hold.
+struct MemoryHeld {
+  int64_t allocations = 0;  // ever made for them
+  size_t high_water = 0;    // bytes of the largest arena of one worker
+};
+MemoryHeld memory_held();
+void release_memory();  // back to the system; the next call allocates anew
 
 }  // namespace fastmaml

@@ -23,12 +23,10 @@ def gradient_and_hvp(case, seed: int, dtype: torch.dtype) -> dict[str, torch.Ten
     s = setup(case, seed)
     apply = oracle.network(copy.deepcopy(s.model).to(dtype), plain=dtype == torch.float32)
     data, v = s.data.to(dtype), normal(case.tasks, s.P, seed=seed).to(dtype)
-    loss, grad = oracle.loss_and_grad(apply, s.theta.to(dtype), data.support_x, data.support_y, s.loss)
-    return {
-        "loss": loss,
-        "grad": grad,
-        "hvp": oracle.hvp(apply, s.theta.to(dtype), data.support_x, data.support_y, v, s.loss),
-    }
+    mask, theta = s.mask.to(dtype), s.theta.to(dtype)  # rows and columns of frozen parameters are zero
+    loss, grad = oracle.loss_and_grad(apply, theta, data.support_x, data.support_y, s.loss)
+    hv = oracle.hvp(apply, theta, data.support_x, data.support_y, mask * v, s.loss)
+    return {"loss": loss, "grad": mask * grad, "hvp": mask * hv}
 
 
 def flips(made, case, s, params, exact_params, x) -> list[str]:

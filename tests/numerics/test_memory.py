@@ -35,10 +35,11 @@ def test_low_memory_grows_by_phi_alone(case, real_bytes, compiled):
     program, P = program_of(engine(case, compiled), case), setup(case).P
     if compiled.name == "reference":
         real_bytes = 8
-    one = arena_bytes(program, 1, compiled.name, real_bytes)
-    for inner_steps in (2, 5, 20):
-        grown = arena_bytes(program, inner_steps, compiled.name, real_bytes) - one
-        assert grown == (inner_steps - 1) * slot(P, real_bytes), f"K={inner_steps}: {grown} bytes more than K=1"
+    sizes = {K: arena_bytes(program, K, compiled.name, real_bytes) for K in (1, 2, 5, 20)}
+    # A tiny network's K = 1 leaves a gap that the second phi can partly use, so "at most" there; from then on to the byte.
+    assert sizes[2] - sizes[1] <= slot(P, real_bytes), sizes
+    for K in (5, 20):
+        assert sizes[K] - sizes[2] == (K - 2) * slot(P, real_bytes), sizes
 
 
 def test_the_papers_conv4_grows_by_phi_alone(cpu):
@@ -55,8 +56,7 @@ def test_the_papers_conv4_grows_by_phi_alone(cpu):
 def test_the_exact_rate_gradient_costs_no_memory_per_step(case, cpu):
     # "low" computes g_k again in the sweep instead of keeping K of them.
     program, P = program_of(engine(case, cpu), case), setup(case).P
-    grown = arena_bytes(program, 20, rate_grad=True) - arena_bytes(program, 1, rate_grad=True)
-    assert grown == 19 * slot(P, 4)
+    assert arena_bytes(program, 20, rate_grad=True) - arena_bytes(program, 2, rate_grad=True) == 18 * slot(P, 4)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -67,6 +67,20 @@ def test_stash_keeps_the_activations_of_every_step(case, cpu):
     assert grown > 4 * slot(P, 4) + 4 * 5 * 4 * case.outputs
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_high_water_mark_is_what_the_plan_said(case, cpu):
+    from fastmaml import _C
+
+    s, made = setup(case), engine(case, cpu, memory="low")
+    program, batch = program_of(made, case), s.batch(torch.float32)
+    how = {"support_examples": case.support, "query_examples": case.query, "rate_grad": True}
+    for inner_steps in (1, 5, 20):
+        _C.release_memory()
+        assert _C.high_water() == 0
+        made.meta_gradient(s.theta.float(), batch, inner_lr=case.inner_lr, inner_steps=inner_steps)
+        assert _C.high_water() == arena_bytes(program, inner_steps, **how)
+
+
 @pytest.mark.parametrize("memory", ["low", "stash"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nothing_is_allocated_after_the_first_call(case, memory, compiled, threads):
@@ -75,11 +89,11 @@ def test_nothing_is_allocated_after_the_first_call(case, memory, compiled, threa
     s, made = setup(case), engine(case, compiled, memory=memory)
     for count in (1, 2):
         torch.set_num_threads(count)
+        _C.release_memory()
+        assert _C.allocations() == 0
         made.meta_gradient(s.theta, s.batch(), inner_lr=case.inner_lr, inner_steps=5)
         before = _C.allocations()
+        assert before > 0, "the counter counts"
         for inner_steps in (5, 1, 3):
             made.meta_gradient(s.theta, s.batch(), inner_lr=case.inner_lr, inner_steps=inner_steps)
         assert _C.allocations() == before, f"{count} threads"
-    large = fm.TaskBatch(*(torch.cat([v] * 40, 1) for v in s.batch()))
-    made.meta_gradient(s.theta, large, inner_lr=case.inner_lr, inner_steps=50)
-    assert _C.allocations() > before, "the counter counts"
