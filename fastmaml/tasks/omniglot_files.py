@@ -50,15 +50,15 @@ class Drawings(NamedTuple):
 
 
 def load_omniglot(
-    root: str | Path | None = None, download: bool = True, resize: str = "nearest"
+    root: str | Path | None = None, download: bool = True, resize: str = "lanczos"
 ) -> tuple[Drawings, Drawings]:
     """Background and evaluation drawings; decoded at the first call, then read from the cache folder.
 
     The zips are looked for in `root`, `root`/omniglot and `root`/omniglot-py (as torchvision leaves them). Without a
     root: the same under $FASTMAML_DATA, then in the cache folder.
 
-    `resize` is "nearest", which keeps one bit a pixel, or "lanczos", which smooths. PIL resizes 1-bit pictures with NEAREST
-    whatever filter is asked for, so that is what the code of MAML and of prototypical networks trained on.
+    `resize` is "lanczos", which smooths, or "nearest", which keeps one bit a pixel. PIL resizes 1-bit pictures with NEAREST
+    whatever filter is asked for, so "nearest" is what the code of MAML and of prototypical networks trained on.
 
     Raises:
         FileNotFoundError: a zip is missing and `download` is False.
@@ -114,7 +114,7 @@ def _fingerprint(path: Path) -> str:
         return f"{status.st_size} {status.st_mtime_ns} {hashlib.sha256(file.read()).hexdigest()}"
 
 
-def decode(part: Part, path: Path, resize: str = "nearest") -> tuple[list[str], np.ndarray]:
+def decode(part: Part, path: Path, resize: str = "lanczos") -> tuple[list[str], np.ndarray]:
     """Check a zip by its contents and read it: names, and images uint8 [characters, 20, 28, 28], 255 = ink.
 
     Raises:
