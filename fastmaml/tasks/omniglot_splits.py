@@ -28,5 +28,5 @@ def lake_split(background: list[str], evaluation: list[str]) -> dict[str, str]:
     """
     held_out = set(sorted({name.split("/")[0] for name in background})[-LAKE_VALIDATION_ALPHABETS:])
     owner = {name: "val" if name.split("/")[0] in held_out else "train" for name in background}
-    owner.update({name: "test" for name in evaluation})
+    owner.update(dict.fromkeys(evaluation, "test"))
     return owner
