@@ -85,12 +85,9 @@ def summarise(samples: Sequence[float], calls: int = 1) -> Times:
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, least_s: float = 0.05) -> dict[str, Times]:
     """Times every call in turn, `rounds` times, each round from another one onwards, so a busy machine hits all alike.
 
-    A sample is as many calls as fill `least_s`. The first calls are not counted.
+    A sample is as many calls as fill `least_s`, by one call that is not counted. Calls should have run before.
     """
-    repeats: dict[str, int] = {}
-    for name, call in calls.items():
-        call()
-        repeats[name] = max(1, math.ceil(least_s / max(_seconds(call, 1), 1e-9)))
+    repeats = {name: max(1, math.ceil(least_s / max(_seconds(call, 1), 1e-9))) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for number in range(rounds):

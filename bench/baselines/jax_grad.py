@@ -65,6 +65,6 @@ def prepare(problem: Problem) -> Call:
 
     def call() -> Answer:
         value, grads = jax.block_until_ready(both(theta, *batch))
-        return torch.as_tensor(float(value)), [torch.from_dlpack(g) for g in grads]
+        return torch.from_dlpack(value), [torch.from_dlpack(g) for g in grads]
 
     return call
