@@ -155,6 +155,11 @@ def measure(
         except Missing as reason:
             absent[name] = str(reason)
             continue
+        except Exception as failure:  # another library's; ours ends the run
+            if name == OURS:
+                raise
+            absent[name] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}"
+            continue
         complaint = disagreement(*errors[name], yardstick)
         if complaint:
             absent[name] = complaint

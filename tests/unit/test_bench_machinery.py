@@ -110,6 +110,16 @@ def test_a_first_order_method_gets_no_row(monkeypatch):
     assert "torch_func: not measured, disagrees" in run.show(result)
 
 
+def test_a_peer_that_breaks_does_not_end_the_run(monkeypatch):
+    def prepare(problem):
+        raise RuntimeError("no kernel for this\ndetails")
+
+    monkeypatch.setattr(torch_func, "prepare", prepare)
+    result = run.measure(SINE, ["torch_func", "torch_loop"], rounds=1)
+    assert result.absent == {"torch_func": "RuntimeError: no kernel for this"}
+    assert [row.name for row in result.rows] == ["fastmaml", "torch_loop"]
+
+
 def test_float32_alone_can_disagree():
     assert run.disagreement(1e-12, 5e-3, 1e-6) == ""
     assert "in float32, relative error 5.0e-02 (limit 1.0e-02)" in run.disagreement(1e-12, 5e-2, 1e-6)
