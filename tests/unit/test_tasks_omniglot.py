@@ -121,7 +121,7 @@ def test_images_belong_to_their_names(full):
 def test_a_batch_has_ink_1_and_the_right_shape(full):
     batch = Omniglot(5, 1, 15, root=full).sample(4)
     assert [tuple(t.shape) for t in batch] == [(4, 5, 1, 28, 28), (4, 5), (4, 75, 1, 28, 28), (4, 75)]
-    assert 0.0 <= batch.query_x.min() and 0.8 < batch.query_x.max() <= 1.0 and batch.query_x.mean() < 0.5
+    assert batch.query_x.min() >= 0.0 and 0.8 < batch.query_x.max() <= 1.0 and batch.query_x.mean() < 0.5
     one_bit = Omniglot(5, 1, 15, root=full, resize="nearest").sample(4)
     assert set(one_bit.query_x.unique().tolist()) == {0.0, 1.0}
 
