@@ -281,6 +281,11 @@ OP_CASES: list[OpCase] = [
     conv2d((32, 7, 7), 64, examples=2, tasks=1),
     conv2d((3, 20, 40), 4, examples=1, tasks=9),
     conv2d((64, 3, 3), 64, examples=5, tasks=1),
+    # past the blocks of the cpu kernels: 384 rows, 256 deep, 128 pixels, 256 KB of images
+    linear(300, 5, examples=400, tasks=1),
+    linear(5, 300, examples=150, tasks=1),
+    conv2d((64, 26, 26), 8, examples=2, tasks=1),
+    conv2d((100, 9, 8), 5, stride=(2, 2), tasks=1),
     batch_norm((4, 5, 6)),
     batch_norm((17, 3, 3), examples=1),
     batch_norm((1, 6, 6), eps=1e-3),

@@ -113,6 +113,43 @@ def test_a_tasks_bits_do_not_depend_on_its_batch(case, compiled, seed, dtype, ta
     expect_same_bits(made.forward(theta, x)[t], made.forward(theta, one.support_x)[0], f"{case} forward")
 
 
+@pytest.mark.parametrize("case", [MLP, CONV4], ids=str)
+@given(seed=seeds, dtype=dtypes, blocks=st.sampled_from([2, 4]), size=st.sampled_from([1, 2, 4]))
+def test_sums_of_aligned_blocks_make_the_whole_sum(case, compiled, seed, dtype, blocks, size):
+    # The sum over tasks is one binary tree, so ranks that own aligned power-of-two blocks reproduce it bit for bit.
+    dtype = torch.float64 if compiled.name == "reference" else dtype
+    s, made, data = setup(case), engine(case, compiled), batch(case, seed, blocks * size, dtype)
+
+    def total(part: fm.TaskBatch) -> torch.Tensor:
+        weights = torch.ones(part.support_x.shape[0], dtype=dtype)
+        how = {"inner_lr": case.inner_lr, "inner_steps": 1, "task_weights": weights}
+        return made.meta_gradient(s.theta.to(dtype), part, **how).grad
+
+    sums = [total(fm.TaskBatch(*(v[i * size : (i + 1) * size] for v in data))) for i in range(blocks)]
+    while len(sums) > 1:
+        sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+    expect_same_bits(total(data), sums[0], case)
+
+
+@pytest.mark.parametrize("case", [MLP, CONV4, RESIDUAL], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_diverged_task_harms_no_other(case, compiled, dtype):
+    # Numbers overflow, masks and argmaxes see NaN: the task says so, its neighbours keep their bits and nothing crashes.
+    dtype = torch.float64 if compiled.name == "reference" else dtype
+    s, made, data = setup(case), engine(case, compiled), batch(case, 3, 5, dtype)
+    bad = fm.TaskBatch(*(v.clone() for v in data))
+    for x in (bad.support_x, bad.query_x):
+        x[2] = x[2].sign() * torch.finfo(dtype).max  # finite, and the first product is not
+    how = {"inner_lr": case.inner_lr, "inner_steps": 2}
+    a, b = (made.meta_gradient(s.theta.to(dtype), d, **how) for d in (data, bad))
+    assert not torch.isfinite(b.loss[2]) and not torch.isfinite(b.grad).all()
+    others = [0, 1, 3, 4]
+    for name in ("loss", "query_output", "support_losses"):
+        expect_same_bits(getattr(b, name)[others], getattr(a, name)[others], f"{case} {name}")
+    again = made.meta_gradient(s.theta.to(dtype), data, **how)
+    expect_same_bits(again.grad, a.grad, f"{case}: the arena keeps nothing of it")
+
+
 @every_network
 @given(seed=seeds, dtype=dtypes, tasks=st.sampled_from([1, 2, 7, 16, 25]))
 def test_bits_are_equal_for_one_and_two_threads(case, compiled, threads, seed, dtype, tasks):
