@@ -199,11 +199,15 @@ def test_unknown_words_are_refused():
 # ---------------------------------------------------------------- building
 
 
+# An editable install finds fastmaml._C of the checkout where the copy on the path has none.
+NOT_EDITABLE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]; "
+
+
 def python(code: str, package: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh Python with the checkout's package, or a copy of it, on its path."""
     path = str((package or build.PACKAGE).parent)
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", NOT_EDITABLE + code],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, **environment}, cwd=path, check=True,
     )  # fmt: skip
 
