@@ -200,7 +200,9 @@ def test_unknown_words_are_refused():
 
 
 # An editable install finds fastmaml._C of the checkout where the copy on the path has none.
-NOT_EDITABLE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]; "
+NOT_EDITABLE = (
+    "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]; "
+)
 
 
 def python(code: str, package: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
