@@ -19,7 +19,7 @@ SHELL := /bin/bash
 .PHONY: help train test env build core lint format bench clean
 
 help:
-	@echo "make train   environment, build, exact MAML on built-in images, evaluation, report (about 8 minutes on 2 cores)"
+	@echo "make train   environment, build, exact MAML on built-in images, evaluation, report (4 to 8 minutes on 2 cores)"
 	@echo "make test    the test suite: C++ core and Python"
 	@echo "make env | build | core | lint | format | bench | clean"
 
