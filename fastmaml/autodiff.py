@@ -1,9 +1,8 @@
-"""The autodiff backend: every Engine function for any nn.Module, by torch.func and the same adjoint sweep.
+"""The autodiff backend: the derivatives of any nn.Module by torch.func, for the adjoint sweep of sweep.py.
 
-A Hessian-vector product is the tangent of the gradient (forward-over-reverse), so memory holds phi[0..K] and one step's
-activations. Tasks are vmapped; a module that vmap refuses (dropout, data-dependent control flow) takes a loop over
-tasks, and one that forward mode refuses takes double backward, task by task. What was decided is remembered and
-written to `note`.
+A Hessian-vector product is the tangent of the gradient (forward-over-reverse): no graph of a graph. Tasks are vmapped;
+a module that vmap refuses (dropout, data-dependent control flow) takes a loop over tasks, and one that forward mode
+refuses takes double backward, task by task. What was decided is remembered and written to `note`.
 
 Dropout: a loop over tasks seeds each evaluation by (call, step, task), so a step's Hessian sees the masks of its
 gradient. Each call draws its own seed from torch's generator.
@@ -12,40 +11,25 @@ gradient. Each call draws its own seed from torch's generator.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, jvp, vmap
+from torch.func import functional_call, grad_and_value, jvp, vjp, vmap
 
 from fastmaml import batch_norm
 from fastmaml.losses import LossFunction
 from fastmaml.parameters import ParameterLayout
+from fastmaml.sweep import Examples
 
 VMAP, LOOP, DOUBLE_BACKWARD = range(3)
 _HOW = {LOOP: "a loop over tasks", DOUBLE_BACKWARD: "double backward in a loop over tasks"}
 
 
-class Examples(NamedTuple):
-    """x [T, N, ...], y [T, N, ...] and the examples' weights in the loss, w [T, N]."""
-
-    x: Tensor
-    y: Tensor
-    w: Tensor
-
-
-class Sweep(NamedTuple):
-    """A meta-gradient: loss [T], grad [T, P], output [T, N, ...], support_losses [T, K], rate_grad [T, P]."""
-
-    loss: Tensor
-    grad: Tensor
-    output: Tensor
-    support_losses: Tensor
-    rate_grad: Tensor | None
-
-
 class Autodiff:
-    """forward, grad, hvp, adapt and meta_gradient of one module and loss; parameters are vectors [T, P]."""
+    """forward, grad, query, hvp and vjp of one module and loss; parameters are vectors [T, P] (sweep.Derivatives)."""
+
+    hvp_gives_gradient = True
 
     def __init__(self, model: nn.Module, layout: ParameterLayout, loss: LossFunction, norm_mode: str):
         self.model = model
@@ -68,7 +52,11 @@ class Autodiff:
             return self._over_tasks(lambda style: self._output, step, params, x)
         return self._over_tasks(lambda style: self._output, step, params, x, support_x)
 
-    def grad(
+    def grad(self, params: Tensor, at: Examples, step: int = 0) -> tuple[Tensor, Tensor]:
+        """(loss [T], grad [T, P])."""
+        return self.query(params, at, step)[:2]
+
+    def query(
         self, params: Tensor, at: Examples, step: int = 0, support_x: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss [T], grad [T, P], output [T, N, ...])."""
@@ -79,51 +67,9 @@ class Autodiff:
         """(grad [T, P], H v [T, P]): the primal of forward-over-reverse is the gradient."""
         return self._over_tasks(self._hvp_of_one, step, params, v, *at)
 
-    def adapt(self, params: Tensor, at: Examples, rates: Tensor, inner_steps: int) -> tuple[Tensor, Tensor]:
-        """(phi[K] [T, P], support losses [T, K]); rates [1, P] for every step or [K, P]."""
-        losses = []
-        for k in range(inner_steps):
-            loss, grad, _ = self.grad(params, at, step=k)
-            params = params - rates[k % rates.shape[0]] * grad
-            losses.append(loss)
-        return params, _columns(losses, params)
-
-    def meta_gradient(
-        self,
-        theta: Tensor,
-        support: Examples,
-        query: Examples,
-        rates: Tensor,
-        inner_steps: int,
-        first_order: bool,
-        rate_grad: bool,
-    ) -> Sweep:
-        """lambda[K] = grad L_query(phi[K]); lambda[k] = lambda[k+1] - H_k (a * lambda[k+1]); da = -sum g_k * lambda[k+1].
-
-        theta [T, P], one rate row [1, P]. The meta-gradient of a task is lambda[0] (first order: lambda[K]).
-        """
-        rate = rates[0]
-        phi, losses = [theta], []
-        grad_sum = torch.zeros_like(theta)
-        for k in range(inner_steps):
-            loss, grad, _ = self.grad(phi[-1], support, step=k)
-            if first_order:
-                phi = [phi[-1] - rate * grad]
-                grad_sum += grad
-            else:
-                phi.append(phi[-1] - rate * grad)
-            losses.append(loss)
-        statistics_of = support.x if self.norm_mode == "support" else None
-        query_loss, adjoint, output = self.grad(phi.pop(), query, step=inner_steps, support_x=statistics_of)
-        if first_order:
-            da = -grad_sum * adjoint
-        else:
-            da = torch.zeros_like(theta)
-            for k in reversed(range(inner_steps)):
-                grad, hu = self.hvp(phi.pop(), support, rate * adjoint, step=k)
-                da -= grad * adjoint
-                adjoint = adjoint - hu
-        return Sweep(query_loss, adjoint, output, _columns(losses, theta), da if rate_grad else None)
+    def vjp(self, params: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """(output y [T, N, ...], dy^T dy/dparams [T, P])."""
+        return self._over_tasks(lambda style: self._vjp_of_one, 0, params, x, dy)
 
     # ---- one task
 
@@ -151,6 +97,10 @@ class Autodiff:
                 f"the loss returned {list(losses.shape)} for {w.shape[0]} examples; it must return one loss for each"
             )
         return (losses * w).sum(), output
+
+    def _vjp_of_one(self, phi: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        y, pull = vjp(lambda point: self._output(point, x), phi)  # type: ignore[misc]
+        return y, pull(dy)[0]
 
     def _grad_of_one(self, style: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         def by_functorch(phi: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +170,3 @@ class Autodiff:
         if isinstance(results[0], Tensor):
             return torch.stack([r.detach() for r in results])
         return tuple(torch.stack([r.detach() for r in field]) for field in zip(*results))
-
-
-def _columns(losses: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(losses, dim=1) if losses else like.new_zeros((like.shape[0], 0))

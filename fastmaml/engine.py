@@ -1,44 +1,41 @@
 """The Engine: gradients, Hessian-vector products, inner loops and exact meta-gradients of one network and loss.
 
-The only file that reaches the compiled module fastmaml._C (through torch.ops.fastmaml). A network that is not fused
-runs on autodiff.py with the same results; `engine.why` says why.
+The only file that calls the compiled module (as torch.ops.fastmaml). A network that is not fused runs on autodiff.py
+with the same results; `engine.why` says why.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastmaml import batch_norm as batch_norm_modes
-from fastmaml import checks
-from fastmaml.autodiff import Autodiff, Examples
+from fastmaml import checks, sweep
+from fastmaml.backend import Backend, Given, plain
 from fastmaml.conjugate_gradients import conjugate_gradients
-from fastmaml.fused_layers import Unsupported
-from fastmaml.losses import Loss, per_example
-from fastmaml.network import Network, Program, read_network
-from fastmaml.parameters import InnerLr, ParameterLayout, collapse_rates, expand_rates
+from fastmaml.inner import Optimizer, optimizer_of
+from fastmaml.inner_loop import InnerLoop
+from fastmaml.network import Program
+from fastmaml.parameters import InnerLr, collapse_rates, expand_rates
+from fastmaml.sweep import Examples, Rows
+from fastmaml.update_rules import UpdateRule, rule_for
 
-logger = logging.getLogger("fastmaml")
-
-BACKENDS = ("auto", "cpu", "reference", "autodiff", "cuda", "cuda_emulated")
-MEMORY = ("auto", "low", "stash")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class MetaGradient(NamedTuple):
     """What Engine.meta_gradient returns. No field carries a graph."""
 
-    loss: Tensor  # [T] query losses after the inner steps
-    grad: Tensor  # [P] gradient of the weighted sum of the losses, by default their mean
+    loss: Tensor  # [T] query losses after the inner steps, weighted by loss_weights where given
+    grad: Tensor  # [P] gradient of the weighted sum of the losses, by default their mean; [T, P] with per_task
     query_output: Tensor  # [T, N, ...]
-    inner_lr_grad: Any  # as inner_lr (a 0-d tensor for a number); None if not asked for
+    inner_lr_grad: Any  # as the rates (a 0-d tensor for a number); None if not asked for
     support_losses: Tensor  # [T, K] before each inner step
+    step_rows_grad: dict[str, Tensor] | None = None  # as step_rows
+    query_losses: Tensor | None = None  # [T, n] at every phi[k] with a weight, by default at phi[K] alone
 
 
 class Solution(NamedTuple):
@@ -48,16 +45,12 @@ class Solution(NamedTuple):
     residual: Tensor  # [T] |v - A s| / |v|
 
 
-@functools.lru_cache(maxsize=1)
-def _load_compiled() -> str:
-    """Loads fastmaml._C, building it when it is missing; returns "" or the sentence that says why it cannot."""
-    from fastmaml import build
+class Adaptation(NamedTuple):
+    """What Engine.adapt_with returns."""
 
-    try:
-        build.load()
-    except build.BuildError as error:
-        return f"the compiled module is not available: {error}"
-    return ""
+    params: Tensor  # [T, P]
+    losses: Tensor  # [T, K] before each inner step
+    state: Tensor | None  # [T, S P] the optimizer's vectors after the last step; None for plain gradient descent
 
 
 def _without_graph(method: Method) -> Method:
@@ -71,11 +64,7 @@ def _without_graph(method: Method) -> Method:
     return wrapped  # type: ignore[return-value]
 
 
-def _plain(x: Tensor) -> Tensor:
-    return (x.clone() if x.is_inference() else x.detach()).contiguous()
-
-
-class Engine:
+class Engine(Backend):
     """Exact derivatives of one network and loss for a batch of tasks.
 
     model: any nn.Module. Its fused layers are listed in the README; anything else runs on the autodiff backend.
@@ -94,125 +83,6 @@ class Engine:
     while model.training is set; the Hessian of an inner step replays the masks of its gradient. Each call draws new
     masks. Not safe to call from several threads at once on one model.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss = "cross_entropy",
-        backend: str = "auto",
-        memory: str = "auto",
-        batch_norm: str = "transductive",
-        label_smoothing: float = 0.0,
-    ):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
-        if memory not in MEMORY:
-            raise ValueError(f"memory {memory!r} is not one of {', '.join(MEMORY)}")
-        batch_norm_modes.check_mode(model, batch_norm)
-        self.model = model
-        self.loss_name = loss
-        self.memory = memory
-        self.batch_norm = batch_norm
-        self.label_smoothing = float(label_smoothing)
-        self.layout = ParameterLayout(model)
-        self._loss = per_example(loss, label_smoothing)
-        self._autodiff = Autodiff(model, self.layout, self._loss, batch_norm)
-        self._network: Network | None = None
-        self._why = ""
-        self._programs: dict[tuple[int, ...], Program] = {}
-        self._output_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
-        self._choose(backend)
-
-    # ---------------------------------------------------------------- which backend
-
-    @property
-    def fused(self) -> bool:
-        """Whether the compiled kernels run this network."""
-        return self._network is not None
-
-    @property
-    def why(self) -> str:
-        """Why the network is not fused, and how autodiff runs it where that is not vmap; "" when fused."""
-        return "; ".join(part for part in (self._why, self._autodiff.note) if part)
-
-    def __repr__(self) -> str:
-        state = f"backend={self.backend!r}, batch_norm={self.batch_norm!r}, parameters={self.layout.size}"
-        return f"Engine({type(self.model).__name__}, loss={self.loss_name!r}, {state})"
-
-    def _choose(self, backend: str) -> None:
-        wanted = backend if backend != "auto" else os.environ.get("FASTMAML_BACKEND") or "auto"
-        if wanted not in BACKENDS:
-            raise ValueError(f"backend {wanted!r} is not one of {', '.join(BACKENDS)}")
-        if wanted in ("cuda", "cuda_emulated"):
-            raise ValueError(f"backend '{wanted}' is not part of this version yet; use 'auto', 'cpu' or 'autodiff'")
-        self._may_fall_back = backend == "auto"
-        if wanted == "autodiff":
-            self.backend, self._why = "autodiff", "backend 'autodiff' was asked for"
-            return
-        self.backend = "cpu" if wanted == "auto" else wanted
-        if callable(self.loss_name):
-            return self._fall_back("the loss is a Python function")
-        device = next(self.model.parameters()).device
-        if device.type != "cpu":
-            return self._fall_back(f"the model is on {device} and backend '{self.backend}' computes on the CPU")
-        try:
-            network = read_network(self.model, self.layout)
-        except Unsupported as reason:
-            return self._fall_back(str(reason))
-        missing = _load_compiled()
-        if missing:
-            return self._fall_back(missing)
-        self._network = network
-
-    def _fall_back(self, reason: str) -> None:
-        name = type(self.model).__name__
-        if not self._may_fall_back or os.environ.get("FASTMAML_STRICT") == "1":
-            raise ValueError(f"backend '{self.backend}' cannot run {name}: {reason}")
-        logger.warning("%s runs on autodiff: %s", name, reason)
-        self.backend, self._network, self._why = "autodiff", None, reason
-
-    def _program(self, name: str, x: Tensor, like: Tensor) -> Program | None:
-        """The Program for the examples x [T, N, ...]; None when autodiff has to run them."""
-        if self._network is None:
-            return None
-        if like.device.type != "cpu":
-            self._fall_back(f"the parameters are on {like.device} and backend '{self.backend}' computes on the CPU")
-            return None
-        if like.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"the parameters are {like.dtype}; backend '{self.backend}' takes float32 or float64")
-        shape = tuple(x.shape[2:])
-        if shape not in self._programs:
-            try:
-                self._programs[shape] = self._network.program(
-                    shape, str(self.loss_name), self.label_smoothing, self.batch_norm
-                )
-            except Unsupported as reason:
-                self._fall_back(str(reason))
-                return None
-            except ValueError as error:
-                raise ValueError(f"{name} {checks.shape(x)} does not fit the model: {error}") from None
-        return self._programs[shape]
-
-    def _output_shape(self, name: str, x: Tensor, params: Tensor, program: Program | None) -> tuple[int, ...]:
-        """The network's output per example; raises ValueError when the examples do not fit the model."""
-        if program is not None:
-            for layer, positions in program.norms:
-                if positions * x.shape[1] == 1:
-                    raise ValueError(
-                        f"batch norm '{layer}' needs more than one value per channel; {name} {checks.shape(x)} gives one"
-                    )
-            return program.output_shape
-        if tuple(x.shape[1:]) not in self._output_shapes:
-            one = (params if params.dim() == 1 else params[0]).unsqueeze(0)
-            try:
-                output = self._autodiff.begin(seed=0).forward(one, _plain(x[:1]))
-            except Exception as error:
-                sentence = str(error).strip().split("\n")[0]
-                raise ValueError(f"{name} {checks.shape(x)} does not fit the model: {sentence}") from error
-            if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[1] != x.shape[1]:
-                raise ValueError(f"the model must return one tensor with a row for each of the {x.shape[1]} examples")
-            self._output_shapes[tuple(x.shape[1:])] = tuple(output.shape[2:])
-        return self._output_shapes[tuple(x.shape[1:])]
 
     # ---------------------------------------------------------------- parameters
 
@@ -240,14 +110,14 @@ class Engine:
         if support_x is not None and self.batch_norm == "support":
             checks.examples("support_x", support_x, params)
             checks.same_tasks("support_x", support_x, "x", x)
-            statistics = _plain(support_x)
+            statistics = plain(support_x)
         program = self._program("x", x, params)
         self._output_shape("x", x if statistics is None else statistics, params, program)
         if program is None:
-            return self._autodiff.begin().forward(self._per_task(params, x), _plain(x), statistics)
+            return self._autodiff.begin().forward(self._per_task(params, x), plain(x), statistics)
         if statistics is None and self.batch_norm == "support":
-            statistics = _plain(x)
-        return self._run("forward", program, params, _plain(x), statistics)[0]
+            statistics = plain(x)
+        return self._run("forward", program, params, plain(x), statistics)[0]
 
     @_without_graph
     def grad(self, params: Tensor, x: Tensor, y: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -255,10 +125,22 @@ class Engine:
         params = self._parameters("params", params)
         program, at = self._examples("x", x, "y", y, "weights", weights, params)
         if program is None:
-            loss, grad, _ = self._autodiff.begin().grad(self._per_task(params, x), self._weighted(at))
+            loss, grad = self._autodiff.begin().grad(self._per_task(params, x), self._weighted(at))
         else:
             loss, grad = self._run("grad", program, params, *at)
         return loss, _masked(grad, self._mask(grad))
+
+    @_without_graph
+    def vjp(self, params: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """(output y [T, N, ...], gradient [T, P] of <dy, y> by the parameters) for params [P] or [T, P], dy as y."""
+        params = self._parameters("params", params)
+        checks.examples("x", x, params)
+        checks.tasks_of("params", params, x)
+        program = self._program("x", x, params)
+        expected = (*x.shape[:2], *self._output_shape("x", x, params, program))
+        dy = plain(checks.weights("dy", dy, expected, params))
+        y, grad = self._autodiff.begin().vjp(self._per_task(params, x), plain(x), dy)
+        return y, _masked(grad, self._mask(params))
 
     @_without_graph
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, v: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -269,7 +151,7 @@ class Engine:
         self._autodiff.begin()
         return self._hvp(program, params, at, v, self._mask(params))
 
-    def _hvp(self, program: Program | None, params: Tensor, at: _Given, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _hvp(self, program: Program | None, params: Tensor, at: Given, v: Tensor, mask: Tensor | None) -> Tensor:
         v = _masked(v, mask)
         if program is None:
             hv = self._autodiff.hvp(self._per_task(params, at.x), self._weighted(at), v)[1]
@@ -320,71 +202,129 @@ class Engine:
 
     # ---------------------------------------------------------------- inner loops
 
-    @_without_graph
     def adapt(
         self,
         theta: Tensor,
         x: Tensor,
         y: Tensor,
-        inner_lr: InnerLr,
-        inner_steps: int,
+        inner_lr: InnerLr | None = None,
+        inner_steps: int = 1,
         weights: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        """The adapted parameters [T, P] after inner_steps of gradient descent from theta [P] (or [T, P])."""
-        return self.adapt_and_losses(theta, x, y, inner_lr, inner_steps, weights)[0]
+        """The adapted parameters [T, P] after inner_steps from theta [P] or [T, P]; options as adapt_with's."""
+        return self.adapt_with(theta, x, y, inner_lr, inner_steps, weights, **options).params
 
     @_without_graph
-    def adapt_and_losses(
+    def adapt_with(
         self,
         theta: Tensor,
         x: Tensor,
         y: Tensor,
-        inner_lr: InnerLr,
-        inner_steps: int,
+        inner_lr: InnerLr | None = None,
+        inner_steps: int = 1,
         weights: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """As adapt, with the losses before each step: (params [T, P], losses [T, K])."""
+        *,
+        inner: Optimizer | None = None,
+        adapted: Sequence[str] | None = None,
+        minibatch: int | None = None,
+        step_rows: Mapping[str, Tensor] | None = None,
+        proximal: float | Tensor | None = None,
+        state: Tensor | None = None,
+        steps_taken: int = 0,
+        rule: UpdateRule | None = None,
+    ) -> Adaptation:
+        """As adapt, with the losses before each step and the optimizer's state. Options as in meta_gradient.
+
+        state [T, S P] and steps_taken continue an earlier loop's optimizer.
+        """
         theta = self._parameters("theta", theta)
-        inner_steps = checks.whole_number("inner_steps", inner_steps, 0)
-        program, at = self._examples("support_x", x, "support_y", y, "weights", weights, theta)
-        rates = expand_rates(inner_lr, self.layout, self._mask(theta), theta)
-        if program is None:
-            given = self._weighted(at)
-            params, losses = self._autodiff.begin().adapt(self._per_task(theta, x), given, rates, inner_steps)
-            return params.contiguous(), losses
-        params, losses = self._run("adapt", program, theta, *at, rates, inner_steps)
-        return params, losses
+        optimizer = optimizer_of(inner_lr, inner)
+        loop = self._loop(optimizer, inner_steps, step_rows, minibatch=minibatch, proximal=proximal is not None)
+        program, at = self._examples(
+            "support_x", x, "support_y", y, "weights", weights, theta, minibatch=self._minibatch(loop, x)
+        )
+        mask, rows, lam = self._moved(adapted, step_rows, theta), self._rows(step_rows, theta), _lam(proximal)
+        rates = expand_rates(optimizer.lr, self.layout, mask, theta, loop.steps)
+        if state is not None:
+            expected = (x.shape[0], optimizer.vectors * self.layout.size)
+            state = plain(checks.weights("state", state, expected, theta))
+        own = rule or rule_for(optimizer, rates, mask, state, steps_taken)
+        params, losses = sweep.adapt(
+            self._derivatives(program), self._per_task(theta, x), self._weighted(at, minibatch), loop, own, rows, lam
+        )
+        return Adaptation(params.contiguous(), losses, getattr(own, "state", None))
 
     @_without_graph
     def meta_gradient(
         self,
         theta: Tensor,
         batch: Sequence[Tensor],
-        inner_lr: InnerLr,
-        inner_steps: int,
+        inner_lr: InnerLr | None = None,
+        inner_steps: int = 1,
         first_order: bool = False,
         support_weights: Tensor | None = None,
         query_weights: Tensor | None = None,
         task_weights: Tensor | None = None,
         inner_lr_grad: bool = True,
+        *,
+        inner: Optimizer | None = None,
+        truncate: int | None = None,
+        loss_weights: Tensor | None = None,
+        minibatch: int | None = None,
+        step_rows: Mapping[str, Tensor] | None = None,
+        proximal: float | Tensor | None = None,
+        adapted: Sequence[str] | None = None,
+        per_task: bool = False,
+        rule: UpdateRule | None = None,
     ) -> MetaGradient:
         """The exact gradient of the query loss after the inner loop, for a batch of tasks (Finn et al. 2017, eq. 1).
 
         theta [P]. batch: support_x [T, S, ...], support_y, query_x [T, Q, ...], query_y. inner_lr: a number, a tensor
-        [] or [P], or a dict from parameter names to numbers, tensors [] or tensors of the parameter's shape;
-        inner_lr_grad has the same form. first_order drops the Hessian terms. Weights: support [T, S] and query [T, Q]
-        of the examples in their loss (default 1/S, 1/Q), task_weights [T] of the tasks in grad (default 1/T). Raises
-        ValueError or TypeError for anything that does not fit.
+        [] or [P], a row per step [K, 1] or [K, P], or a dict from parameter names to numbers, tensors [] or of the
+        parameter's shape, each also with a dimension [K] in front; or `inner`, an optimizer of fm.inner with such
+        rates. inner_lr_grad has the same form. Weights: support [T, S] and query [T, Q] of the examples in their loss
+        (default 1/S, 1/Q), task_weights [T] of the tasks in grad (default 1/T).
+
+        first_order drops the Hessian terms at every step; truncate=J keeps those of the last J steps and takes the
+        earlier part of the loop as constant. loss_weights [K+1]: the loss is sum_k loss_weights[k] L_Q(phi[k])
+        (MAML++'s multi-step loss). minibatch=B: support holds K B examples, of which step k sees the k-th B.
+        step_rows {name: [K, *shape]}: parameters that are not adapted but have a value for every step; theta's own
+        entries do not count. proximal=lam adds lam (phi - theta) to each step's gradient. adapted: name patterns of
+        the parameters that the inner loop moves (default: all). per_task: theta may be [T, P], and gradients are those
+        of each task. rule: an own update rule (update_rules.UpdateRule) instead of the optimizer's.
+
+        Raises ValueError or TypeError for anything that does not fit.
         """
         if not isinstance(batch, (tuple, list)) or len(batch) != 4:
             raise TypeError("batch must be (support_x, support_y, query_x, query_y)")
         support_x, support_y, query_x, query_y = batch
         theta = self._parameters("theta", theta)
-        if theta.dim() != 1:
-            raise ValueError(f"theta {checks.shape(theta)} must be one start [{self.layout.size}] for all tasks")
-        inner_steps = checks.whole_number("inner_steps", inner_steps, 0)
+        if theta.dim() != 1 and not per_task:
+            raise ValueError(
+                f"theta {checks.shape(theta)} must be one start [{self.layout.size}] for all tasks, or per_task=True"
+            )
+        optimizer = optimizer_of(inner_lr, inner)
+        loop = self._loop(
+            optimizer,
+            inner_steps,
+            step_rows,
+            order=0 if first_order else truncate,
+            minibatch=minibatch,
+            queries=_queries(loss_weights, inner_steps),
+            proximal=proximal is not None,
+            per_task=bool(per_task),
+            rate_grad=bool(inner_lr_grad),
+        )
         program, support = self._examples(
-            "support_x", support_x, "support_y", support_y, "support_weights", support_weights, theta
+            "support_x",
+            support_x,
+            "support_y",
+            support_y,
+            "support_weights",
+            support_weights,
+            theta,
+            minibatch=self._minibatch(loop, support_x),
         )
         _, query = self._examples(
             "query_x", query_x, "query_y", query_y, "query_weights", query_weights, theta, support_x
@@ -392,87 +332,116 @@ class Engine:
         tasks = support_x.shape[0]
         if task_weights is not None:
             task_weights = checks.weights("task_weights", task_weights, (tasks,), theta)
-        mask = self._mask(theta)
-        rates = expand_rates(inner_lr, self.layout, mask, theta)
-        if program is None:
-            sweep = self._autodiff.begin().meta_gradient(
-                self._per_task(theta, support_x),
-                self._weighted(support),
-                self._weighted(query),
-                rates,
-                inner_steps,
-                first_order,
-                inner_lr_grad,
+        trainable = self._mask(theta)
+        mask, rows, lam = self._moved(adapted, step_rows, theta), self._rows(step_rows, theta), _lam(proximal)
+        rates = expand_rates(optimizer.lr, self.layout, mask, theta, loop.steps)
+        own = rule or rule_for(optimizer, rates, mask)
+        result = sweep.meta_gradient(
+            self._derivatives(program, support),
+            self._per_task(theta, support_x),
+            self._weighted(support, minibatch),
+            self._weighted(query),
+            loop,
+            own,
+            len(rates),
+            loss_weights,
+            rows,
+            lam,
+            support.x if self.batch_norm == "support" else None,
+        )
+        of_task = task_weights if task_weights is not None else theta.new_full((tasks,), 1.0 / tasks)
+
+        def reduced(of_tasks: Tensor) -> Tensor:
+            return of_tasks if per_task else torch.tensordot(of_task, of_tasks, 1)
+
+        grad = _masked(reduced(result.grad), trainable)
+        rows_grad = None
+        if rows is not None and result.rows_grad is not None and step_rows is not None:
+            by_step = reduced(result.rows_grad)
+            by_step[..., 0, :] += grad[..., rows.places]
+            grad = grad.index_fill(-1, rows.places, 0.0)
+            rows_grad = self._by_name(step_rows, by_step)
+        rate_grad = None
+        if result.rate_grad is not None:
+            rate_grad = torch.tensordot(of_task, result.rate_grad, 1)
+            rate_grad = collapse_rates(rate_grad, optimizer.lr, self.layout, mask, theta, loop.steps)
+        return MetaGradient(
+            result.loss, grad, result.output, rate_grad, result.support_losses, rows_grad, result.query_losses
+        )
+
+    # ---------------------------------------------------------------- what an inner loop consists of
+
+    def _loop(
+        self, optimizer: Optimizer, inner_steps: int, step_rows: Mapping[str, Tensor] | None, **rest: Any
+    ) -> InnerLoop:
+        names = self.layout.names
+        unknown = [name for name in step_rows or () if name not in names]
+        if unknown:
+            raise ValueError(f"step_rows names '{unknown[0]}', which is not a parameter of the model")
+        loop = InnerLoop(
+            optimizer,
+            checks.whole_number("inner_steps", inner_steps, 0),
+            rows=tuple(names.index(name) for name in step_rows or ()),
+            **rest,
+        )
+        if loop.order is not None:
+            checks.whole_number("truncate", loop.order, 0)
+        if loop.proximal and (optimizer.clip_value is not None or optimizer.clip_norm is not None):
+            raise ValueError("proximal and gradient clipping do not go together: which one comes first is not defined")
+        return loop
+
+    def _minibatch(self, loop: InnerLoop, x: Any) -> int | None:
+        """The examples that one inner step sees, where they are not all."""
+        if loop.minibatch is None:
+            return None
+        checks.whole_number("minibatch", loop.minibatch, 1)
+        if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] != loop.steps * loop.minibatch:
+            raise ValueError(
+                f"support_x {checks.shape(x)} must hold {loop.steps} inner steps of {loop.minibatch} examples"
             )
-            of_task = task_weights if task_weights is not None else theta.new_full((tasks,), 1.0 / tasks)
-            loss, output, support_losses = sweep.loss, sweep.output, sweep.support_losses
-            grad = of_task @ sweep.grad
-            rate_grad = None if sweep.rate_grad is None else of_task @ sweep.rate_grad
-        else:
-            loss, grad, output, support_losses, rate_rows = self._run(
-                "meta_gradient",
-                program,
-                theta,
-                *support,
-                *query,
-                task_weights,
-                rates,
-                inner_steps,
-                bool(first_order),
-                self.memory,
-                bool(inner_lr_grad),
-            )
-            rate_grad = rate_rows.sum(0) if inner_lr_grad else None
-        if rate_grad is not None:
-            rate_grad = collapse_rates(_masked(rate_grad, mask), inner_lr, self.layout)
-        return MetaGradient(loss, _masked(grad, mask), output, rate_grad, support_losses)
+        return loop.minibatch
 
-    # ---------------------------------------------------------------- checks and calls
+    def _moved(
+        self, adapted: Sequence[str] | None, step_rows: Mapping[str, Tensor] | None, like: Tensor
+    ) -> Tensor | None:
+        """A mask [P] of what the inner loop moves: adapted, not frozen, no rows per step. None: everything."""
+        mask = self._mask(like)
+        if adapted is not None:
+            chosen = self.layout.matching([adapted] if isinstance(adapted, str) else adapted, like)
+            mask = chosen if mask is None else mask * chosen
+        if step_rows:
+            mask = torch.ones_like(like[..., :].reshape(-1)[: self.layout.size]) if mask is None else mask.clone()
+            mask[self.layout.positions(tuple(step_rows))] = 0.0
+        return mask
 
-    def _parameters(self, name: str, params: Any) -> Tensor:
-        checks.vector(name, params, self.layout.size)
-        return _plain(params)
+    def _rows(self, step_rows: Mapping[str, Tensor] | None, like: Tensor) -> Rows | None:
+        if not step_rows:
+            return None
+        shapes = dict(zip(self.layout.names, self.layout.shapes))
+        steps = {len(row) for row in step_rows.values()}
+        for name, row in step_rows.items():
+            if tuple(row.shape[1:]) != shapes[name] or len(row) == 0 or len(steps) > 1:
+                raise ValueError(
+                    f"step_rows['{name}'] {checks.shape(row)} must be {['steps', *shapes[name]]}, with as many steps as "
+                    "the others"
+                )
+        values = torch.cat([row.detach().to(like).flatten(1) for row in step_rows.values()], dim=1)
+        return Rows(self.layout.positions(tuple(step_rows)).to(like.device), values)
 
-    def _direction(self, v: Any, x: Tensor, params: Tensor) -> Tensor:
-        return _plain(checks.weights("v", v, (x.shape[0], self.layout.size), params))
+    def _by_name(self, step_rows: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
+        pieces = values.split([row[0].numel() for row in step_rows.values()], dim=-1)
+        lead = values.shape[:-1]
+        return {n: p.reshape(*lead, *row.shape[1:]) for (n, row), p in zip(step_rows.items(), pieces)}
 
-    def _examples(
-        self,
-        x_name: str,
-        x: Tensor,
-        y_name: str,
-        y: Any,
-        w_name: str,
-        w: Tensor | None,
-        params: Tensor,
-        support_x: Tensor | None = None,
-    ) -> tuple[Program | None, _Given]:
-        """Checks one set of examples against the network; returns the Program and what the ops take."""
-        checks.examples(x_name, x, params)
-        checks.tasks_of("params", params, x)
-        if support_x is not None:
-            checks.same_tasks("support_x", support_x, x_name, x)
-        program = self._program(x_name, x, params)
-        # In mode 'support' the query set is normalised by others: one query example is enough.
-        by_others = support_x is not None and self.batch_norm == "support"
-        output = self._output_shape(x_name, support_x if by_others and support_x is not None else x, params, program)
-        if self.loss_name == "cross_entropy":
-            if len(output) != 1:
-                raise ValueError(f"cross_entropy takes one row of scores per example, the model gives {list(output)}")
-            checks.labels(y_name, y, x_name, x, output[0])
-            y = y.long()
-        elif self.loss_name == "mse":
-            checks.targets(y_name, y, x_name, x, output)
-        else:
-            checks.any_target(y_name, y, x_name, x)
-        if w is not None:
-            w = _plain(checks.weights(w_name, w, tuple(x.shape[:2]), params))
-        return program, _Given(_plain(x), _plain(y), w)
+    # ---------------------------------------------------------------- calls
 
-    def _weighted(self, given: _Given) -> Examples:
+    def _derivatives(self, program: Program | None, support: Given | None = None) -> sweep.Derivatives:
+        return self._autodiff.begin() if program is None else _Compiled(self, program)
+
+    def _weighted(self, given: Given, minibatch: int | None = None) -> Examples:
         w = given.w
         if w is None:
-            w = given.x.new_full(given.x.shape[:2], 1.0 / given.x.shape[1])
+            w = given.x.new_full(given.x.shape[:2], 1.0 / (minibatch or given.x.shape[1]))
         return Examples(given.x, given.y, w)
 
     def _per_task(self, params: Tensor, x: Tensor) -> Tensor:
@@ -496,7 +465,47 @@ def _masked(vector: Tensor, mask: Tensor | None) -> Tensor:
     return vector if mask is None else vector * mask
 
 
-class _Given(NamedTuple):
-    x: Tensor
-    y: Tensor
-    w: Tensor | None
+def _queries(loss_weights: Tensor | None, inner_steps: int) -> tuple[int, ...]:
+    """The k with a query loss: those with a weight, and the last."""
+    if loss_weights is None:
+        return ()
+    if not isinstance(loss_weights, Tensor) or tuple(loss_weights.shape) != (inner_steps + 1,):
+        form = checks.shape(loss_weights) if isinstance(loss_weights, Tensor) else type(loss_weights).__name__
+        raise ValueError(f"loss_weights {form} must hold one weight for each of phi[0] .. phi[{inner_steps}]")
+    checks.finite("loss_weights", loss_weights)
+    return (*(k for k in range(inner_steps) if float(loss_weights[k]) != 0.0), inner_steps)
+
+
+def _lam(proximal: float | Tensor | None) -> float:
+    if proximal is None:
+        return 0.0
+    lam = checks.number("proximal", proximal)
+    if lam < 0:
+        raise ValueError(f"proximal is {lam}; it must not be negative")
+    return lam
+
+
+class _Compiled:
+    """The fused derivatives one by one, for update rules that are not compiled into the schedule."""
+
+    hvp_gives_gradient = False
+
+    def __init__(self, engine: Engine, program: Program):
+        self.engine, self.program = engine, program
+
+    def grad(self, params: Tensor, at: Examples, step: int) -> tuple[Tensor, Tensor]:
+        loss, grad = self.engine._run("grad", self.program, params.contiguous(), *_contiguous(at))
+        return loss, grad
+
+    def query(self, params: Tensor, at: Examples, step: int, support_x: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        loss, grad = self.grad(params, at, step)
+        output = self.engine._run("forward", self.program, params.contiguous(), at.x, support_x)[0]
+        return loss, grad, output
+
+    def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int) -> tuple[None, Tensor]:
+        given = (*_contiguous(at), v.contiguous())
+        return None, self.engine._run("hvp", self.program, params.contiguous(), *given)[0]
+
+
+def _contiguous(at: Examples) -> Examples:
+    return Examples(*(part.contiguous() for part in at))

@@ -5,8 +5,9 @@ The order is that of `model.named_parameters()`. A tied parameter has one entry,
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,23 @@ class ParameterLayout:
         pieces = flat.split(self.sizes, dim=-1)
         return {n: p.reshape(*lead, *s) for n, p, s in zip(self.names, pieces, self.shapes)}
 
+    def matching(self, patterns: Sequence[str], like: Tensor) -> Tensor:
+        """A mask [P] that is 1 on the parameters whose names fit one of the patterns (fnmatch: "head.*", "*.bias").
+
+        Raises ValueError for a pattern that fits none.
+        """
+        for pattern in patterns:
+            if not fnmatch.filter(self.names, pattern):
+                raise ValueError(f"'{pattern}' fits no parameter of the model ({', '.join(self.names)})")
+        flags = [any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) for name in self.names]
+        return torch.cat([like.new_full((n,), float(f)) for n, f in zip(self.sizes, flags)])
+
+    def positions(self, names: Sequence[str]) -> Tensor:
+        """The places [R] of the named parameters in the flat vector, one parameter after the other."""
+        starts = dict(zip(self.names, [0, *torch.tensor(self.sizes).cumsum(0).tolist()]))
+        sizes = dict(zip(self.names, self.sizes))
+        return torch.cat([torch.arange(starts[name], starts[name] + sizes[name]) for name in names])
+
     def trainable(self, model: nn.Module, like: Tensor) -> Tensor | None:
         """A mask [P] that is 0 on frozen parameters (requires_grad=False) and 1 elsewhere; None when none is frozen."""
         flags = [p.requires_grad for p in model.parameters()]
@@ -57,70 +75,104 @@ class ParameterLayout:
         return torch.cat([like.new_full((n,), float(f)) for n, f in zip(self.sizes, flags)])
 
 
-def expand_rates(inner_lr: InnerLr, layout: ParameterLayout, mask: Tensor | None, like: Tensor) -> Tensor:
-    """Inner learning rates as one row [1, P]; frozen parameters get 0.
+def expand_rates(
+    inner_lr: InnerLr, layout: ParameterLayout, mask: Tensor | None, like: Tensor, steps: int = 1
+) -> Tensor:
+    """Inner learning rates as one row [1, P] for all steps, or a row for each [steps, P]; masked entries get 0.
 
-    inner_lr is a number, a tensor [] or [1] (one rate), a tensor [P] (one per entry), or a dict from each parameter's
-    name to a number, a 0-d tensor or a tensor of the parameter's shape.
+    inner_lr is a number, a tensor [] or [1] (one rate), [P] (one per entry), [K, 1] or [K, P] (a row per step), or a
+    dict from each parameter's name to a number, a tensor [] or of the parameter's shape, or one with a dimension for
+    the steps in front: [K, *shape] or [K, 1, ..., 1]. Steps beyond the rows reuse the last row.
     """
+    rates = _rows(_checked_rates(inner_lr, layout, mask, like), layout, steps, like)
+    return (rates if mask is None else rates * mask).contiguous()
+
+
+def collapse_rates(
+    grad: Tensor, inner_lr: InnerLr, layout: ParameterLayout, mask: Tensor | None, like: Tensor, steps: int = 1
+) -> Any:
+    """The gradient of expanded rates [1 or steps, P] as that of inner_lr: summed over whatever each rate is shared by."""
+    with torch.enable_grad():
+        given = _checked_rates(inner_lr, layout, mask, like)
+        leaves = {name: rate.clone().requires_grad_() for name, rate in given.items()}
+        rows = _rows(leaves, layout, steps, like)
+        grads = torch.autograd.grad(rows, list(leaves.values()), grad if mask is None else grad * mask)
+    by_name: dict[str | None, Tensor] = dict(zip(leaves, grads))
+    return by_name if isinstance(inner_lr, Mapping) else by_name[None]
+
+
+def _checked_rates(
+    inner_lr: InnerLr, layout: ParameterLayout, mask: Tensor | None, like: Tensor
+) -> dict[str | None, Tensor]:
+    """The rates as tensors without a graph, by parameter name; None is the name of one rate tensor for all."""
     if isinstance(inner_lr, Mapping):
-        rates = torch.cat(_dict_rates(inner_lr, layout, mask, like))
-    elif isinstance(inner_lr, Tensor):
-        rates = _tensor_rate("inner_lr", inner_lr, like)
-        if rates.dim() > 1 or rates.numel() not in (1, layout.size):
-            raise ValueError(
-                f"inner_lr {list(inner_lr.shape)} is neither one rate [] nor one per parameter entry [{layout.size}]"
-            )
-        rates = rates.reshape(-1).expand(layout.size)
-    else:
-        rates = like.new_full((layout.size,), _number_rate("inner_lr", inner_lr))
-    if mask is not None:
-        rates = rates * mask
-    return rates.reshape(1, -1).contiguous()
+        return _checked_dict(inner_lr, layout, mask, like)
+    if not isinstance(inner_lr, Tensor):
+        return {None: like.new_tensor(_number_rate("inner_lr", inner_lr))}
+    rates = _tensor_rate("inner_lr", inner_lr, like)
+    one_row = rates.dim() <= 1 and rates.numel() in (1, layout.size)
+    if not one_row and not (rates.dim() == 2 and len(rates) > 0 and rates.shape[1] in (1, layout.size)):
+        raise ValueError(
+            f"inner_lr {list(inner_lr.shape)} is neither one rate [] nor one per parameter entry [{layout.size}] nor "
+            f"a row of them per step [steps, 1] or [steps, {layout.size}]"
+        )
+    return {None: rates}
 
 
-def collapse_rates(grad: Tensor, inner_lr: InnerLr, layout: ParameterLayout) -> Any:
-    """The gradient of the rates [P], summed over whatever each rate is shared across: same form as inner_lr."""
-    if isinstance(inner_lr, Mapping):
-        pieces = layout.split(grad)
-        return {
-            name: pieces[name] if isinstance(rate, Tensor) and rate.dim() > 0 else pieces[name].sum()
-            for name, rate in inner_lr.items()
-        }
-    if not isinstance(inner_lr, Tensor) or inner_lr.dim() == 0:
-        return grad.sum()
-    return grad.clone() if inner_lr.numel() == layout.size else grad.sum().reshape(1)
-
-
-def _dict_rates(
+def _checked_dict(
     inner_lr: Mapping[str, Any], layout: ParameterLayout, mask: Tensor | None, like: Tensor
-) -> list[Tensor]:
+) -> dict[str | None, Tensor]:
     unknown = [name for name in inner_lr if name not in layout.names]
     if unknown:
         raise ValueError(
             f"inner_lr names '{unknown[0]}', which is not a parameter of the model ({', '.join(layout.names)})"
         )
-    frozen = dict.fromkeys(layout.names, False)
+    still = dict.fromkeys(layout.names, False)
     if mask is not None:
-        frozen = {name: not bool(piece.any()) for name, piece in layout.split(mask).items()}
-    rows = []
-    for name, shape, size in zip(layout.names, layout.shapes, layout.sizes):
+        still = {name: not bool(piece.any()) for name, piece in layout.split(mask).items()}
+    rates: dict[str | None, Tensor] = {}
+    for name, shape in zip(layout.names, layout.shapes):
         if name not in inner_lr:
-            if not frozen[name]:
+            if not still[name]:
                 raise ValueError(f"inner_lr has no rate for parameter '{name}'; give it 0.0 to leave it as it is")
-            rows.append(like.new_zeros(size))
             continue
         rate = inner_lr[name]
         if not isinstance(rate, Tensor):
-            rows.append(like.new_full((size,), _number_rate(f"inner_lr['{name}']", rate)))
+            rates[name] = like.new_tensor(_number_rate(f"inner_lr['{name}']", rate))
             continue
         value = _tensor_rate(f"inner_lr['{name}']", rate, like)
-        if value.dim() > 0 and tuple(value.shape) != shape:
+        per_step = value.dim() == len(shape) + 1 and tuple(value.shape[1:]) in (shape, (1,) * len(shape))
+        if value.dim() > 0 and tuple(value.shape) != shape and not per_step:
             raise ValueError(
-                f"inner_lr['{name}'] {list(value.shape)} fits neither one rate [] nor the parameter {list(shape)}"
+                f"inner_lr['{name}'] {list(value.shape)} fits neither one rate [] nor the parameter {list(shape)} nor "
+                f"a row of either per step {['steps', *shape]}"
             )
-        rows.append(value.reshape(-1).expand(size) if value.dim() == 0 else value.reshape(-1))
-    return rows
+        rates[name] = value
+    return rates
+
+
+def _rows(rates: dict[str | None, Tensor], layout: ParameterLayout, steps: int, like: Tensor) -> Tensor:
+    """[1, P], or [steps, P] where a rate has a row per step. Differentiable by the rates."""
+    if None in rates:
+        rate = rates[None]
+        return _step_rows(rate, steps).expand(-1, layout.size) if rate.dim() == 2 else rate.expand(1, layout.size)
+    blocks = []
+    for name, shape, size in zip(layout.names, layout.shapes, layout.sizes):
+        if name not in rates:
+            blocks.append(like.new_zeros((1, size)))
+            continue
+        rate = rates[name]
+        if rate.dim() == len(shape) + 1 and rate.dim() > 0:
+            blocks.append(_step_rows(rate, steps).expand(-1, *shape).reshape(-1, size))
+        else:
+            blocks.append(rate.expand(shape).reshape(1, size))
+    rows = max(len(block) for block in blocks)
+    return torch.cat([block.expand(rows, -1) for block in blocks], dim=1)
+
+
+def _step_rows(rate: Tensor, steps: int) -> Tensor:
+    index = torch.arange(max(steps, 1), device=rate.device).clamp(max=len(rate) - 1)
+    return rate[index]
 
 
 def _number_rate(name: str, value: Any) -> float:

@@ -11,7 +11,7 @@ from fastmaml.parameters import InnerLr
 
 
 class FOMAML(MAML):
-    """MAML without the Hessian terms: lambda[0] = grad L_query(phi[K]). Arguments as MAML's, except first_order."""
+    """MAML without the Hessian terms: lambda[K] = grad L_query(phi[K]). Arguments as MAML's, except first_order."""
 
-    def __init__(self, model: nn.Module, inner_lr: InnerLr, inner_steps: int = 1, **options: Any):
+    def __init__(self, model: nn.Module, inner_lr: InnerLr | None = None, inner_steps: int = 1, **options: Any):
         super().__init__(model, inner_lr, inner_steps, first_order=True, **options)

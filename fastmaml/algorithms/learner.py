@@ -7,7 +7,8 @@ clipping, schedulers and DistributedDataParallel work as with any module.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 
 from fastmaml.batch_norm import settle
 from fastmaml.checks import whole_number
-from fastmaml.engine import Engine
+from fastmaml.engine import Engine, MetaGradient
+from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.losses import Loss
 from fastmaml.parameters import InnerLr
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, query_y
 
 
 class LearnerOutput(NamedTuple):
@@ -61,34 +65,61 @@ class Adapted:
         return own
 
 
+class MetaStep(NamedTuple):
+    """What a learner computes for one batch: LearnerOutput's fields and the gradient of `loss` by the leaves."""
+
+    loss: Tensor
+    task_losses: Tensor
+    query_output: Tensor
+    support_losses: Tensor
+    grads: dict[str, Tensor]  # by the names of Learner.leaves(); a leaf that is missing has gradient zero
+
+
 class Learner(nn.Module):
-    """Base of the learners: parameters() are the model's and the learnable rates, state_dict() has the model's own keys.
+    """Base of the learners: parameters() are the model's and what else is learned, state_dict() has the model's own keys.
 
-    inner_lr: a number, a tensor, or a dict by parameter name (Engine.meta_gradient says which shapes). An
-    nn.Parameter, alone or in the dict, is learnable: it gets its exact gradient, and the state_dict holds it as
-    "inner_lr" or "inner_lr.NAME".
+    inner_lr: a number, a tensor, or a dict by parameter name (Engine.meta_gradient says which shapes); or `inner`, an
+    optimizer of fm.inner. An nn.Parameter among the rates, alone or in the dict, is learnable: it gets its exact
+    gradient, and the state_dict holds it as "inner_lr" or "inner_lr.NAME".
+    inner_steps, loss, backend, memory, batch_norm, label_smoothing: as Engine's.
+    first_order: without Hessian terms. truncate=J: with those of the last J steps only. adapted: name patterns of the
+    parameters that the inner loop moves ("head.*"); the others are meta-trained all the same.
+
+    A learner of its own overrides `sweep_options`, or `meta_step` where its gradient is no plain sweep.
     """
-
-    first_order = False
 
     def __init__(
         self,
         model: nn.Module,
-        inner_lr: InnerLr,
+        inner_lr: InnerLr | None = None,
         inner_steps: int = 1,
         loss: Loss = "cross_entropy",
+        first_order: bool = False,
         backend: str = "auto",
         memory: str = "auto",
         batch_norm: str = "transductive",
         label_smoothing: float = 0.0,
+        *,
+        inner: Optimizer | None = None,
+        truncate: int | None = None,
+        adapted: str | Sequence[str] | None = None,
     ):
         super().__init__()
         self.engine = Engine(model, loss, backend, memory, batch_norm, label_smoothing)
         self.inner_steps = whole_number("inner_steps", inner_steps, 0)
         self.model = model
-        self._keep_rates(inner_lr)
+        optimizer = optimizer_of(inner_lr, inner)
+        self._optimizer = replace(optimizer, lr=0.0)  # its rates live in the module
+        self._keep_rates(optimizer.lr)
+        self.first_order = bool(first_order)
+        self.truncate = None if truncate is None else whole_number("truncate", truncate, 0)
+        self.adapted = [adapted] if isinstance(adapted, str) else adapted
+        if self.adapted is not None:
+            self.engine.layout.matching(self.adapted, torch.empty(0))  # refuses a pattern that fits nothing
         self.register_state_dict_post_hook(_strip_model_prefix)
         self.register_load_state_dict_pre_hook(_add_model_prefix)
+
+    # ---------------------------------------------------------------- rates
 
     def _keep_rates(self, inner_lr: InnerLr) -> None:
         """Learnable rates become parameters, a plain tensor a buffer that moves along; the rest stays as it is."""
@@ -114,11 +145,18 @@ class Learner(nn.Module):
         assert isinstance(rate, Tensor)
         return rate
 
+    @property
+    def inner(self) -> Optimizer:
+        """The inner optimizer with its rates."""
+        return replace(self._optimizer, lr=self.inner_lr)
+
     def learnable_rates(self) -> dict[str | None, nn.Parameter]:
         """The rates that are parameters, by the parameter they drive (None: one rate tensor for all)."""
         rates = self.inner_lr
         named = rates.items() if isinstance(rates, Mapping) else [(None, rates)]
         return {name: rate for name, rate in named if isinstance(rate, nn.Parameter)}
+
+    # ---------------------------------------------------------------- one outer step
 
     def forward(
         self,
@@ -134,25 +172,71 @@ class Learner(nn.Module):
         is their weighted sum instead of the mean. Under no_grad or inference_mode no meta-gradient is computed.
         """
         batch = (support_x, support_y, query_x, query_y)
-        leaves = [*self.model.parameters(), *self.learnable_rates().values()]
-        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-            return LearnerOutput(*_MetaGradientNode.apply(self, batch, task_weights, *leaves))
+        leaves = self.leaves()
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves.values()):
+            given = (self, batch, task_weights, tuple(leaves))
+            return LearnerOutput(*_MetaGradientNode.apply(*given, *leaves.values()))
         adapted = self.adapt(support_x, support_y)
         output = adapted.predict(query_x)
         task_losses = self.engine.loss(output, query_y)
-        loss = task_losses.mean() if task_weights is None else (task_losses * task_weights).sum()
-        return LearnerOutput(loss, task_losses, output, adapted.losses)
+        return LearnerOutput(weighted(task_losses, task_weights), task_losses, output, adapted.losses)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What the loss is differentiated by: the model's parameters as "model.NAME", learnable rates as "rate.NAME"."""
+        leaves: dict[str, Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters()}
+        return leaves | {_rate_leaf(name): rate for name, rate in self.learnable_rates().items()}
+
+    def sweep_options(self) -> dict[str, Any]:
+        """Keyword arguments of Engine.meta_gradient that make this algorithm."""
+        return {"first_order": self.first_order, "truncate": self.truncate, "adapted": self.adapted}
+
+    def adapt_options(self) -> dict[str, Any]:
+        """Keyword arguments of Engine.adapt_with that make this algorithm."""
+        return {"adapted": self.adapted}
+
+    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
+        """The loss of a batch and its gradient by every leaf."""
+        result = self.engine.meta_gradient(
+            self.engine.flatten(self.model),
+            batch,
+            inner=self.inner,
+            inner_steps=self.inner_steps,
+            task_weights=task_weights,
+            inner_lr_grad=any(rate.requires_grad for rate in self.learnable_rates().values()),
+            **self.sweep_options(),
+        )
+        return self.as_step(result, self.model_grads(result.grad), task_weights)
+
+    def as_step(self, result: MetaGradient, grads: dict[str, Tensor], task_weights: Tensor | None) -> MetaStep:
+        """A MetaGradient as a MetaStep: `grads` and the gradients of the learnable rates."""
+        by_rate = result.inner_lr_grad
+        if by_rate is not None:
+            of = by_rate if isinstance(by_rate, Mapping) else {None: by_rate}
+            grads = grads | {_rate_leaf(name): of[name] for name in self.learnable_rates()}
+        loss = weighted(result.loss, task_weights)
+        return MetaStep(loss, result.loss, result.query_output, result.support_losses, grads)
+
+    def model_grads(self, flat: Tensor) -> dict[str, Tensor]:
+        """A gradient [P] by the names of the model's leaves."""
+        return {f"model.{name}": grad for name, grad in self.engine.layout.split(flat).items()}
 
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
         """Adapts to the support sets [T, S, ...], by default in the learner's own number of inner steps; no graph."""
         steps = self.inner_steps if inner_steps is None else inner_steps
         theta = self.engine.flatten(self.model)
-        params, losses = self.engine.adapt_and_losses(theta, support_x, support_y, self.inner_lr, steps)
-        return Adapted(self.engine, params, losses, support_x)
+        result = self.engine.adapt_with(
+            theta, support_x, support_y, inner=self.inner, inner_steps=steps, **self.adapt_options()
+        )
+        return Adapted(self.engine, result.params, result.losses, support_x)
 
     def extra_repr(self) -> str:
         rate = f"inner_lr={self._fixed}, " if isinstance(self._fixed, (int, float)) else ""
         return f"{rate}inner_steps={self.inner_steps}, first_order={self.first_order}, backend={self.engine.backend!r}"
+
+
+def weighted(task_losses: Tensor, task_weights: Tensor | None) -> Tensor:
+    """The mean over tasks, or their weighted sum."""
+    return task_losses.mean() if task_weights is None else (task_losses * task_weights.detach()).sum()
 
 
 class _MetaGradientNode(torch.autograd.Function):
@@ -160,28 +244,17 @@ class _MetaGradientNode(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, learner: Learner, batch: tuple[Tensor, ...], task_weights: Tensor | None, *leaves: Tensor
+        ctx: Any,
+        learner: Learner,
+        batch: Batch,
+        task_weights: Tensor | None,
+        names: tuple[str, ...],
+        *leaves: Tensor,
     ) -> tuple[Tensor, ...]:
-        engine, rates = learner.engine, learner.learnable_rates()
-        result = engine.meta_gradient(
-            engine.flatten(learner.model),
-            batch,
-            learner.inner_lr,
-            learner.inner_steps,
-            first_order=learner.first_order,
-            task_weights=task_weights,
-            inner_lr_grad=any(rate.requires_grad for rate in rates.values()),
-        )
-        rate_grads: list[Tensor] = []
-        if result.inner_lr_grad is not None:
-            of = result.inner_lr_grad
-            rate_grads = [of if name is None else of[name] for name in rates]
-        ctx.split = engine.layout.split
-        ctx.rates = len(rates)
-        ctx.save_for_backward(result.grad, *rate_grads)
-        loss = result.loss.mean() if task_weights is None else result.loss @ task_weights.detach()
-        ctx.mark_non_differentiable(result.loss, result.query_output, result.support_losses)
-        return loss, result.loss, result.query_output, result.support_losses
+        step = learner.meta_step(batch, task_weights)
+        ctx.save_for_backward(*(step.grads.get(name, torch.zeros_like(leaf)) for name, leaf in zip(names, leaves)))
+        ctx.mark_non_differentiable(step.task_losses, step.query_output, step.support_losses)
+        return step.loss, step.task_losses, step.query_output, step.support_losses
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -189,11 +262,13 @@ class _MetaGradientNode(torch.autograd.Function):
             raise ValueError(
                 "the loss of a learner has no second derivative; call backward() without create_graph=True"
             )
-        grad, *rate_grads = ctx.saved_tensors
-        grads = [*ctx.split(grad * grad_output).values(), *(g * grad_output for g in rate_grads)]
-        grads += [None] * (ctx.rates - len(rate_grads))
-        needed = ctx.needs_input_grad[3:]
-        return (None, None, None, *(g if need else None for g, need in zip(grads, needed)))
+        needed = ctx.needs_input_grad[4:]
+        grads = (grad * grad_output if need else None for grad, need in zip(ctx.saved_tensors, needed))
+        return (None, None, None, None, *grads)
+
+
+def _rate_leaf(name: str | None) -> str:
+    return "rate" if name is None else f"rate.{name}"
 
 
 def _key(name: str) -> str:

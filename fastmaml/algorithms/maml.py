@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from fastmaml.algorithms.learner import Learner
-from fastmaml.losses import Loss
-from fastmaml.parameters import InnerLr
 
 
 class MAML(Learner):
@@ -17,20 +13,5 @@ class MAML(Learner):
         out.loss.backward()
         optimizer.step()
 
-    first_order=True drops the Hessian terms (FOMAML). The other arguments are those of Engine.
+    first_order=True drops the Hessian terms (FOMAML). All arguments are Learner's.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        inner_lr: InnerLr,
-        inner_steps: int = 1,
-        loss: Loss = "cross_entropy",
-        first_order: bool = False,
-        backend: str = "auto",
-        memory: str = "auto",
-        batch_norm: str = "transductive",
-        label_smoothing: float = 0.0,
-    ):
-        super().__init__(model, inner_lr, inner_steps, loss, backend, memory, batch_norm, label_smoothing)
-        self.first_order = bool(first_order)

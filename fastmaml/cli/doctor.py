@@ -20,7 +20,7 @@ import torch
 
 import fastmaml
 from fastmaml import Engine, checkpoint, models
-from fastmaml.engine import BACKENDS
+from fastmaml.backend import BACKENDS
 from fastmaml.experiment import machine
 from fastmaml.tasks import TaskBatch
 from fastmaml.tasks.cache import cache_folder

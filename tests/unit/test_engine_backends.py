@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from unrolled import BACKENDS, regression_batch, small_mlp
 
-from fastmaml import Engine, engine
+from fastmaml import Engine
+from fastmaml import backend as choosing
 
 
 @pytest.fixture(params=BACKENDS)
@@ -29,7 +30,7 @@ def clean_environment(monkeypatch):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    monkeypatch.setattr(engine, "_load_compiled", lambda: "")
+    monkeypatch.setattr(choosing, "load_compiled", lambda: "")
 
 
 def recurrent():
@@ -82,7 +83,9 @@ def test_backends_that_are_coming_say_so(name):
 
 
 def test_without_the_compiled_module_autodiff_runs_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(engine, "_load_compiled", lambda: "the compiled module is not available: no compiler was found")
+    monkeypatch.setattr(
+        choosing, "load_compiled", lambda: "the compiled module is not available: no compiler was found"
+    )
     made = Engine(small_mlp(), "mse")
     assert made.backend == "autodiff"
     assert caplog.messages == [

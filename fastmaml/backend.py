@@ -1,0 +1,216 @@
+"""Which backend runs a network, and whether given tensors fit it: what an Engine knows before it computes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmaml import batch_norm as batch_norm_modes
+from fastmaml import checks
+from fastmaml.autodiff import Autodiff
+from fastmaml.fused_layers import Unsupported
+from fastmaml.losses import Loss, per_example
+from fastmaml.network import Network, Program, read_network
+from fastmaml.parameters import ParameterLayout
+
+logger = logging.getLogger("fastmaml")
+
+BACKENDS = ("auto", "cpu", "reference", "autodiff", "cuda", "cuda_emulated")
+MEMORY = ("auto", "low", "stash")
+
+
+class Given(NamedTuple):
+    """Checked examples of all tasks; w None: each counts the same."""
+
+    x: Tensor
+    y: Tensor
+    w: Tensor | None
+
+
+@functools.lru_cache(maxsize=1)
+def load_compiled() -> str:
+    """Loads fastmaml._C, building it when it is missing; returns "" or the sentence that says why it cannot."""
+    from fastmaml import build
+
+    try:
+        build.load()
+    except build.BuildError as error:
+        return f"the compiled module is not available: {error}"
+    return ""
+
+
+def plain(x: Tensor) -> Tensor:
+    """Contiguous, without a graph, and no inference tensor."""
+    return (x.clone() if x.is_inference() else x.detach()).contiguous()
+
+
+class Backend:
+    """The network, its loss, and the backend chosen for it. Engine documents the arguments."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = "cross_entropy",
+        backend: str = "auto",
+        memory: str = "auto",
+        batch_norm: str = "transductive",
+        label_smoothing: float = 0.0,
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+        if memory not in MEMORY:
+            raise ValueError(f"memory {memory!r} is not one of {', '.join(MEMORY)}")
+        batch_norm_modes.check_mode(model, batch_norm)
+        self.model = model
+        self.loss_name = loss
+        self.memory = memory
+        self.batch_norm = batch_norm
+        self.label_smoothing = float(label_smoothing)
+        self.layout = ParameterLayout(model)
+        self._loss = per_example(loss, label_smoothing)
+        self._autodiff = Autodiff(model, self.layout, self._loss, batch_norm)
+        self._network: Network | None = None
+        self._why = ""
+        self._programs: dict[tuple[int, ...], Program] = {}
+        self._output_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._choose(backend)
+
+    # ---------------------------------------------------------------- which backend
+
+    @property
+    def fused(self) -> bool:
+        """Whether the compiled kernels run this network."""
+        return self._network is not None
+
+    @property
+    def why(self) -> str:
+        """Why the network is not fused, and how autodiff runs it where that is not vmap; "" when fused."""
+        return "; ".join(part for part in (self._why, self._autodiff.note) if part)
+
+    def __repr__(self) -> str:
+        state = f"backend={self.backend!r}, batch_norm={self.batch_norm!r}, parameters={self.layout.size}"
+        return f"Engine({type(self.model).__name__}, loss={self.loss_name!r}, {state})"
+
+    def _choose(self, backend: str) -> None:
+        wanted = backend if backend != "auto" else os.environ.get("FASTMAML_BACKEND") or "auto"
+        if wanted not in BACKENDS:
+            raise ValueError(f"backend {wanted!r} is not one of {', '.join(BACKENDS)}")
+        if wanted in ("cuda", "cuda_emulated"):
+            raise ValueError(f"backend '{wanted}' is not part of this version yet; use 'auto', 'cpu' or 'autodiff'")
+        self._mayfall_back = backend == "auto"
+        if wanted == "autodiff":
+            self.backend, self._why = "autodiff", "backend 'autodiff' was asked for"
+            return
+        self.backend = "cpu" if wanted == "auto" else wanted
+        if callable(self.loss_name):
+            return self.fall_back("the loss is a Python function")
+        device = next(self.model.parameters()).device
+        if device.type != "cpu":
+            return self.fall_back(f"the model is on {device} and backend '{self.backend}' computes on the CPU")
+        try:
+            network = read_network(self.model, self.layout)
+        except Unsupported as reason:
+            return self.fall_back(str(reason))
+        missing = load_compiled()
+        if missing:
+            return self.fall_back(missing)
+        self._network = network
+
+    def fall_back(self, reason: str) -> None:
+        name = type(self.model).__name__
+        if not self._mayfall_back or os.environ.get("FASTMAML_STRICT") == "1":
+            raise ValueError(f"backend '{self.backend}' cannot run {name}: {reason}")
+        logger.warning("%s runs on autodiff: %s", name, reason)
+        self.backend, self._network, self._why = "autodiff", None, reason
+
+    def _program(self, name: str, x: Tensor, like: Tensor) -> Program | None:
+        """The Program for the examples x [T, N, ...]; None when autodiff has to run them."""
+        if self._network is None:
+            return None
+        if like.device.type != "cpu":
+            self.fall_back(f"the parameters are on {like.device} and backend '{self.backend}' computes on the CPU")
+            return None
+        if like.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the parameters are {like.dtype}; backend '{self.backend}' takes float32 or float64")
+        shape = tuple(x.shape[2:])
+        if shape not in self._programs:
+            try:
+                self._programs[shape] = self._network.program(
+                    shape, str(self.loss_name), self.label_smoothing, self.batch_norm
+                )
+            except Unsupported as reason:
+                self.fall_back(str(reason))
+                return None
+            except ValueError as error:
+                raise ValueError(f"{name} {checks.shape(x)} does not fit the model: {error}") from None
+        return self._programs[shape]
+
+    def _output_shape(self, name: str, x: Tensor, params: Tensor, program: Program | None) -> tuple[int, ...]:
+        """The network's output per example; raises ValueError when the examples do not fit the model."""
+        if program is not None:
+            for layer, positions in program.norms:
+                if positions * x.shape[1] == 1:
+                    raise ValueError(
+                        f"batch norm '{layer}' needs more than one value per channel; {name} {checks.shape(x)} gives one"
+                    )
+            return program.output_shape
+        if tuple(x.shape[1:]) not in self._output_shapes:
+            one = (params if params.dim() == 1 else params[0]).unsqueeze(0)
+            try:
+                output = self._autodiff.begin(seed=0).forward(one, plain(x[:1]))
+            except Exception as error:
+                sentence = str(error).strip().split("\n")[0]
+                raise ValueError(f"{name} {checks.shape(x)} does not fit the model: {sentence}") from error
+            if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[1] != x.shape[1]:
+                raise ValueError(f"the model must return one tensor with a row for each of the {x.shape[1]} examples")
+            self._output_shapes[tuple(x.shape[1:])] = tuple(output.shape[2:])
+        return self._output_shapes[tuple(x.shape[1:])]
+
+    # ---------------------------------------------------------------- checks
+
+    def _parameters(self, name: str, params: Any) -> Tensor:
+        checks.vector(name, params, self.layout.size)
+        return plain(params)
+
+    def _direction(self, v: Any, x: Tensor, params: Tensor) -> Tensor:
+        return plain(checks.weights("v", v, (x.shape[0], self.layout.size), params))
+
+    def _examples(
+        self,
+        x_name: str,
+        x: Tensor,
+        y_name: str,
+        y: Any,
+        w_name: str,
+        w: Tensor | None,
+        params: Tensor,
+        support_x: Tensor | None = None,
+        minibatch: int | None = None,
+    ) -> tuple[Program | None, Given]:
+        """Checks one set of examples against the network; returns the Program and what the ops take."""
+        checks.examples(x_name, x, params)
+        checks.tasks_of("params", params, x)
+        if support_x is not None:
+            checks.same_tasks("support_x", support_x, x_name, x)
+        program = self._program(x_name, x, params)
+        # In mode 'support' the query set is normalised by others: one query example is enough.
+        by_others = support_x is not None and self.batch_norm == "support"
+        at_once = support_x if by_others and support_x is not None else x[:, :minibatch]
+        output = self._output_shape(x_name, at_once, params, program)
+        if self.loss_name == "cross_entropy":
+            if len(output) != 1:
+                raise ValueError(f"cross_entropy takes one row of scores per example, the model gives {list(output)}")
+            checks.labels(y_name, y, x_name, x, output[0])
+            y = y.long()
+        elif self.loss_name == "mse":
+            checks.targets(y_name, y, x_name, x, output)
+        else:
+            checks.any_target(y_name, y, x_name, x)
+        if w is not None:
+            w = plain(checks.weights(w_name, w, tuple(x.shape[:2]), params))
+        return program, Given(plain(x), plain(y), w)
