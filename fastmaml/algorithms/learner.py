@@ -119,6 +119,16 @@ class Learner(nn.Module):
         self.register_state_dict_post_hook(_strip_model_prefix)
         self.register_load_state_dict_pre_hook(_add_model_prefix)
 
+    # ---------------------------------------------------------------- what a trainer calls
+
+    def at_step(self, step: int) -> None:
+        """Told before every outer step, counted from 0: for learners whose loss changes as training goes on."""
+
+    def outer_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """The published outer optimizer over the trainable parameters, by default Adam."""
+        # Not foreach: that starts threads for every small tensor, which on a busy machine costs more than the meta-gradient.
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=lr, foreach=False)
+
     # ---------------------------------------------------------------- rates
 
     def _keep_rates(self, inner_lr: InnerLr) -> None:
