@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastmaml import algorithms, models
+from fastmaml import algorithms, inner, models
 from fastmaml.algorithms import FOMAML, MAML
 from fastmaml.engine import Engine, MetaGradient, Solution
 
@@ -26,6 +26,7 @@ __all__ = [  # noqa: RUF022  in the order one learns them
     "MAML",
     "FOMAML",
     "models",
+    "inner",
     "tasks",
     "TaskBatch",
     "Engine",
