@@ -52,3 +52,13 @@ def per_example(loss: Loss, label_smoothing: float = 0.0) -> LossFunction:
     if callable(loss):
         return loss
     raise ValueError(f"loss {loss!r} is not one of {', '.join(LOSSES)} nor a function (output, target) -> [examples]")
+
+
+def weighted(loss: LossFunction, output: Tensor, target: Tensor, w: Tensor) -> Tensor:
+    """sum_i w_i l_i of one task. Raises ValueError when the loss is not one number for each of the examples w [N]."""
+    losses = loss(output, target)
+    if losses.shape != w.shape:
+        raise ValueError(
+            f"the loss returned {list(losses.shape)} for {w.shape[0]} examples; it must return one loss for each"
+        )
+    return (losses * w).sum()
