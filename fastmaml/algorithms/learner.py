@@ -85,6 +85,9 @@ class Learner(nn.Module):
     first_order: without Hessian terms. truncate=J: with those of the last J steps only. adapted: name patterns of the
     parameters that the inner loop moves ("head.*"); the others are meta-trained all the same.
 
+    Parameters and buffers that a learner adds keep their names in the state_dict; in a ParameterDict's keys "/" stands
+    for ".".
+
     A learner of its own overrides `sweep_options`, or `meta_step` where its gradient is no plain sweep.
     """
 
@@ -288,24 +291,27 @@ def _key(name: str) -> str:
 def _strip_model_prefix(learner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """model.0.weight -> 0.weight; learned_rate -> inner_lr; learned_rates.0/weight -> inner_lr.0.weight"""
     for key in [k for k in state if k.startswith(prefix)]:
-        name = key[len(prefix) :]
-        if name.startswith("model."):
-            name = name[len("model.") :]
-        elif name == "learned_rate":
-            name = "inner_lr"
-        elif name.startswith("learned_rates."):
-            name = "inner_lr." + name[len("learned_rates.") :].replace("/", ".")
+        head, _, rest = key[len(prefix) :].partition(".")
+        if head == "model":
+            name = rest
+        else:
+            head = "inner_lr" if head in ("learned_rate", "learned_rates") else head
+            name = f"{head}.{rest.replace('/', '.')}" if rest else head
         state[prefix + name] = state.pop(key)
 
 
 def _add_model_prefix(learner: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """The way back of _strip_model_prefix."""
+    """The way back of _strip_model_prefix: what is not the learner's own is the model's."""
+    own = {*learner._parameters, *learner._buffers, *learner._modules} - {"model"} | {"learned_rate", "learned_rates"}
     for key in [k for k in state if k.startswith(prefix)]:
         name = key[len(prefix) :]
-        if name == "inner_lr":
-            name = "learned_rate"
-        elif name.startswith("inner_lr."):
-            name = "learned_rates." + _key(name[len("inner_lr.") :])
+        head, _, inner = name.partition(".")
+        if head == "inner_lr":
+            head = "learned_rates" if inner else "learned_rate"
+        if head not in own:
+            name = f"model.{name}"
+        elif inner and isinstance(getattr(learner, head, None), nn.ParameterDict):
+            name = f"{head}.{_key(inner)}"
         else:
-            name = "model." + name
+            name = f"{head}.{inner}" if inner else head
         state[prefix + name] = state.pop(key)
