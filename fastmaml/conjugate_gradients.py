@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,29 +11,47 @@ from torch import Tensor
 STOP = 1e-10  # on |r|^2 (Rajeswaran et al. 2019, released code)
 
 
-def conjugate_gradients(operator: Callable[[Tensor], Tensor], v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Solves A s = v from s = 0 with at most `steps` products; v [T, P] -> (s [T, P], |v - A s| / |v| [T]).
+class Solved(NamedTuple):
+    """An approximate solution of A s = v for every task, and how it was reached."""
 
-    A task stops at |r|^2 < 1e-10, or where p.Ap <= 0 (A not positive definite there), and keeps its current s.
+    solution: Tensor  # [T, P]
+    residual: Tensor  # [T] |v - A s| / |v|
+    iterations: Tensor  # [T] steps taken
+    negative_curvature: Tensor  # [T] whether the task ended at a direction with p.Ap <= 0
+    curve: Tensor  # [T, 1 + steps of the slowest task] the residual before the first step and after each
+
+
+def conjugate_gradients(operator: Callable[[Tensor], Tensor], v: Tensor, steps: int, stop: float = STOP) -> Solved:
+    """Solves A s = v from s = 0 with at most `steps` products; v [T, P].
+
+    A task stops at |r|^2 < stop, or where p.Ap <= 0 (A is not positive definite there), and keeps its current s.
     """
     s = torch.zeros_like(v)
-    r = v.clone()
-    p = v.clone()
+    r, p = v.clone(), v.clone()
     rr = (r * r).sum(1)
-    active = rr >= STOP
+    size = rr.sqrt()
+    iterations, negative = torch.zeros_like(rr, dtype=torch.int64), torch.zeros_like(rr, dtype=torch.bool)
+    curve = [(rr > 0).to(rr)]
+    active = rr != 0  # a small v takes its first step too; a NaN goes on, and shows in the solution
     for _ in range(steps):
         if not bool(active.any()):
             break
         ap = operator(p)
         curvature = (p * ap).sum(1)
-        active = active & (curvature > 0)
+        negative = negative | (active & (curvature <= 0))
+        active = active & ~negative
         step = torch.where(active, rr / torch.where(active, curvature, 1.0), 0.0).unsqueeze(1)
         s = s + step * p
         r = r - step * ap
-        rr_next = (r * r).sum(1)
+        rr_next = torch.where(active, (r * r).sum(1), rr)
         beta = torch.where(active, rr_next / torch.where(active, rr, 1.0), 0.0).unsqueeze(1)
         p = torch.where(active.unsqueeze(1), r + beta * p, p)
         rr = rr_next
-        active = active & (rr >= STOP)
-    norm = v.norm(dim=1)
-    return s, torch.where(norm > 0, r.norm(dim=1) / torch.where(norm > 0, norm, 1.0), 0.0)
+        iterations = iterations + active
+        active = active & ~(rr < stop) & (rr != 0)
+        curve.append(_relative(rr.sqrt(), size))
+    return Solved(s, _relative(rr.sqrt(), size), iterations, negative, torch.stack(curve, dim=1))
+
+
+def _relative(residual: Tensor, size: Tensor) -> Tensor:
+    return torch.where(size > 0, residual / torch.where(size > 0, size, 1.0), 0.0)
