@@ -192,7 +192,7 @@ class Engine(Backend):
         def operator(p: Tensor) -> Tensor:
             return (1.0 + damping) * p + self._hvp(program, params, at, p, mask) / lam
 
-        return Solution(*conjugate_gradients(operator, v, steps))
+        return Solution(*conjugate_gradients(operator, v, steps)[:2])
 
     @_without_graph
     def loss(self, output: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
