@@ -199,6 +199,10 @@ class Learner(nn.Module):
         leaves: dict[str, Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters()}
         return leaves | {_rate_leaf(name): rate for name, rate in self.learnable_rates().items()}
 
+    def start(self, support_x: Tensor, support_y: Tensor) -> Tensor:
+        """Where the inner loop begins: theta [P]. A start per task [T, P] needs a meta_step of its own."""
+        return self.engine.flatten(self.model)
+
     def sweep_options(self) -> dict[str, Any]:
         """Keyword arguments of Engine.meta_gradient that make this algorithm."""
         return {"first_order": self.first_order, "truncate": self.truncate, "adapted": self.adapted}
@@ -210,7 +214,7 @@ class Learner(nn.Module):
     def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
         """The loss of a batch and its gradient by every leaf."""
         result = self.engine.meta_gradient(
-            self.engine.flatten(self.model),
+            self.start(*batch[:2]),
             batch,
             inner=self.inner,
             inner_steps=self.inner_steps,
@@ -236,7 +240,7 @@ class Learner(nn.Module):
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
         """Adapts to the support sets [T, S, ...], by default in the learner's own number of inner steps; no graph."""
         steps = self.inner_steps if inner_steps is None else inner_steps
-        theta = self.engine.flatten(self.model)
+        theta = self.start(support_x, support_y)
         result = self.engine.adapt_with(
             theta, support_x, support_y, inner=self.inner, inner_steps=steps, **self.adapt_options()
         )
