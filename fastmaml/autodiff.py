@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmaml import batch_norm
 from fastmaml.losses import LossFunction, weighted
+from fastmaml.packing import Packing
 from fastmaml.parameters import ParameterLayout
 from fastmaml.sweep import Examples
 from fastmaml.task_derivatives import TaskDerivatives
@@ -27,6 +29,8 @@ class Autodiff:
         self.layout = layout
         self.loss = loss
         self.norm_mode = norm_mode
+        self.inputs: Packing | None = None  # how the model's inputs lie in x; None: x is the input
+        self.outputs: Packing | None = None  # how its outputs lie in one tensor, known after the first evaluation
         self._tasks = TaskDerivatives(self._loss)
 
     @property
@@ -74,16 +78,29 @@ class Autodiff:
         values = {**self.layout.split(phi), **constants}
         if support_x is None:
             with batch_norm.statistics(self.model, self.norm_mode):
-                return functional_call(self.model, values, (x,))
+                return self._call(values, x)
         rows = support_x.shape[0]
         with batch_norm.statistics(self.model, self.norm_mode, support_rows=rows):
-            return functional_call(self.model, values, (torch.cat([support_x, x]),))[rows:]
+            return self._call(values, torch.cat([support_x, x]))[rows:]
+
+    def _call(self, values: dict[str, Tensor], x: Tensor) -> Tensor:
+        inputs = x if self.inputs is None else self.inputs.unpack(x, 1)
+        named = inputs if isinstance(inputs, dict) else {}
+        listed = () if named else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivatives
+            output = functional_call(self.model, values, listed, named)
+        if isinstance(output, Tensor):
+            self.outputs = None
+            return output
+        self.outputs = Packing.of(output, 1)
+        return self.outputs.pack(output, 1, x.dtype)
 
     def _loss(
         self, phi: Tensor, x: Tensor, y: Tensor, w: Tensor, support_x: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         output = self._output(phi, x, support_x)
-        return weighted(self.loss, output, y, w), output
+        seen = output if self.outputs is None else self.outputs.unpack(output, 1)
+        return weighted(self.loss, seen, y, w), output
 
     def _vjp_of_one(self, phi: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         y, pull = vjp(lambda point: self._output(point, x), phi)  # type: ignore[misc]

@@ -16,6 +16,7 @@ from fastmaml.autodiff import Autodiff
 from fastmaml.fused_layers import Unsupported
 from fastmaml.losses import Loss, per_example
 from fastmaml.network import Network, Program, read_network
+from fastmaml.packing import Packing, check_inputs, is_one_tensor
 from fastmaml.parameters import ParameterLayout
 
 logger = logging.getLogger("fastmaml")
@@ -167,11 +168,36 @@ class Backend:
                 sentence = str(error).strip().split("\n")[0]
                 raise ValueError(f"{name} {checks.shape(x)} does not fit the model: {sentence}") from error
             if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[1] != x.shape[1]:
-                raise ValueError(f"the model must return one tensor with a row for each of the {x.shape[1]} examples")
+                raise ValueError(f"the model must return tensors with a row for each of the {x.shape[1]} examples")
+            if self._autodiff.outputs is not None and not callable(self.loss_name):
+                count = len(self._autodiff.outputs.shapes)
+                raise ValueError(
+                    f"the model returns {count} tensors; loss={self.loss_name!r} takes one, give a function"
+                )
             self._output_shapes[tuple(x.shape[1:])] = tuple(output.shape[2:])
         return self._output_shapes[tuple(x.shape[1:])]
 
     # ---------------------------------------------------------------- checks
+
+    def _one_tensor(self, name: str, x: Any, params: Any, as_before: bool = False) -> Tensor:
+        """The examples as one floating point tensor [T, N, ...]: several inputs, or integers, side by side.
+
+        as_before: they must have the structure of the examples that were packed last.
+        """
+        dtype = params.dtype if isinstance(params, Tensor) and params.is_floating_point() else torch.get_default_dtype()
+        if self.fused or is_one_tensor(x) or not isinstance(x, (Tensor, tuple, list, dict)):
+            packing = None
+        else:
+            check_inputs(name, x, dtype)
+            packing = Packing.of(x, 2)
+        if as_before and packing != self._autodiff.inputs:
+            raise ValueError(f"{name} and the other examples hold inputs of different types, shapes or number")
+        self._autodiff.inputs = packing
+        return x if packing is None else packing.pack(x, 2, dtype)
+
+    def _as_returned(self, output: Tensor) -> Any:
+        """An output [T, N, ...] in the structure that the model returns."""
+        return output if self._autodiff.outputs is None else self._autodiff.outputs.unpack(output, 2)
 
     def _parameters(self, name: str, params: Any) -> Tensor:
         checks.vector(name, params, self.layout.size)

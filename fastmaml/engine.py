@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fastmaml import checks, sweep
 from fastmaml.backend import Backend, Given, plain
@@ -104,17 +105,19 @@ class Engine(Backend):
         With batch_norm="support", support_x [T, M, ...] gives the statistics; without it x gives its own.
         """
         params = self._parameters("params", params)
+        x = self._one_tensor("x", x, params)
         checks.examples("x", x, params)
         checks.tasks_of("params", params, x)
         statistics = None
         if support_x is not None and self.batch_norm == "support":
+            support_x = self._one_tensor("support_x", support_x, params, as_before=True)
             checks.examples("support_x", support_x, params)
             checks.same_tasks("support_x", support_x, "x", x)
             statistics = plain(support_x)
         program = self._program("x", x, params)
         self._output_shape("x", x if statistics is None else statistics, params, program)
         if program is None:
-            return self._autodiff.begin().forward(self._per_task(params, x), plain(x), statistics)
+            return self._as_returned(self._autodiff.begin().forward(self._per_task(params, x), plain(x), statistics))
         if statistics is None and self.batch_norm == "support":
             statistics = plain(x)
         return self._run("forward", program, params, plain(x), statistics)[0]
@@ -123,6 +126,7 @@ class Engine(Backend):
     def grad(self, params: Tensor, x: Tensor, y: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(loss [T], grad [T, P]) at params [P] shared or [T, P], for x [T, N, ...], y and optional weights [T, N]."""
         params = self._parameters("params", params)
+        x = self._one_tensor("x", x, params)
         program, at = self._examples("x", x, "y", y, "weights", weights, params)
         if program is None:
             loss, grad = self._autodiff.begin().grad(self._per_task(params, x), self._weighted(at))
@@ -134,6 +138,7 @@ class Engine(Backend):
     def vjp(self, params: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """(output y [T, N, ...], gradient [T, P] of <dy, y> by the parameters) for params [P] or [T, P], dy as y."""
         params = self._parameters("params", params)
+        x = self._one_tensor("x", x, params)
         checks.examples("x", x, params)
         checks.tasks_of("params", params, x)
         program = self._program("x", x, params)
@@ -146,6 +151,7 @@ class Engine(Backend):
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, v: Tensor, weights: Tensor | None = None) -> Tensor:
         """The Hessian of each task's loss times v [T, P]: [T, P]. Rows and columns of frozen parameters are zero."""
         params = self._parameters("params", params)
+        x = self._one_tensor("x", x, params)
         program, at = self._examples("x", x, "y", y, "weights", weights, params)
         v = self._direction(v, x, params)
         self._autodiff.begin()
@@ -178,6 +184,7 @@ class Engine(Backend):
         query gradient.
         """
         params = self._parameters("params", params)
+        x = self._one_tensor("x", x, params)
         program, at = self._examples("x", x, "y", y, "weights", weights, params)
         v = self._direction(v, x, params)
         lam, damping = checks.number("lam", lam), checks.number("damping", damping)
@@ -197,7 +204,8 @@ class Engine(Backend):
     @_without_graph
     def loss(self, output: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss [T] of outputs [T, N, ...] against y, with optional weights [T, N]."""
-        losses = torch.stack([self._loss(o, t) for o, t in zip(output, y)])
+        outputs = (pytree.tree_map(lambda part: part[t], output) for t in range(len(y)))  # noqa: B023
+        losses = torch.stack([self._loss(of_task, target) for of_task, target in zip(outputs, y)])
         return losses.mean(1) if weights is None else (losses * weights).sum(1)
 
     # ---------------------------------------------------------------- inner loops
@@ -239,6 +247,7 @@ class Engine(Backend):
         state [T, S P] and steps_taken continue an earlier loop's optimizer.
         """
         theta = self._parameters("theta", theta)
+        x = self._one_tensor("support_x", x, theta)
         optimizer = optimizer_of(inner_lr, inner)
         loop = self._loop(optimizer, inner_steps, step_rows, minibatch=minibatch, proximal=proximal is not None)
         program, at = self._examples(
@@ -300,6 +309,8 @@ class Engine(Backend):
             raise TypeError("batch must be (support_x, support_y, query_x, query_y)")
         support_x, support_y, query_x, query_y = batch
         theta = self._parameters("theta", theta)
+        support_x = self._one_tensor("support_x", support_x, theta)
+        query_x = self._one_tensor("query_x", query_x, theta, as_before=True)
         if theta.dim() != 1 and not per_task:
             raise ValueError(
                 f"theta {checks.shape(theta)} must be one start [{self.layout.size}] for all tasks, or per_task=True"
@@ -366,7 +377,13 @@ class Engine(Backend):
             rate_grad = torch.tensordot(of_task, result.rate_grad, 1)
             rate_grad = collapse_rates(rate_grad, optimizer.lr, self.layout, mask, theta, loop.steps)
         return MetaGradient(
-            result.loss, grad, result.output, rate_grad, result.support_losses, rows_grad, result.query_losses
+            result.loss,
+            grad,
+            self._as_returned(result.output),
+            rate_grad,
+            result.support_losses,
+            rows_grad,
+            result.query_losses,
         )
 
     # ---------------------------------------------------------------- what an inner loop consists of

@@ -187,8 +187,9 @@ class Learner(nn.Module):
         batch = (support_x, support_y, query_x, query_y)
         leaves = self.leaves()
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves.values()):
-            given = (self, batch, task_weights, tuple(leaves))
-            return LearnerOutput(*_MetaGradientNode.apply(*given, *leaves.values()))
+            step = self.meta_step(batch, task_weights)
+            loss = _MetaGradientNode.apply(step, tuple(leaves), *leaves.values())
+            return LearnerOutput(loss, step.task_losses, step.query_output, step.support_losses)
         adapted = self.adapt(support_x, support_y)
         output = adapted.predict(query_x)
         task_losses = self.engine.loss(output, query_y)
@@ -257,31 +258,22 @@ def weighted(task_losses: Tensor, task_weights: Tensor | None) -> Tensor:
 
 
 class _MetaGradientNode(torch.autograd.Function):
-    """(loss, task_losses, query_output, support_losses) of a learner; backward hands out its meta-gradient."""
+    """The loss of a step that was computed with its gradient; backward hands that out."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        learner: Learner,
-        batch: Batch,
-        task_weights: Tensor | None,
-        names: tuple[str, ...],
-        *leaves: Tensor,
-    ) -> tuple[Tensor, ...]:
-        step = learner.meta_step(batch, task_weights)
+    def forward(ctx: Any, step: MetaStep, names: tuple[str, ...], *leaves: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(*(step.grads.get(name, torch.zeros_like(leaf)) for name, leaf in zip(names, leaves)))
-        ctx.mark_non_differentiable(step.task_losses, step.query_output, step.support_losses)
-        return step.loss, step.task_losses, step.query_output, step.support_losses
+        return step.loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise ValueError(
                 "the loss of a learner has no second derivative; call backward() without create_graph=True"
             )
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[2:]
         grads = (grad * grad_output if need else None for grad, need in zip(ctx.saved_tensors, needed))
-        return (None, None, None, None, *grads)
+        return (None, None, *grads)
 
 
 def _rate_leaf(name: str | None) -> str:
