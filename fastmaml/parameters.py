@@ -50,16 +50,20 @@ class ParameterLayout:
         pieces = flat.split(self.sizes, dim=-1)
         return {n: p.reshape(*lead, *s) for n, p, s in zip(self.names, pieces, self.shapes)}
 
-    def matching(self, patterns: Sequence[str], like: Tensor) -> Tensor:
-        """A mask [P] that is 1 on the parameters whose names fit one of the patterns (fnmatch: "head.*", "*.bias").
+    def fitting(self, patterns: Sequence[str]) -> list[str]:
+        """The names that fit one of the patterns (fnmatch: "head.*", "*.bias"), in the module's order.
 
         Raises ValueError for a pattern that fits none.
         """
         for pattern in patterns:
             if not fnmatch.filter(self.names, pattern):
                 raise ValueError(f"'{pattern}' fits no parameter of the model ({', '.join(self.names)})")
-        flags = [any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) for name in self.names]
-        return torch.cat([like.new_full((n,), float(f)) for n, f in zip(self.sizes, flags)])
+        return [name for name in self.names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+    def matching(self, patterns: Sequence[str], like: Tensor) -> Tensor:
+        """A mask [P] that is 1 on the parameters of `fitting`."""
+        chosen = set(self.fitting(patterns))
+        return torch.cat([like.new_full((n,), float(name in chosen)) for name, n in zip(self.names, self.sizes)])
 
     def positions(self, names: Sequence[str]) -> Tensor:
         """The places [R] of the named parameters in the flat vector, one parameter after the other."""
