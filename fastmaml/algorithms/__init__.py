@@ -1,7 +1,10 @@
 """The learners: each is an nn.Module that takes a TaskBatch and returns a loss with an exact meta-gradient."""
 
+from fastmaml.algorithms.anil import ANIL
+from fastmaml.algorithms.boil import BOIL
 from fastmaml.algorithms.fomaml import FOMAML
 from fastmaml.algorithms.learner import Adapted, Learner, LearnerOutput
 from fastmaml.algorithms.maml import MAML
+from fastmaml.algorithms.meta_sgd import MetaSGD
 
-__all__ = ["FOMAML", "MAML", "Adapted", "Learner", "LearnerOutput"]
+__all__ = ["ANIL", "BOIL", "FOMAML", "MAML", "Adapted", "Learner", "LearnerOutput", "MetaSGD"]
