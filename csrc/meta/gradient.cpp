@@ -1,4 +1,5 @@
-// adapt: K inner steps on the support set.
+// The gradient of a loss and its tangent (the Hessian-vector product), as Steps that the other Schedules are made of; and the
+// Schedules that are one such pass.
 #include <stdexcept>
 
 #include "meta/meta.h"
@@ -12,6 +13,8 @@ Op loss_op(const Loss& loss, bool tangent) {
       return tangent ? Op::cross_entropy_jvp : Op::cross_entropy;
     case Loss::Kind::mse:
       return tangent ? Op::mse_jvp : Op::mse;
+    case Loss::Kind::caller:
+      return tangent ? Op::caller_loss_jvp : Op::caller_loss;
     case Loss::Kind::none:
       break;
   }
@@ -20,17 +23,33 @@ Op loss_op(const Loss& loss, bool tangent) {
 
 Operand buffers(Schedule& out, const Program& net) { return net.buffer_count ? out.external(Arg::buffers, net.buffer_count) : Operand{}; }
 
+// Labels, rows like the output's, or nothing where the caller's loss has its own.
+Operand targets(Schedule& out, const Program& net, Arg arg, int64_t examples) {
+  switch (net.loss.kind) {
+    case Loss::Kind::cross_entropy:
+      return out.external(arg, examples, Type::label);
+    case Loss::Kind::caller:
+      return {};
+    default:
+      return out.external(arg, examples * net.output_shape().size());
+  }
+}
+
 // The loss sees the last rows of the batch; the gradient by the others is zero.
 void loss_step(Schedule& out, const Program& net, const Batch& batch, Pass pass, Tape& tape, Operand loss, Operand dz) {
   const int64_t skipped = batch.loss_from * net.output_shape().size(), rows = batch.examples - batch.loss_from;
   const Operand z = offset(tape.value[net.output], skipped);
+  const Shape& output = net.output_shape();
+  const bool callers = net.loss.kind == Loss::Kind::caller;
+  const Layer layer =
+      callers ? Layer(CallerLoss{output.C, output.H, output.W, output.image, batch.query, batch.first_row}) : Layer(net.loss);
   if (skipped) out.step(Op::fill_zero, Vector{skipped}, 1, {dz});
   dz = offset(dz, skipped);
   if (pass == Pass::tangent) {
     const Operand z_dot = offset(tape.dot[net.output], skipped);
-    out.step(loss_op(net.loss, true), net.loss, rows, {dz, z, z_dot, batch.y, batch.weights});
+    out.step(loss_op(net.loss, true), layer, rows, {dz, z, z_dot, batch.y, batch.weights});
   } else {
-    out.step(loss_op(net.loss, false), net.loss, rows, {loss, dz, z, batch.y, batch.weights});
+    out.step(loss_op(net.loss, false), layer, rows, {loss, dz, z, batch.y, batch.weights});
   }
 }
 
@@ -40,11 +59,41 @@ Batch support_batch(Schedule& out, const Program& net, int64_t examples, bool we
   Batch batch;
   batch.examples = batch.stat_examples = examples;
   batch.x = out.external(Arg::support_x, examples * net.input_shape().size());
-  if (net.loss.kind == Loss::Kind::cross_entropy)
-    batch.y = out.external(Arg::support_y, examples, Type::label);
-  else
-    batch.y = out.external(Arg::support_y, examples * net.output_shape().size());
+  batch.y = targets(out, net, Arg::support_y, examples);
   if (weights) batch.weights = out.external(Arg::support_weights, examples);
+  return batch;
+}
+
+Batch query_batch(Schedule& out, const Program& net, const Adaptation& how, const Batch& support) {
+  const int64_t n = how.query_examples, in = net.input_shape().size();
+  Batch batch;
+  batch.query = true;
+  batch.x = out.external(Arg::query_x, n * in);
+  batch.examples = batch.stat_examples = n;
+  batch.y = targets(out, net, Arg::query_y, n);
+  if (how.query_weights) batch.weights = out.external(Arg::query_weights, n);
+  if (!net.uses_support_stats()) return batch;
+  const Operand both = out.arena((support.examples + n) * in);
+  out.step(Op::copy, Vector{support.examples * in}, 1, {both, support.x});
+  out.step(Op::copy, Vector{n * in}, 1, {offset(both, support.examples * in), batch.x});
+  batch.x = both;
+  batch.stat_examples = batch.loss_from = support.examples;
+  batch.examples = support.examples + n;
+  return batch;
+}
+
+Batch step_batch(const Program& net, const Adaptation& how, const Batch& support, int k) {
+  const int64_t rows = how.loop.minibatch;
+  if (rows == 0) return support;
+  if (support.examples != rows * how.loop.steps)
+    throw std::invalid_argument("support_x holds " + std::to_string(support.examples) + " examples; " + std::to_string(how.loop.steps) +
+                                " steps of minibatch=" + std::to_string(rows) + " take " + std::to_string(rows * how.loop.steps));
+  Batch batch = support;
+  batch.first_row = k * rows;
+  batch.examples = batch.stat_examples = rows;
+  batch.x = offset(batch.x, batch.first_row * net.input_shape().size());
+  batch.y = offset(batch.y, batch.first_row * (net.loss.kind == Loss::Kind::cross_entropy ? 1 : net.output_shape().size()));
+  batch.weights = offset(batch.weights, batch.first_row);
   return batch;
 }
 
@@ -83,11 +132,6 @@ void hvp(Schedule& out, const Program& net, Operand params, Operand u, const Bat
   backward(out, net, tape, pass, dz, dz_dot, grad, hu);
 }
 
-Operand inner_step(Schedule& out, const Program& net, Operand phi, Operand g, Operand rate, Operand phi_next) {
-  out.step(Op::sgd_update, Vector{net.param_count}, 1, {phi_next, phi, g, rate});
-  return phi_next;
-}
-
 Schedule forward_schedule(const Program& net, int64_t examples, int64_t support_examples) {
   Schedule out;
   const bool joint = net.uses_support_stats();
@@ -119,25 +163,15 @@ Schedule gradient_schedule(const Program& net, int64_t examples, bool weights) {
   return out;
 }
 
-Schedule adapt_schedule(const Program& net, const Adaptation& how) {
+Schedule vjp_schedule(const Program& net, int64_t examples) {
   Schedule out;
-  const int64_t P = net.param_count;
-  const Vector flat{P};
-  Operand phi = out.external(Arg::params, P);
-  const Operand adapted = out.external(Arg::adapted, P);
-  if (how.inner_steps == 0) {
-    out.step(Op::copy, flat, 1, {adapted, phi});
-    return out;
-  }
-  const Batch support = support_batch(out, net, how.support_examples, how.support_weights);
-  const Operand rates = out.external(Arg::rates, how.rates_per_step ? how.inner_steps * P : P);
-  const Operand losses = out.external(Arg::support_losses, how.inner_steps);
-  for (int k = 0; k < how.inner_steps; ++k) {
-    const Operand g = out.arena(P);
-    gradient(out, net, phi, support, offset(losses, k), g);
-    const bool last = k == how.inner_steps - 1;
-    phi = inner_step(out, net, phi, g, offset(rates, how.rates_per_step ? k * P : 0), last ? adapted : out.arena(P));
-  }
+  const int64_t rows = examples * net.output_shape().size();
+  Tape tape;
+  tape.examples = tape.stat_examples = examples;
+  tape.params = out.external(Arg::params, net.param_count);
+  forward(out, net, tape, Pass::primal, out.external(Arg::support_x, examples * net.input_shape().size()), {}, buffers(out, net));
+  out.step(Op::copy, Vector{rows}, 1, {out.external(Arg::output, rows), tape.value[net.output]});
+  backward(out, net, tape, Pass::primal, out.external(Arg::output_grad, rows), {}, out.external(Arg::grad, net.param_count), {});
   return out;
 }
 
