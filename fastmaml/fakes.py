@@ -18,6 +18,13 @@ def _output(program: str, like: Tensor, x: Tensor) -> Tensor:
     return like.new_empty([x.shape[0], x.shape[1], *_C.output_shape(program)])
 
 
+def _loop_sizes(program: str, loop: str) -> dict[str, int]:
+    from fastmaml import _C  # type: ignore[attr-defined,unused-ignore]
+
+    sizes: dict[str, int] = _C.loop_sizes(program, loop)
+    return sizes
+
+
 @register_fake("fastmaml::forward")
 def _forward(program: str, backend: str, params: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return _output(program, params, x)
@@ -34,6 +41,11 @@ def _hvp(program: str, backend: str, params: Tensor, x: Tensor, *rest: Any) -> T
     return params.new_empty([x.shape[0], params.shape[-1]])
 
 
+@register_fake("fastmaml::vjp")
+def _vjp(program: str, backend: str, params: Tensor, x: Tensor, dy: Tensor, buffers: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dy), params.new_empty([x.shape[0], params.shape[-1]])
+
+
 @register_fake("fastmaml::adapt")
 def _adapt(
     program: str,
@@ -43,11 +55,13 @@ def _adapt(
     y: Tensor,
     weights: Tensor | None,
     rates: Tensor,
-    inner_steps: int,
-    buffers: Tensor,
-) -> tuple[Tensor, Tensor]:
+    loop: str,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = _loop_sizes(program, loop)
     T, P = x.shape[0], params.shape[-1]
-    return params.new_empty([T, P]), params.new_empty([T, inner_steps])
+    shapes = ([T, P], [T, sizes["steps"]], [T, sizes["states"] * P])
+    return params.new_empty(shapes[0]), params.new_empty(shapes[1]), params.new_empty(shapes[2])
 
 
 @register_fake("fastmaml::meta_gradient")
@@ -63,19 +77,20 @@ def _meta_gradient(
     query_weights: Tensor | None,
     task_weights: Tensor | None,
     rates: Tensor,
-    inner_steps: int,
-    first_order: bool,
-    memory: str,
-    rate_grad: bool,
-    buffers: Tensor,
+    loop: str,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    T = support_x.shape[0]
+    sizes = _loop_sizes(program, loop)
+    T, P, K, R = support_x.shape[0], theta.shape[-1], sizes["steps"], sizes["step_row"]
+    of_tasks = [T] if sizes["per_task"] else []
     return (
         theta.new_empty([T]),
-        torch.empty_like(theta),
+        theta.new_empty([*of_tasks, P]),
         _output(program, theta, query_x),
-        theta.new_empty([T, inner_steps]),
-        torch.empty_like(rates) if rate_grad else theta.new_empty([0]),
+        theta.new_empty([T, K]),
+        theta.new_empty([*of_tasks, *rates.shape] if sizes["rate_grad"] else [0]),
+        theta.new_empty([*of_tasks, K, R] if K and R else [0]),
+        theta.new_empty([T, sizes["queries"]]),
     )
 
 

@@ -6,7 +6,9 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "bindings/caller_loss.h"
 #include "bindings/threads.h"
+#include "meta/step_rows.h"
 #include "program/param_layout.h"
 
 namespace fastmaml {
@@ -54,14 +56,15 @@ Tensor swapped(const Tensor& x, int64_t rows, int64_t a, int64_t b) {
 }
 
 template <class T>
-void params_both_ways(const Program& program, bool from_torch, void* to, const void* from, int64_t count) {
+void params_both_ways(const std::vector<Param>& params, bool from_torch, void* to, const void* from, int64_t count) {
+  const int64_t size = size_of(params);
   in_parallel(count, [&](int64_t i) {
-    T* target = static_cast<T*>(to) + i * program.param_count;
-    const T* source = static_cast<const T*>(from) + i * program.param_count;
+    T* target = static_cast<T*>(to) + i * size;
+    const T* source = static_cast<const T*>(from) + i * size;
     if (from_torch)
-      params_from_torch(program, target, source, 1);
+      params_from_torch(params, target, source, 1);
     else
-      params_to_torch(program, target, source, 1);
+      params_to_torch(params, target, source, 1);
   });
 }
 
@@ -112,6 +115,7 @@ int64_t Arrays::examples(Arg arg, const char* name, const Tensor& x) {
 }
 
 void Arrays::targets(Arg arg, const char* name, const Tensor& y, int64_t examples) {
+  if (program_->loss.kind == Loss::Kind::caller) return;  // whose loss holds them
   if (program_->loss.kind != Loss::Kind::cross_entropy) return outputs(arg, name, y, examples);
   expect_cpu(name, y);
   if (y.scalar_type() != ScalarType::Long) throw std::invalid_argument(described(name, y) + " must hold labels as int64");
@@ -138,23 +142,23 @@ bool Arrays::weights(Arg arg, const char* name, const std::optional<Tensor>& w, 
   return true;
 }
 
-void Arrays::move_params(Arg arg, const Tensor& from, int64_t count, int64_t task_stride) {
-  void* to = place_->take(size_t(count * program_->param_count) * element_bytes());
+void Arrays::move_params(Arg arg, const Params& params, const Tensor& from, int64_t count, int64_t task_stride) {
+  void* to = place_->take(size_t(count * size_of(params)) * element_bytes());
   if (element_bytes() == sizeof(float))
-    params_both_ways<float>(*program_, true, to, data_of(from), count);
+    params_both_ways<float>(params, true, to, data_of(from), count);
   else
-    params_both_ways<double>(*program_, true, to, data_of(from), count);
+    params_both_ways<double>(params, true, to, data_of(from), count);
   bind(arg, to, task_stride);
 }
 
 void Arrays::shared_params(Arg arg, const char* name, const Tensor& params) {
   expect_sizes(name, params, {program_->param_count});
-  move_params(arg, real(name, params), 1, 0);
+  move_params(arg, program_->params, real(name, params), 1, 0);
 }
 
 void Arrays::params_of_tasks(Arg arg, const char* name, const Tensor& params) {
   expect_sizes(name, params, {tasks_, program_->param_count});
-  move_params(arg, real(name, params), tasks_, program_->param_count);
+  move_params(arg, program_->params, real(name, params), tasks_, program_->param_count);
 }
 
 void Arrays::params(Arg arg, const char* name, const Tensor& params) {
@@ -169,8 +173,33 @@ int64_t Arrays::rates(const Tensor& rates, int64_t inner_steps) {
   if (rows < 1 || (rows != 1 && rows != inner_steps) || rates.size(1) != program_->param_count)
     throw std::invalid_argument(described("rates", rates) + " must be " + to_string({1, program_->param_count}) + " or " +
                                 to_string({inner_steps, program_->param_count}));
-  move_params(Arg::rates, real("rates", rates), rows, 0);
+  move_params(Arg::rates, program_->params, real("rates", rates), rows, 0);
   return rows;
+}
+
+void Arrays::step_rows(const std::optional<Tensor>& rows, const InnerLoop& loop) {
+  const Params params = step_row_params(*program_, loop);
+  if (params.empty()) {
+    if (rows) throw std::invalid_argument(described("step_rows", *rows) + " are given to an inner loop without rows=");
+    return;
+  }
+  if (!rows) throw std::invalid_argument("step_rows are missing: the inner loop is \"" + loop.text + "\"");
+  expect_sizes("step_rows", *rows, {loop.steps, size_of(params)});
+  move_params(Arg::step_rows, params, real("step_rows", *rows), loop.steps, 0);
+}
+
+bool Arrays::state(const std::optional<Tensor>& state, int64_t vectors) {
+  if (!state) return false;
+  expect_sizes("state", *state, {tasks_, vectors * program_->param_count});
+  move_params(Arg::state, program_->params, real("state", *state), tasks_ * vectors, vectors * program_->param_count);
+  return vectors > 0;
+}
+
+bool Arrays::shared(Arg arg, const char* name, const std::optional<Tensor>& x, int64_t size) {
+  if (!x) return false;
+  expect_sizes(name, *x, {size});
+  bind(arg, real(name, *x), 0);
+  return true;
 }
 
 void Arrays::buffers(const Tensor& buffers) {
@@ -193,9 +222,14 @@ void Arrays::result(Arg arg, int64_t size) { bind(arg, place_->take(size_t(tasks
 
 void Arrays::run(const Work& work) {
   const std::shared_ptr<const Plan> plan = plan_for(text_, *table_, work);
-  const Run run{*table_, plan->schedule, plan->workspace, args_.data(), tasks_};
+  Run run{*table_, plan->schedule, plan->workspace, args_.data(), tasks_};
   const int workers = static_cast<int>(std::min<int64_t>(tasks_, thread_count()));
-  run_resident(run, place_->arenas, workers, in_parallel);
+  if (program_->loss.kind == Loss::Kind::caller) {
+    run.caller = [this](const Call& call) { call_callers_loss(call, element_bytes()); };
+    run_segments(run, place_->arenas, workers, in_parallel);
+  } else {
+    run_resident(run, place_->arenas, workers, in_parallel);
+  }
 }
 
 Tensor Arrays::in_callers_type(Tensor x) const { return x.scalar_type() == callers_type_ ? x : stable::to(x, callers_type_); }
@@ -221,28 +255,47 @@ Tensor Arrays::outputs(Arg arg, int64_t examples) const { return from_images(arg
 
 Tensor Arrays::inputs(Arg arg, int64_t examples) const { return from_images(arg, examples, program_->input_shape()); }
 
-Tensor Arrays::to_torch(const void* engine, int64_t count) const {
+Tensor Arrays::to_torch(const Params& params, const void* engine, int64_t count) const {
   const bool single = element_bytes() == sizeof(float);
-  const Tensor x = empty({count, program_->param_count}, single ? ScalarType::Float : ScalarType::Double);
+  const Tensor x = empty({count, size_of(params)}, single ? ScalarType::Float : ScalarType::Double);
   if (single)
-    params_both_ways<float>(*program_, false, x.mutable_data_ptr(), engine, count);
+    params_both_ways<float>(params, false, x.mutable_data_ptr(), engine, count);
   else
-    params_both_ways<double>(*program_, false, x.mutable_data_ptr(), engine, count);
+    params_both_ways<double>(params, false, x.mutable_data_ptr(), engine, count);
   return in_callers_type(x);
 }
 
-Tensor Arrays::params(Arg arg) const { return to_torch(args_[static_cast<int>(arg)].data, tasks_); }
+Tensor Arrays::params(Arg arg) const { return to_torch(program_->params, args_[static_cast<int>(arg)].data, tasks_); }
 
-Tensor Arrays::reduced_params(Arg arg, int64_t rows, const std::optional<Tensor>& task_weights) {
+Tensor Arrays::params(Arg arg, int64_t rows) const {
+  const Tensor x = to_torch(program_->params, args_[static_cast<int>(arg)].data, tasks_ * rows);
+  return stable::view(x, {tasks_, rows, program_->param_count});
+}
+
+Tensor Arrays::step_rows(Arg arg, const InnerLoop& loop) const {
+  const Params params = step_row_params(*program_, loop);
+  const Tensor x = to_torch(params, args_[static_cast<int>(arg)].data, tasks_ * loop.steps);
+  return stable::view(x, {tasks_, loop.steps, size_of(params)});
+}
+
+void* Arrays::reduced(Arg arg, int64_t size, const std::optional<Tensor>& task_weights) {
   std::optional<Tensor> weights;
   if (task_weights) {
     expect_sizes("task_weights", *task_weights, {tasks_});
     weights = real("task_weights", *task_weights);
   }
-  const int64_t size = rows * program_->param_count;
   void* sum = place_->take(size_t(size) * element_bytes());
   table_->tree_reduce(sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size);
-  return to_torch(sum, rows);
+  return sum;
+}
+
+Tensor Arrays::reduced_params(Arg arg, int64_t rows, const std::optional<Tensor>& task_weights) {
+  return to_torch(program_->params, reduced(arg, rows * program_->param_count, task_weights), rows);
+}
+
+Tensor Arrays::reduced_step_rows(Arg arg, const InnerLoop& loop, const std::optional<Tensor>& task_weights) {
+  const Params params = step_row_params(*program_, loop);
+  return to_torch(params, reduced(arg, loop.steps * size_of(params), task_weights), loop.steps);
 }
 
 }  // namespace fastmaml

@@ -32,6 +32,9 @@ class Arrays {
   void params(Arg arg, const char* name, const Tensor& params);                               // [P] for all tasks, or [T, P]
   void params_of_tasks(Arg arg, const char* name, const Tensor& params);                      // [T, P]
   int64_t rates(const Tensor& rates, int64_t inner_steps);                                    // [1, P] or [K, P]; returns the rows
+  void step_rows(const std::optional<Tensor>& rows, const InnerLoop& loop);                   // [K, R]
+  bool state(const std::optional<Tensor>& state, int64_t vectors);                            // [T, vectors P]; false where absent
+  bool shared(Arg arg, const char* name, const std::optional<Tensor>& x, int64_t size);       // [size] for all tasks; the same
   void buffers(const Tensor& buffers);                                                        // [B]
   void numbers(Arg arg, std::initializer_list<double> values);                                // for all tasks
 
@@ -45,8 +48,12 @@ class Arrays {
   Tensor outputs(Arg arg, int64_t examples) const;  // [T, N, *output]
   Tensor inputs(Arg arg, int64_t examples) const;   // [T, N, *input]
   Tensor params(Arg arg) const;                     // [T, P]
-  // [rows, P]: the weighted sum over the tasks (their mean without weights) of a result of rows x P a task. It uses the result up.
-  Tensor reduced_params(Arg arg, int64_t rows, const std::optional<Tensor>& task_weights);
+  // Results of rows x P a task, or with a loop's step rows of K x R.
+  Tensor params(Arg arg, int64_t rows) const;              // [T, rows, P]
+  Tensor step_rows(Arg arg, const InnerLoop& loop) const;  // [T, K, R]
+  // Their weighted sum over the tasks (their mean without weights), which uses the result up.
+  Tensor reduced_params(Arg arg, int64_t rows, const std::optional<Tensor>& task_weights);              // [rows, P]
+  Tensor reduced_step_rows(Arg arg, const InnerLoop& loop, const std::optional<Tensor>& task_weights);  // [K, R]
 
  private:
   using Type = torch::headeronly::ScalarType;
@@ -56,8 +63,10 @@ class Arrays {
   void bind(Arg arg, void* data, int64_t task_stride);
   void images(Arg arg, const Tensor& x, const Shape& shape);  // [T, N, *shape] -> [T, N, H, W, C]
   Tensor from_images(Arg arg, int64_t examples, const Shape& shape) const;
-  void move_params(Arg arg, const Tensor& from, int64_t count, int64_t task_stride);
-  Tensor to_torch(const void* engine, int64_t count) const;  // [count, P]
+  using Params = std::vector<Param>;
+  void move_params(Arg arg, const Params& params, const Tensor& from, int64_t count, int64_t task_stride);
+  Tensor to_torch(const Params& params, const void* engine, int64_t count) const;  // [count, size of the parameters]
+  void* reduced(Arg arg, int64_t size, const std::optional<Tensor>& task_weights);
   Tensor copy_of(const void* data, std::initializer_list<int64_t> sizes) const;
   Tensor in_callers_type(Tensor x) const;
 

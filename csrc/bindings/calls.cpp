@@ -16,11 +16,18 @@ Adaptation support(Arrays& arrays, const Tensor& x, const Tensor& y, const Maybe
   return how;
 }
 
-int step_count(const char* name, int64_t steps, int64_t least) {
-  if (steps < least || steps > 1'000'000)
-    throw std::invalid_argument(std::string(name) + " is " + std::to_string(steps) + "; it must be at least " + std::to_string(least) +
-                                " and at most a million");
-  return static_cast<int>(steps);
+// What adapt and meta_gradient are told of the inner loop. Returns the rows of the rates.
+int64_t given_loop(Arrays& arrays, Adaptation& how, const std::string& text, const Tensor& rates, const MaybeTensor& step_rows,
+                   const MaybeTensor& lam, const MaybeTensor& mask) {
+  how.loop = InnerLoop::parse(text);
+  const int64_t rate_rows = arrays.rates(rates, how.loop.steps);
+  how.rates_per_step = rate_rows > 1;
+  arrays.step_rows(step_rows, how.loop);
+  if (arrays.shared(Arg::lam, "lam", lam, 1) != how.loop.proximal)
+    throw std::invalid_argument("lam and the word proximal=1 go together, but the inner loop is \"" + text + "\"");
+  how.mask = mask.has_value();
+  if (mask) arrays.shared_params(Arg::mask, "mask", *mask);
+  return rate_rows;
 }
 
 }  // namespace
@@ -67,30 +74,49 @@ Tensor hvp_call(const std::string& program, const std::string& backend, const Te
   return arrays.params(Arg::grad_dot);
 }
 
-std::tuple<Tensor, Tensor> adapt_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
-                                      const Tensor& y, const MaybeTensor& weights, const Tensor& rates, int64_t inner_steps,
-                                      const Tensor& buffers) {
+std::tuple<Tensor, Tensor> vjp_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
+                                    const Tensor& dy, const Tensor& buffers) {
+  Arrays arrays(program, backend, params);
+  Work work;
+  work.kind = Kind::vjp;
+  const int64_t N = work.how.support_examples = arrays.examples(Arg::support_x, "x", x);
+  arrays.outputs(Arg::output_grad, "dy", dy, N);
+  arrays.params(Arg::params, "params", params);
+  arrays.buffers(buffers);
+  arrays.result(Arg::output, N * arrays.program().output_shape().size());
+  arrays.result(Arg::grad, arrays.program().param_count);
+  arrays.run(work);
+  return {arrays.outputs(Arg::output, N), arrays.params(Arg::grad)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> adapt_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
+                                              const Tensor& y, const MaybeTensor& weights, const Tensor& rates, const std::string& loop,
+                                              const MaybeTensor& step_rows, const MaybeTensor& lam, const MaybeTensor& mask,
+                                              const MaybeTensor& state, const MaybeTensor& step_count, const Tensor& buffers) {
   Arrays arrays(program, backend, params);
   Work work;
   work.kind = Kind::adapt;
-  work.how = support(arrays, x, y, weights);
-  const int K = work.how.inner_steps = step_count("inner_steps", inner_steps, 0);
-  work.how.rates_per_step = arrays.rates(rates, K) > 1;
+  Adaptation& how = work.how = support(arrays, x, y, weights);
+  given_loop(arrays, how, loop, rates, step_rows, lam, mask);
+  const int K = how.loop.steps, S = how.loop.states();
+  how.state = arrays.state(state, S);
+  how.step_count = arrays.shared(Arg::step_count, "step_count", step_count, 1);
   arrays.params(Arg::params, "params", params);
   arrays.buffers(buffers);
-  arrays.result(Arg::adapted, arrays.program().param_count);
+  const int64_t P = arrays.program().param_count;
+  arrays.result(Arg::adapted, P);
   arrays.result(Arg::support_losses, K);
+  arrays.result(Arg::state_next, S * P);
   arrays.run(work);
-  return {arrays.params(Arg::adapted), arrays.values(Arg::support_losses, K)};
+  return {arrays.params(Arg::adapted), arrays.values(Arg::support_losses, K),
+          torch::stable::view(arrays.params(Arg::state_next, S), {arrays.tasks(), S * P})};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(const std::string& program, const std::string& backend,
-                                                                      const Tensor& theta, const Tensor& support_x, const Tensor& support_y,
-                                                                      const MaybeTensor& support_weights, const Tensor& query_x,
-                                                                      const Tensor& query_y, const MaybeTensor& query_weights,
-                                                                      const MaybeTensor& task_weights, const Tensor& rates,
-                                                                      int64_t inner_steps, bool first_order, const std::string& memory,
-                                                                      bool rate_grad, const Tensor& buffers) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(
+    const std::string& program, const std::string& backend, const Tensor& theta, const Tensor& support_x, const Tensor& support_y,
+    const MaybeTensor& support_weights, const Tensor& query_x, const Tensor& query_y, const MaybeTensor& query_weights,
+    const MaybeTensor& task_weights, const Tensor& rates, const std::string& loop_text, const std::string& memory,
+    const MaybeTensor& loss_weights, const MaybeTensor& step_rows, const MaybeTensor& lam, const MaybeTensor& mask, const Tensor& buffers) {
   Arrays arrays(program, backend, theta);
   Work work;
   work.kind = Kind::meta_gradient;
@@ -102,23 +128,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(const std:
   arrays.targets(Arg::query_y, "query_y", query_y, how.query_examples);
   how.support_weights = arrays.weights(Arg::support_weights, "support_weights", support_weights, how.support_examples);
   how.query_weights = arrays.weights(Arg::query_weights, "query_weights", query_weights, how.query_examples);
-  const int K = how.inner_steps = step_count("inner_steps", inner_steps, 0);
-  const int64_t rows = arrays.rates(rates, K), P = arrays.program().param_count;
-  how.rates_per_step = rows > 1;
-  how.first_order = first_order;
-  how.rate_grad = rate_grad;
-  arrays.shared_params(Arg::params, "theta", theta);
+  const int64_t rate_rows = given_loop(arrays, how, loop_text, rates, step_rows, lam, mask);
+  const InnerLoop& loop = how.loop;
+  const int64_t K = loop.steps, P = arrays.program().param_count, queries = int64_t(loop.queries.size());
+  how.loss_weights = arrays.shared(Arg::loss_weights, "loss_weights", loss_weights, K + 1);
+  if (loop.per_task && task_weights)
+    throw std::invalid_argument("task_weights are given to an inner loop with per_task=1, which reduces nothing");
+  if (loop.per_task)
+    arrays.params(Arg::params, "theta", theta);
+  else
+    arrays.shared_params(Arg::params, "theta", theta);
   arrays.buffers(buffers);
+  const bool rate_grad = loop.rate_grad && K > 0, rows_grad = !loop.rows.empty() && K > 0;
   arrays.result(Arg::loss, 1);
   arrays.result(Arg::grad, P);
   arrays.result(Arg::output, how.query_examples * arrays.program().output_shape().size());
   arrays.result(Arg::support_losses, K);
-  if (rate_grad) arrays.result(Arg::rate_grad, rows * P);
+  if (how.loss_weights) arrays.result(Arg::query_losses, queries);
+  if (rate_grad) arrays.result(Arg::rate_grad, rate_rows * P);
+  if (rows_grad) arrays.result(Arg::step_rows_grad, step_rows->numel());
   arrays.run(work);
-  Tensor by_rates = torch::stable::new_zeros(theta, rate_grad ? std::vector<int64_t>{rows, P} : std::vector<int64_t>{0});
-  if (rate_grad && K > 0) by_rates = arrays.reduced_params(Arg::rate_grad, rows, task_weights);
-  return {arrays.values(Arg::loss), torch::stable::view(arrays.reduced_params(Arg::grad, 1, task_weights), {P}),
-          arrays.outputs(Arg::output, how.query_examples), arrays.values(Arg::support_losses, K), by_rates};
+
+  const Tensor query_losses = how.loss_weights ? arrays.values(Arg::query_losses, queries) : arrays.values(Arg::loss, 1);
+  const Tensor loss = arrays.values(Arg::loss), output = arrays.outputs(Arg::output, how.query_examples);
+  const Tensor support_losses = arrays.values(Arg::support_losses, K);
+  Tensor by_rates = torch::stable::new_zeros(theta, {0}), by_rows = by_rates;
+  if (loop.per_task) {
+    if (loop.rate_grad) by_rates = torch::stable::new_zeros(theta, {arrays.tasks(), rate_rows, P});
+    if (rate_grad) by_rates = arrays.params(Arg::rate_grad, rate_rows);
+    if (rows_grad) by_rows = arrays.step_rows(Arg::step_rows_grad, loop);
+    return {loss, arrays.params(Arg::grad), output, support_losses, by_rates, by_rows, query_losses};
+  }
+  if (loop.rate_grad) by_rates = torch::stable::new_zeros(theta, {rate_rows, P});
+  if (rate_grad) by_rates = arrays.reduced_params(Arg::rate_grad, rate_rows, task_weights);
+  if (rows_grad) by_rows = arrays.reduced_step_rows(Arg::step_rows_grad, loop, task_weights);
+  const Tensor grad = torch::stable::view(arrays.reduced_params(Arg::grad, 1, task_weights), {P});
+  return {loss, grad, output, support_losses, by_rates, by_rows, query_losses};
 }
 
 std::tuple<Tensor, Tensor> solve_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
@@ -129,7 +174,9 @@ std::tuple<Tensor, Tensor> solve_call(const std::string& program, const std::str
   Work work;
   work.kind = Kind::solve;
   work.how = support(arrays, x, y, weights);
-  work.solve_steps = step_count("steps", steps, 0);
+  if (steps < 0 || steps > 1'000'000)
+    throw std::invalid_argument("steps is " + std::to_string(steps) + "; it must be at least 0 and at most a million");
+  work.solve_steps = static_cast<int>(steps);
   arrays.params(Arg::params, "params", params);
   arrays.params_of_tasks(Arg::params_dot, "v", v);
   arrays.buffers(buffers);

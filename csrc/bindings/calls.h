@@ -20,17 +20,19 @@ std::tuple<Tensor, Tensor> grad_call(const std::string& program, const std::stri
 Tensor hvp_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x, const Tensor& y,
                 const MaybeTensor& weights, const Tensor& v, const Tensor& buffers);
 
-std::tuple<Tensor, Tensor> adapt_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
-                                      const Tensor& y, const MaybeTensor& weights, const Tensor& rates, int64_t inner_steps,
-                                      const Tensor& buffers);
+std::tuple<Tensor, Tensor> vjp_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
+                                    const Tensor& dy, const Tensor& buffers);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(const std::string& program, const std::string& backend,
-                                                                      const Tensor& theta, const Tensor& support_x, const Tensor& support_y,
-                                                                      const MaybeTensor& support_weights, const Tensor& query_x,
-                                                                      const Tensor& query_y, const MaybeTensor& query_weights,
-                                                                      const MaybeTensor& task_weights, const Tensor& rates,
-                                                                      int64_t inner_steps, bool first_order, const std::string& memory,
-                                                                      bool rate_grad, const Tensor& buffers);
+std::tuple<Tensor, Tensor, Tensor> adapt_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
+                                              const Tensor& y, const MaybeTensor& weights, const Tensor& rates, const std::string& loop,
+                                              const MaybeTensor& step_rows, const MaybeTensor& lam, const MaybeTensor& mask,
+                                              const MaybeTensor& state, const MaybeTensor& step_count, const Tensor& buffers);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(
+    const std::string& program, const std::string& backend, const Tensor& theta, const Tensor& support_x, const Tensor& support_y,
+    const MaybeTensor& support_weights, const Tensor& query_x, const Tensor& query_y, const MaybeTensor& query_weights,
+    const MaybeTensor& task_weights, const Tensor& rates, const std::string& loop, const std::string& memory,
+    const MaybeTensor& loss_weights, const MaybeTensor& step_rows, const MaybeTensor& lam, const MaybeTensor& mask, const Tensor& buffers);
 
 std::tuple<Tensor, Tensor> solve_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
                                       const Tensor& y, const MaybeTensor& weights, const Tensor& v, double lam, int64_t steps,

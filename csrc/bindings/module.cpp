@@ -3,23 +3,29 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
+#include "bindings/caller_loss.h"
 #include "bindings/calls.h"
 #include "bindings/threads.h"
 #include "cpu/isa/choose_isa.h"
+#include "meta/step_rows.h"
+#include "program/param_layout.h"
 
 // T tasks, N examples, P parameters in torch's order, K inner steps, B running statistics. program: the text of fastmaml/program_text.py.
+// loop: the text of meta/inner_loop.cpp.
 STABLE_TORCH_LIBRARY(fastmaml, m) {
   m.def("forward(str program, str backend, Tensor params, Tensor x, Tensor? support_x, Tensor buffers) -> Tensor");
   m.def("grad(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor buffers) -> (Tensor loss, Tensor grad)");
   m.def("hvp(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor v, Tensor buffers) -> Tensor");
+  m.def("vjp(str program, str backend, Tensor params, Tensor x, Tensor dy, Tensor buffers) -> (Tensor y, Tensor grad)");
   m.def(
-      "adapt(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor rates, int inner_steps, Tensor buffers) "
-      "-> (Tensor params, Tensor losses)");
+      "adapt(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor rates, str loop, Tensor? step_rows, "
+      "Tensor? lam, Tensor? mask, Tensor? state, Tensor? step_count, Tensor buffers) -> (Tensor params, Tensor losses, Tensor state)");
   m.def(
       "meta_gradient(str program, str backend, Tensor theta, Tensor support_x, Tensor support_y, Tensor? support_weights, Tensor query_x, "
-      "Tensor query_y, Tensor? query_weights, Tensor? task_weights, Tensor rates, int inner_steps, bool first_order, str memory, "
-      "bool rate_grad, Tensor buffers) "
-      "-> (Tensor loss, Tensor grad, Tensor query_output, Tensor support_losses, Tensor rate_grad)");
+      "Tensor query_y, Tensor? query_weights, Tensor? task_weights, Tensor rates, str loop, str memory, Tensor? loss_weights, "
+      "Tensor? step_rows, Tensor? lam, Tensor? mask, Tensor buffers) "
+      "-> (Tensor loss, Tensor grad, Tensor query_output, Tensor support_losses, Tensor rate_grad, Tensor step_rows_grad, "
+      "Tensor query_losses)");
   m.def(
       "solve(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor v, float lam, int steps, float damping, "
       "Tensor buffers) -> (Tensor solution, Tensor residual)");
@@ -31,6 +37,7 @@ STABLE_TORCH_LIBRARY(fastmaml, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastmaml, CPU, m) {
   m.impl("forward", TORCH_BOX(&fastmaml::forward_call));
   m.impl("grad", TORCH_BOX(&fastmaml::grad_call));
+  m.impl("vjp", TORCH_BOX(&fastmaml::vjp_call));
   m.impl("hvp", TORCH_BOX(&fastmaml::hvp_call));
   m.impl("adapt", TORCH_BOX(&fastmaml::adapt_call));
   m.impl("meta_gradient", TORCH_BOX(&fastmaml::meta_gradient_call));
@@ -43,15 +50,15 @@ namespace {
 using namespace fastmaml;
 
 std::shared_ptr<const Plan> plan(const std::string& program, const std::string& kind, const std::string& backend, int64_t real_bytes,
-                                 int64_t support_examples, int64_t query_examples, int inner_steps, const std::string& memory,
-                                 bool first_order, bool rate_grad) {
+                                 int64_t support_examples, int64_t query_examples, const std::string& loop, const std::string& memory,
+                                 int solve_steps) {
   Work work;
   work.kind = kind_named(kind);
+  work.how.loop = InnerLoop::parse(loop);
   work.how.support_examples = support_examples;
   work.how.query_examples = query_examples;
-  work.how.inner_steps = work.solve_steps = inner_steps;
-  work.how.first_order = first_order;
-  work.how.rate_grad = rate_grad;
+  work.how.loss_weights = work.how.loop.queries.size() > 1;
+  work.solve_steps = solve_steps;
   work.memory = work.kind == Kind::meta_gradient ? memory_named(memory) : Memory::low;
   return plan_for(program, table_named(backend, size_t(real_bytes)), work);
 }
@@ -63,6 +70,19 @@ size_t arena_bytes_of(const Plan& plan) { return plan.arena_bytes(); }
 template <auto kOf, class... A>
 auto planned(std::shared_ptr<const Plan> (*make)(A...)) {
   return [make](A... how) { return kOf(*make(how...)); };
+}
+
+// What the shapes of an inner loop's results depend on.
+pybind11::dict loop_sizes(const std::string& program, const std::string& text) {
+  const InnerLoop loop = InnerLoop::parse(text);
+  pybind11::dict sizes;
+  sizes["steps"] = loop.steps;
+  sizes["states"] = loop.states();
+  sizes["queries"] = loop.queries.size();
+  sizes["step_row"] = size_of(step_row_params(*program_of(program), loop));
+  sizes["per_task"] = loop.per_task;
+  sizes["rate_grad"] = loop.rate_grad;
+  return sizes;
 }
 
 // of one example, as torch has it
@@ -81,9 +101,13 @@ PYBIND11_MODULE(_C, m) {
       "describe", [](const std::string& program) { return to_string(*program_of(program)); }, "program"_a,
       "The network as the engine computes it, a line per value.");
   m.def("output_shape", &output_shape, "program"_a, "The output of one example, in torch's order.");
+  m.def("loop_sizes", &loop_sizes, "program"_a, "loop"_a, "What the shapes of adapt's and meta_gradient's results depend on.");
+  m.def("set_caller_loss", &set_callers_loss, "loss"_a,
+        "This thread's function for programs with `loss caller`, or None. loss(query, first_row, z, z_dot, loss_out, dz_out) fills the\n"
+        "last two in place: z, z_dot, dz_out [T, N, *output], loss_out [T]; z_dot is None for the loss, loss_out for its tangent.");
   const auto def_planned = [&](const char* name, const auto& function, const char* doc) {
     m.def(name, function, "program"_a, "kind"_a, "backend"_a = "cpu", "real_bytes"_a = 4, "support_examples"_a = 1, "query_examples"_a = 1,
-          "inner_steps"_a = 1, "memory"_a = "low", "first_order"_a = false, "rate_grad"_a = false, doc);
+          "loop"_a = "steps=1", "memory"_a = "low", "solve_steps"_a = 1, doc);
   };
   def_planned("steps", planned<steps_of>(&plan), "The Schedule of one kind of work, a line per Step.");
   def_planned("arena_bytes", planned<arena_bytes_of>(&plan), "The memory that one task in flight takes, in bytes.");

@@ -45,14 +45,15 @@ std::string key_of(const std::string& text, const OpTable& table, const Work& wo
       work.dual,
       how.support_examples,
       how.query_examples,
-      how.inner_steps,
       how.rates_per_step,
-      how.first_order,
-      how.rate_grad,
       how.support_weights,
       how.query_weights,
+      how.loss_weights,
+      how.mask,
+      how.state,
+      how.step_count,
   };
-  return std::string(reinterpret_cast<const char*>(numbers), sizeof numbers) + text;
+  return std::string(reinterpret_cast<const char*>(numbers), sizeof numbers) + how.loop.text + '\n' + text;
 }
 
 Schedule schedule_of(const Program& net, const Work& work) {
@@ -62,6 +63,8 @@ Schedule schedule_of(const Program& net, const Work& work) {
       return forward_schedule(net, how.query_examples, how.support_examples);
     case Kind::gradient:
       return gradient_schedule(net, how.support_examples, how.support_weights);
+    case Kind::vjp:
+      return vjp_schedule(net, how.support_examples);
     case Kind::hvp:
       return hvp_schedule(net, how.support_examples, how.support_weights);
     case Kind::adapt:
@@ -110,6 +113,7 @@ Kind kind_named(const std::string& name) {
   return named<Kind>("kind", name,
                      {{"forward", Kind::forward},
                       {"grad", Kind::gradient},
+                      {"vjp", Kind::vjp},
                       {"hvp", Kind::hvp},
                       {"adapt", Kind::adapt},
                       {"meta_gradient", Kind::meta_gradient},

@@ -10,7 +10,7 @@
 
 namespace fastmaml {
 
-enum class Kind : uint8_t { forward, gradient, hvp, adapt, meta_gradient, solve, passes };
+enum class Kind : uint8_t { forward, gradient, vjp, hvp, adapt, meta_gradient, solve, passes };
 enum class Memory : uint8_t { low, stash, automatic };
 
 Kind kind_named(const std::string& name);

@@ -48,6 +48,10 @@ template <class T>
 void add_loss_ops(OpTable& table);  // loss.cpp
 template <class T>
 void add_update_ops(OpTable& table);  // updates.cpp
+template <class T>
+void add_clip_ops(OpTable& table);  // clip.cpp
+template <class T>
+void add_update_rule_ops(OpTable& table);  // update_rule.cpp
 
 inline void set_op(OpTable& table, Op op, OpFn run, ScratchFn scratch = nullptr) {
   table.run[static_cast<int>(op)] = run;

@@ -18,6 +18,8 @@ OpTable make_table() {
   add_pool2d_ops<T>(table);
   add_loss_ops<T>(table);
   add_update_ops<T>(table);
+  add_clip_ops<T>(table);
+  add_update_rule_ops<T>(table);
   return table;
 }
 

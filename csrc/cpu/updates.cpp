@@ -56,26 +56,21 @@ void adjoint_update(const Call& call) {
   }
 }
 
-// Blocks of 64 numbers are summed in T, blocks in double.
+template <class T>
+void proximal(const Call& call) {
+  for (int64_t t = 0; t < call.tasks; ++t) {
+    T* g = at<T>(call, 0, t);
+    const T lam = *at<T>(call, 1, t), *phi = at<T>(call, 2, t), *theta = at<T>(call, 3, t);
+    for_lanes<T>(size_of(call), [&](auto lane, int64_t i) {
+      using V = decltype(lane);
+      store(g + i, load<V>(g + i) + lam * (load<V>(phi + i) - load<V>(theta + i)));
+    });
+  }
+}
+
 template <class T>
 double dot(const T* a, const T* b, int64_t n) {
-  constexpr int64_t kBlock = 64;
-  double total = 0;
-  for (int64_t from = 0; from < n; from += kBlock) {
-    const int64_t count = n - from < kBlock ? n - from : kBlock;
-    Vec<T> acc{};
-    T tail = 0;
-    for_lanes<T>(count, [&](auto lane, int64_t i) {
-      using V = decltype(lane);
-      const V product = load<V>(a + from + i) * load<V>(b + from + i);
-      if constexpr (std::is_same_v<V, T>)
-        tail += product;
-      else
-        acc += product;
-    });
-    total += double(sum_lanes<T>(acc)) + double(tail);
-  }
-  return total;
+  return block_sum<T>(n, [&](auto lane, int64_t i) { return load<decltype(lane)>(a + i) * load<decltype(lane)>(b + i); });
 }
 
 constexpr double kConverged = 1e-10;  // on r.r; ALGORITHMS 2.5
@@ -172,6 +167,7 @@ void add_update_ops(OpTable& table) {
   set_op(table, Op::scale_by_rate, scale_by_rate<T>);
   set_op(table, Op::rate_grad, rate_grad<T>);
   set_op(table, Op::adjoint_update, adjoint_update<T>);
+  set_op(table, Op::proximal, proximal<T>);
   set_op(table, Op::cg_start, cg_start<T>);
   set_op(table, Op::cg_step, cg_step<T>);
   set_op(table, Op::cg_residual, cg_residual<T>);

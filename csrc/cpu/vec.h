@@ -72,6 +72,27 @@ inline __attribute__((always_inline)) void for_lanes(int64_t n, F f) {
   for (; i < n; ++i) f(T{}, i);
 }
 
+// The sum of f(V{}, i) over i = 0 .. n - 1: blocks of 64 numbers in T, blocks in double.
+template <class T, class F>
+inline double block_sum(int64_t n, F f) {
+  constexpr int64_t kBlock = 64;
+  double total = 0;
+  for (int64_t from = 0; from < n; from += kBlock) {
+    const int64_t count = n - from < kBlock ? n - from : kBlock;
+    Vec<T> acc{};
+    T tail = 0;
+    for_lanes<T>(count, [&](auto lane, int64_t i) {
+      using V = decltype(lane);
+      if constexpr (std::is_same_v<V, T>)
+        tail += f(lane, from + i);
+      else
+        acc += f(lane, from + i);
+    });
+    total += double(sum_lanes<T>(acc)) + double(tail);
+  }
+  return total;
+}
+
 // sums[q * C + c] = sum over rows of f's q-th value at (row, c), for Q sums at once. f(V{}, row, c, V out[Q]).
 // Blocks of rows are summed in T, blocks in double: the error does not grow with the number of rows.
 template <class T, int Q, class F>

@@ -1,4 +1,4 @@
-// Flat vectors: fill_zero, copy, add; and flatten, which only reorders.
+// Flat vectors: fill_zero, copy, add, axpy; and flatten, which only reorders.
 #include "cpu/cpu.h"
 
 FASTMAML_CPU_BEGIN
@@ -24,6 +24,20 @@ void add(const Call& call) {
     for_lanes<T>(size_of(call), [&](auto lane, int64_t i) {
       using V = decltype(lane);
       store(out + i, load<V>(a + i) + load<V>(b + i));
+    });
+  }
+}
+
+template <class T>
+void axpy(const Call& call) {
+  const Axpy& shape = *std::get_if<Axpy>(&call.layer);
+  for (int64_t t = 0; t < call.tasks; ++t) {
+    T* y = at<T>(call, 0, t);
+    const T *alpha = at<T>(call, 1, t), *x = at<T>(call, 2, t);
+    const T factor = T(shape.factor) * (alpha ? *alpha : T(1));
+    for_lanes<T>(shape.size, [&](auto lane, int64_t i) {
+      using V = decltype(lane);
+      store(y + i, load<V>(y + i) + factor * load<V>(x + i));
     });
   }
 }
@@ -54,6 +68,7 @@ void add_vector_ops(OpTable& table) {
   set_op(table, Op::fill_zero, fill_zero<T>);
   set_op(table, Op::copy, copy<T>);
   set_op(table, Op::add, add<T>);
+  set_op(table, Op::axpy, axpy<T>);
   set_op(table, Op::flatten_fwd, flatten<T, true>);
   set_op(table, Op::flatten_bwd, flatten<T, false>);
 }

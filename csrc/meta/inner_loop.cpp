@@ -1,144 +1,153 @@
-// adapt: K inner steps on the support set.
-#include <stdexcept>
+// Reads the text form of an inner loop:
+//   steps=K rule=sgd|adam | momentum= dampening= nesterov=1 | beta1= beta2= eps= decoupled=1 | weight_decay= | clip_value= or clip_norm=
+//   order=J minibatch=B queries=k,k,.. rows=parameter,parameter,.. proximal=1 per_task=1 rate_grad=1
+#include "meta/inner_loop.h"
 
-#include "meta/meta.h"
+#include <algorithm>
+#include <cmath>
+#include <set>
+#include <sstream>
+#include <stdexcept>
 
 namespace fastmaml {
 namespace {
 
-Op loss_op(const Loss& loss, bool tangent) {
-  switch (loss.kind) {
-    case Loss::Kind::cross_entropy:
-      return tangent ? Op::cross_entropy_jvp : Op::cross_entropy;
-    case Loss::Kind::mse:
-      return tangent ? Op::mse_jvp : Op::mse;
-    case Loss::Kind::none:
-      break;
+constexpr int kMostSteps = 1'000'000;
+
+class Word {
+ public:
+  explicit Word(const std::string& text) : text_(text), equals_(text.find('=')) {
+    if (equals_ == std::string::npos) fail("is not key=value");
   }
-  throw std::invalid_argument("the program has no loss, so it has no gradient");
-}
 
-Operand buffers(Schedule& out, const Program& net) { return net.buffer_count ? out.external(Arg::buffers, net.buffer_count) : Operand{}; }
+  std::string key() const { return text_.substr(0, equals_); }
+  std::string value() const { return text_.substr(equals_ + 1); }
+  [[noreturn]] void fail(const std::string& why) const { throw std::invalid_argument("inner loop word \"" + text_ + "\" " + why); }
 
-// The loss sees the last rows of the batch; the gradient by the others is zero.
-void loss_step(Schedule& out, const Program& net, const Batch& batch, Pass pass, Tape& tape, Operand loss, Operand dz) {
-  const int64_t skipped = batch.loss_from * net.output_shape().size(), rows = batch.examples - batch.loss_from;
-  const Operand z = offset(tape.value[net.output], skipped);
-  if (skipped) out.step(Op::fill_zero, Vector{skipped}, 1, {dz});
-  dz = offset(dz, skipped);
-  if (pass == Pass::tangent) {
-    const Operand z_dot = offset(tape.dot[net.output], skipped);
-    out.step(loss_op(net.loss, true), net.loss, rows, {dz, z, z_dot, batch.y, batch.weights});
+  double number(double least, bool open) const {  // open: `least` itself is too small
+    const double x = to_number(value());
+    if (!std::isfinite(x) || x < least || (open && x == least)) fail(open ? "must be greater than 0" : "must not be negative");
+    return x;
+  }
+  double below_one() const {
+    const double x = number(0, false);
+    if (x >= 1) fail("must be less than 1");
+    return x;
+  }
+  bool flag() const {
+    if (value() != "0" && value() != "1") fail("must be 0 or 1");
+    return value() == "1";
+  }
+  int integer(int least) const { return to_integer(value(), least); }
+  std::vector<int> integers() const {
+    std::vector<int> all;
+    std::istringstream in(value());
+    for (std::string item; std::getline(in, item, ',');) all.push_back(to_integer(item, 0));
+    if (all.empty()) fail("names nothing");
+    if (std::set<int>(all.begin(), all.end()).size() != all.size()) fail("names something twice");
+    return all;
+  }
+
+ private:
+  std::string text_;
+  size_t equals_;
+
+  double to_number(const std::string& text) const {
+    size_t used = 0;
+    double x = 0;
+    try {
+      x = std::stod(text, &used);
+    } catch (const std::exception&) {
+      used = 0;
+    }
+    if (used == 0 || used != text.size()) fail("does not hold a number");
+    return x;
+  }
+  int to_integer(const std::string& text, int least) const {
+    const double x = to_number(text);
+    if (x != std::floor(x) || x < least || x > kMostSteps)
+      fail("must be whole, at least " + std::to_string(least) + " and at most a million");
+    return static_cast<int>(x);
+  }
+};
+
+void take(InnerLoop& loop, const Word& word, bool& has_order) {
+  const std::string key = word.key();
+  if (key == "steps") {
+    loop.steps = word.integer(0);
+  } else if (key == "rule") {
+    if (word.value() != "sgd" && word.value() != "adam") word.fail("is neither sgd nor adam");
+    loop.rule = word.value() == "adam" ? InnerLoop::Rule::adam : InnerLoop::Rule::sgd;
+  } else if (key == "momentum") {
+    loop.momentum = word.number(0, false);
+  } else if (key == "dampening") {
+    loop.dampening = word.number(0, false);
+  } else if (key == "nesterov") {
+    loop.nesterov = word.flag();
+  } else if (key == "beta1") {
+    loop.beta1 = word.below_one();
+  } else if (key == "beta2") {
+    loop.beta2 = word.below_one();
+  } else if (key == "eps") {
+    loop.eps = word.number(0, true);
+  } else if (key == "decoupled") {
+    loop.decoupled = word.flag();
+  } else if (key == "weight_decay") {
+    loop.weight_decay = word.number(0, false);
+  } else if (key == "clip_value") {
+    loop.clip_value = word.number(0, true);
+  } else if (key == "clip_norm") {
+    loop.clip_norm = word.number(0, true);
+  } else if (key == "order") {
+    loop.order = word.integer(0);
+    has_order = true;
+  } else if (key == "minibatch") {
+    loop.minibatch = word.integer(1);
+  } else if (key == "queries") {
+    loop.queries = word.integers();
+  } else if (key == "rows") {
+    loop.rows = word.integers();
+  } else if (key == "proximal") {
+    loop.proximal = word.flag();
+  } else if (key == "per_task") {
+    loop.per_task = word.flag();
+  } else if (key == "rate_grad") {
+    loop.rate_grad = word.flag();
   } else {
-    out.step(loss_op(net.loss, false), net.loss, rows, {loss, dz, z, batch.y, batch.weights});
+    word.fail("is not known");
   }
 }
 
 }  // namespace
 
-Batch support_batch(Schedule& out, const Program& net, int64_t examples, bool weights) {
-  Batch batch;
-  batch.examples = batch.stat_examples = examples;
-  batch.x = out.external(Arg::support_x, examples * net.input_shape().size());
-  if (net.loss.kind == Loss::Kind::cross_entropy)
-    batch.y = out.external(Arg::support_y, examples, Type::label);
-  else
-    batch.y = out.external(Arg::support_y, examples * net.output_shape().size());
-  if (weights) batch.weights = out.external(Arg::support_weights, examples);
-  return batch;
-}
+bool InnerLoop::is_query(int k) const { return std::binary_search(queries.begin(), queries.end(), k); }
 
-Tape gradient(Schedule& out, const Program& net, Operand params, const Batch& batch, Operand loss, Operand grad) {
-  Tape tape;
-  tape.examples = batch.examples;
-  tape.stat_examples = batch.stat_examples;
-  tape.params = params;
-  forward(out, net, tape, Pass::primal, batch.x, {}, buffers(out, net));
-  const Operand dz = out.arena(batch.examples * net.output_shape().size());
-  loss_step(out, net, batch, Pass::primal, tape, loss, dz);
-  backward(out, net, tape, Pass::primal, dz, {}, grad, {});
-  return tape;
-}
-
-void hvp(Schedule& out, const Program& net, Operand params, Operand u, const Batch& batch, const Tape* stashed, Operand hu, Operand grad) {
-  const Pass pass = stashed ? Pass::tangent : Pass::dual;
-  Tape tape;
-  if (stashed) tape = *stashed;
-  tape.examples = batch.examples;
-  tape.stat_examples = batch.stat_examples;
-  tape.params = params;
-  tape.params_dot = u;
-  forward(out, net, tape, pass, batch.x, {}, buffers(out, net));
-  const int64_t outputs = batch.examples * net.output_shape().size();
-  Operand dz;
-  if (!stashed) {
-    dz = out.arena(outputs);
-    loss_step(out, net, batch, Pass::primal, tape, out.arena(1), dz);
+InnerLoop InnerLoop::parse(const std::string& text) {
+  const auto fail = [&](const std::string& why) { throw std::invalid_argument("inner loop \"" + text + "\" " + why); };
+  InnerLoop loop;
+  loop.text = text;
+  std::set<std::string> seen;
+  bool has_order = false;
+  std::istringstream in(text);
+  for (std::string token; in >> token;) {
+    const Word word(token);
+    if (!seen.insert(word.key()).second) word.fail("comes twice");
+    take(loop, word, has_order);
   }
-  if (!tape.dot[net.output]) {  // no parameter reaches the output
-    out.step(Op::fill_zero, Vector{outputs}, 1, {tape.dot[net.output] = out.arena(outputs)});
-  }
-  const Operand dz_dot = out.arena(outputs);
-  loss_step(out, net, batch, Pass::tangent, tape, {}, dz_dot);
-  backward(out, net, tape, pass, dz, dz_dot, grad, hu);
-}
-
-Operand inner_step(Schedule& out, const Program& net, Operand phi, Operand g, Operand rate, Operand phi_next) {
-  out.step(Op::sgd_update, Vector{net.param_count}, 1, {phi_next, phi, g, rate});
-  return phi_next;
-}
-
-Schedule forward_schedule(const Program& net, int64_t examples, int64_t support_examples) {
-  Schedule out;
-  const bool joint = net.uses_support_stats();
-  if (joint && support_examples < 1) throw std::invalid_argument("batch norm mode \"support\" needs support examples to normalise by");
-  const int64_t in = net.input_shape().size(), rows = net.output_shape().size();
-  Tape tape;
-  tape.params = out.external(Arg::params, net.param_count);
-  Operand x = out.external(Arg::query_x, examples * in);
-  tape.examples = examples;
-  if (joint) {
-    const Operand both = out.arena((support_examples + examples) * in);
-    out.step(Op::copy, Vector{support_examples * in}, 1, {both, out.external(Arg::support_x, support_examples * in)});
-    out.step(Op::copy, Vector{examples * in}, 1, {offset(both, support_examples * in), x});
-    x = both;
-    tape.examples += support_examples;
-  }
-  tape.stat_examples = joint ? support_examples : examples;
-  forward(out, net, tape, Pass::primal, x, {}, buffers(out, net));
-  const Operand z = offset(tape.value[net.output], (tape.examples - examples) * rows);
-  out.step(Op::copy, Vector{examples * rows}, 1, {out.external(Arg::output, examples * rows), z});
-  return out;
-}
-
-Schedule gradient_schedule(const Program& net, int64_t examples, bool weights) {
-  Schedule out;
-  const Operand params = out.external(Arg::params, net.param_count);
-  gradient(out, net, params, support_batch(out, net, examples, weights), out.external(Arg::loss, 1),
-           out.external(Arg::grad, net.param_count));
-  return out;
-}
-
-Schedule adapt_schedule(const Program& net, const Adaptation& how) {
-  Schedule out;
-  const int64_t P = net.param_count;
-  const Vector flat{P};
-  Operand phi = out.external(Arg::params, P);
-  const Operand adapted = out.external(Arg::adapted, P);
-  if (how.inner_steps == 0) {
-    out.step(Op::copy, flat, 1, {adapted, phi});
-    return out;
-  }
-  const Batch support = support_batch(out, net, how.support_examples, how.support_weights);
-  const Operand rates = out.external(Arg::rates, how.rates_per_step ? how.inner_steps * P : P);
-  const Operand losses = out.external(Arg::support_losses, how.inner_steps);
-  for (int k = 0; k < how.inner_steps; ++k) {
-    const Operand g = out.arena(P);
-    gradient(out, net, phi, support, offset(losses, k), g);
-    const bool last = k == how.inner_steps - 1;
-    phi = inner_step(out, net, phi, g, offset(rates, how.rates_per_step ? k * P : 0), last ? adapted : out.arena(P));
-  }
-  return out;
+  if (!seen.count("steps")) fail("does not say steps=");
+  loop.order = has_order ? std::min(loop.order, loop.steps) : loop.steps;
+  const bool adam = loop.rule == InnerLoop::Rule::adam;
+  for (const char* key : {"momentum", "dampening", "nesterov"})
+    if (adam && seen.count(key)) fail(std::string("has ") + key + "=, which goes with rule=sgd");
+  for (const char* key : {"beta1", "beta2", "eps", "decoupled"})
+    if (!adam && seen.count(key)) fail(std::string("has ") + key + "=, which goes with rule=adam");
+  if (loop.nesterov && loop.momentum == 0) fail("has nesterov=1 without momentum=");
+  if (loop.clip_value > 0 && loop.clip_norm > 0) fail("clips by value and by norm; choose one");
+  if (loop.proximal && loop.clips()) fail("clips the gradient beside a proximal term, which is not defined");
+  std::sort(loop.queries.begin(), loop.queries.end());
+  if (!loop.queries.empty() && loop.queries.back() > loop.steps) fail("takes a query loss behind its last step");
+  if (loop.queries.empty() || loop.queries.back() < loop.steps) loop.queries.push_back(loop.steps);
+  return loop;
 }
 
 }  // namespace fastmaml

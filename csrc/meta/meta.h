@@ -1,20 +1,21 @@
 // MAML as Schedules: plain data, the same for every backend. Nothing here runs anything or knows a device.
 #pragma once
 
+#include "meta/inner_loop.h"
 #include "program/passes.h"
 #include "program/program.h"
 #include "program/schedule.h"
 
 namespace fastmaml {
 
+// An inner loop, and the sizes of what it is given.
 struct Adaptation {
+  InnerLoop loop;
   int64_t support_examples = 0, query_examples = 0;
-  int inner_steps = 1;
+  bool stash = false;           // keep the activations of the inner steps instead of recomputing them in the sweep
   bool rates_per_step = false;  // Arg::rates is [K, P] instead of [P]
-  bool first_order = false;
-  bool stash = false;      // keep the activations of the inner steps instead of recomputing them in the sweep
-  bool rate_grad = false;  // also write Arg::rate_grad
-  bool support_weights = false, query_weights = false;
+  // Which of the optional arguments there are.
+  bool support_weights = false, query_weights = false, loss_weights = false, mask = false, state = false, step_count = false;
 };
 
 // output = net(params, query_x). In `support` batch-norm mode the statistics come from support_x (support_examples > 0).
@@ -23,10 +24,13 @@ Schedule forward_schedule(const Program& net, int64_t examples, int64_t support_
 // loss, grad = L_S, grad L_S at params
 Schedule gradient_schedule(const Program& net, int64_t examples, bool weights);
 
+// output = net(params, support_x), grad = the gradient of <output, output_grad> by the parameters
+Schedule vjp_schedule(const Program& net, int64_t examples);
+
 // grad_dot = H_S(params) params_dot
 Schedule hvp_schedule(const Program& net, int64_t examples, bool weights);
 
-// adapted = phi[K], support_losses = L_S(phi[0..K-1])
+// adapted = phi[K], support_losses = L_S(phi[0..K-1]); state_next = the update rule's state behind the last step
 Schedule adapt_schedule(const Program& net, const Adaptation& how);
 
 // The whole meta-gradient of one task; see meta_gradient.cpp.
@@ -38,18 +42,22 @@ Schedule conjugate_gradient_schedule(const Program& net, int64_t examples, bool 
 // The four passes of the bare network from given gradients by the output, for tests and for losses written in Python.
 Schedule passes_schedule(const Program& net, int64_t examples, bool dual);
 
-// Pieces that several schedules share (inner_loop.cpp, hvp.cpp).
+// Pieces that several schedules share (gradient.cpp).
 struct Batch {  // a task's examples, as the loss sees them
   Operand x, y, weights;
   int64_t examples = 0;       // rows of x
   int64_t stat_examples = 0;  // rows that batch norm takes its statistics from
   int64_t loss_from = 0;      // the loss sees rows loss_from .. examples - 1
+  bool query = false;         // which set they are of, and from which row on: a caller's loss is told
+  int64_t first_row = 0;
 };
 Batch support_batch(Schedule& out, const Program& net, int64_t examples, bool weights);
+// In `support` batch-norm mode the support images run along, ahead of the query's, and give the statistics.
+Batch query_batch(Schedule& out, const Program& net, const Adaptation& how, const Batch& support);
+Batch step_batch(const Program& net, const Adaptation& how, const Batch& support, int k);  // what inner step k sees of it
 Tape gradient(Schedule& out, const Program& net, Operand params, const Batch& batch, Operand loss, Operand grad);
 // hu = H(params) u. With a tape of the gradient at params only the tangents are computed; without one the gradient pass is
 // computed again beside them (dual), and written to `grad` if that is given.
 void hvp(Schedule& out, const Program& net, Operand params, Operand u, const Batch& batch, const Tape* stashed, Operand hu, Operand grad);
-Operand inner_step(Schedule& out, const Program& net, Operand phi, Operand g, Operand rate, Operand phi_next);
 
 }  // namespace fastmaml

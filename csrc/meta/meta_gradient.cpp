@@ -1,88 +1,108 @@
 // The whole meta-gradient of one task as one flat Schedule (ALGORITHMS sections 1.1 and 1.2; MAML, Finn et al. 2017):
 //
 //   phi[0] = theta                         phi[k+1]  = phi[k] - a * grad_support(phi[k])
-//   lambda[K] = grad_query(phi[K])         lambda[k] = lambda[k+1] - H_support(phi[k]) (a * lambda[k+1])
+//   lambda[K] = w_K grad_query(phi[K])     lambda[k] = lambda[k+1] - H_support(phi[k]) (a * lambda[k+1]) + w_k grad_query(phi[k])
 //
-// The meta-gradient is lambda[0]; first-order MAML keeps lambda[K]. The rate is per parameter, so scaling comes before the
+// The meta-gradient is lambda[0]; first-order MAML drops the Hessian terms. The rate is per parameter, so scaling comes before the
 // Hessian: (diag(a) H)^T v = H (a * v). The gradient by the rate is da[k] = -grad_support(phi[k]) * lambda[k+1].
+// Other updates of phi, and their adjoints in the place of a * lambda, are in update_rule.cpp.
+#include <algorithm>
+#include <stdexcept>
 #include <vector>
 
 #include "meta/meta.h"
+#include "meta/step_rows.h"
+#include "meta/update_rule.h"
 
 namespace fastmaml {
 namespace {
 
-// The query set; in `support` batch-norm mode the support images run along, ahead of it, and give the statistics.
-Batch query_batch(Schedule& out, const Program& net, const Adaptation& how, const Batch& support) {
-  const int64_t n = how.query_examples, in = net.input_shape().size();
-  Batch batch;
-  batch.x = out.external(Arg::query_x, n * in);
-  batch.examples = batch.stat_examples = n;
-  if (net.loss.kind == Loss::Kind::cross_entropy)
-    batch.y = out.external(Arg::query_y, n, Type::label);
-  else
-    batch.y = out.external(Arg::query_y, n * net.output_shape().size());
-  if (how.query_weights) batch.weights = out.external(Arg::query_weights, n);
-  if (!net.uses_support_stats()) return batch;
-  const Operand both = out.arena((support.examples + n) * in);
-  out.step(Op::copy, Vector{support.examples * in}, 1, {both, support.x});
-  out.step(Op::copy, Vector{n * in}, 1, {offset(both, support.examples * in), batch.x});
-  batch.x = both;
-  batch.stat_examples = batch.loss_from = support.examples;
-  batch.examples = support.examples + n;
-  return batch;
-}
+// The query losses at the phi[k] that the loop names: their weighted sum, and the sum of their gradients in lambda.
+class QueryLosses {
+ public:
+  QueryLosses(Schedule& out, const Program& net, const Adaptation& how, const Batch& support, Operand lambda)
+      : out_(out), net_(net), queries_(how.loop.queries), lambda_(lambda), loss_(out.external(Arg::loss, 1)) {
+    if (queries_.size() > 1 && !how.loss_weights) throw std::invalid_argument("loss_weights are missing for several query losses");
+    batch_ = query_batch(out, net, how, support);
+    if (!how.loss_weights) return;  // L_query(phi[K]) alone
+    weights_ = out.external(Arg::loss_weights, how.loop.steps + 1);
+    losses_ = out.external(Arg::query_losses, int64_t(queries_.size()));
+    out.step(Op::fill_zero, Vector{1}, 1, {loss_});
+    out.step(Op::fill_zero, Vector{net.param_count}, 1, {lambda});
+  }
+
+  // The network's output at phi[k].
+  Operand add(int k, Operand phi) {
+    if (!weights_) return output_of(gradient(out_, net_, phi, batch_, loss_, lambda_));
+    const auto at = std::lower_bound(queries_.begin(), queries_.end(), k) - queries_.begin();
+    const Operand loss = offset(losses_, at), q = out_.arena(net_.param_count), w = offset(weights_, k);
+    const Tape tape = gradient(out_, net_, phi, batch_, loss, q);
+    out_.step(Op::axpy, Axpy{1, 1}, 1, {loss_, w, loss});
+    out_.step(Op::axpy, Axpy{net_.param_count, 1}, 1, {lambda_, w, q});
+    return output_of(tape);
+  }
+
+ private:
+  Schedule& out_;
+  const Program& net_;
+  const std::vector<int>& queries_;
+  const Operand lambda_, loss_;
+  Batch batch_;
+  Operand weights_, losses_;
+
+  Operand output_of(const Tape& tape) const { return offset(tape.value[net_.output], batch_.loss_from * net_.output_shape().size()); }
+};
 
 }  // namespace
 
 Schedule meta_gradient_schedule(const Program& net, const Adaptation& how) {
   Schedule out;
-  const int K = how.inner_steps;
+  const InnerLoop& loop = how.loop;
+  const int K = loop.steps;
   const int64_t P = net.param_count, outputs = how.query_examples * net.output_shape().size();
-  const Vector flat{P};
-  const bool keep_tapes = how.stash && !how.first_order;
-  const bool keep_gradients = how.rate_grad && (how.stash || how.first_order);
-  const auto step_part = [&](Operand vector, int k) { return offset(vector, how.rates_per_step ? k * P : 0); };
-  const int64_t rate_size = how.rates_per_step ? K * P : P;
-
   const Batch support = support_batch(out, net, how.support_examples, how.support_weights);
-  const Operand rates = K ? out.external(Arg::rates, rate_size) : Operand{};
   const Operand losses = K ? out.external(Arg::support_losses, K) : Operand{};
-  const Operand rate_grad = how.rate_grad && K ? out.external(Arg::rate_grad, rate_size) : Operand{};
   const Operand lambda = out.external(Arg::grad, P);
 
   // forward: phi[0] .. phi[K]
-  std::vector<Operand> phi{out.external(Arg::params, P)}, gradients;
-  std::vector<Tape> tapes;
+  std::vector<Operand> phi{out.external(Arg::params, P)};
+  UpdateRule rule(out, net, how, phi[0]);
+  const StepRows rows(out, net, loop);
+  std::vector<Tape> tapes(K);
   for (int k = 0; k < K; ++k) {
+    if (k > 0) rows.put(k, phi[k]);
     const Operand g = out.arena(P);
-    Tape tape = gradient(out, net, phi[k], support, offset(losses, k), g);
-    if (keep_tapes) tapes.push_back(std::move(tape));
-    gradients.push_back(g);
-    phi.push_back(inner_step(out, net, phi[k], g, step_part(rates, k), out.arena(P)));
+    Tape tape = gradient(out, net, phi[k], step_batch(net, how, support, k), offset(losses, k), g);
+    if (how.stash) tapes[k] = std::move(tape);
+    phi.push_back(out.arena(P));
+    rule.step(k, phi[k], g, phi[k + 1]);
   }
 
   // the query pass: lambda[K]
-  const Batch query = query_batch(out, net, how, support);
-  const Tape tape = gradient(out, net, phi[K], query, out.external(Arg::loss, 1), lambda);
-  out.step(Op::copy, Vector{outputs}, 1,
-           {out.external(Arg::output, outputs), offset(tape.value[net.output], query.loss_from * net.output_shape().size())});
+  QueryLosses query(out, net, how, support, lambda);
+  const Operand output = query.add(K, phi[K]);
+  out.step(Op::copy, Vector{outputs}, 1, {out.external(Arg::output, outputs), output});
 
   // the sweep: lambda[K-1] .. lambda[0]
-  if (rate_grad) out.step(Op::fill_zero, Vector{rate_size}, 1, {rate_grad});
+  const Operand rows_grad = rows.size() && K ? out.external(Arg::step_rows_grad, K * rows.size()) : Operand{};
+  if (rows_grad) out.step(Op::fill_zero, Vector{rows.size()}, 1, {rows_grad});  // row 0 is theta's own
+  rule.start_sweep();
   for (int k = K - 1; k >= 0; --k) {
-    const bool recompute = rate_grad && !keep_gradients;
-    const Operand g = recompute ? out.arena(P) : gradients[k];
-    Operand hu;
-    if (!how.first_order) {
-      const Operand u = out.arena(P);
-      hu = out.arena(P);
-      out.step(Op::scale_by_rate, flat, 1, {u, step_part(rates, k), lambda});
-      hvp(out, net, phi[k], u, support, keep_tapes ? &tapes[k] : nullptr, hu, recompute ? g : Operand{});
+    if (k >= loop.first_swept()) {
+      const Operand u = rule.before_hessian(k, lambda);
+      const Operand hu = u ? out.arena(P) : Operand{};
+      if (hu) {
+        const Batch batch = step_batch(net, how, support, k);
+        hvp(out, net, phi[k], u, batch, how.stash ? &tapes[k] : nullptr, hu, rule.gradient_again(k));
+      }
+      rule.after_hessian(k, lambda, hu);
     }
-    if (rate_grad) out.step(Op::rate_grad, flat, 1, {step_part(rate_grad, k), g, lambda});
-    if (hu) out.step(Op::adjoint_update, flat, 1, {lambda, hu});
+    if (k > 0 && rows_grad) rows.collect(k, lambda, rows_grad);
+    if (!loop.is_query(k)) continue;
+    if (k > 0) rows.put(k - 1, phi[k]);
+    query.add(k, phi[k]);
   }
+  rule.finish_sweep(lambda);
   return out;
 }
 

@@ -102,12 +102,17 @@ struct Run {
   int64_t tasks;
   int lanes = 1;  // layout of the arena
   uintptr_t stream = 0;
+  std::function<void(const Call&)> caller = {};  // computes the caller's ops (op.h), for all tasks at once
 };
 
 // Every Step once, over all tasks; the arena holds all tasks at once (tasks x workspace.task_bytes).
 void run_layered(const Run& run, Arenas& arenas);
 
-// Every task (or group of `lanes` tasks) walks the whole list on one worker without leaving its arena.
+// Every task (or group of `lanes` tasks) walks the whole list on one worker without leaving its arena. No caller's ops.
 void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor& parallel_for);
+
+// Between two of the caller's ops as run_resident; there all tasks meet and the thread that called hands them to Run::caller.
+// The arena holds all tasks at once.
+void run_segments(const Run& run, Arenas& arenas, int workers, const ParallelFor& parallel_for);
 
 }  // namespace fastmaml

@@ -1,4 +1,4 @@
-// The two ways to walk a Schedule on a machine whose ops are host functions.
+// The ways to walk a Schedule on a machine whose ops are host functions.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -12,11 +12,12 @@
 namespace fastmaml {
 namespace {
 
-// Tasks first .. first + count - 1, whose slots start at `arena`.
-void walk(const Run& run, std::byte* arena, std::byte* scratch, int64_t first, int64_t count) {
+// The Steps from .. to - 1 for the tasks first .. first + count - 1, whose slots start at `arena`.
+void walk(const Run& run, std::byte* arena, std::byte* scratch, int64_t first, int64_t count, size_t from, size_t to) {
   const Schedule& schedule = run.schedule;
   std::array<View, kMaxOperands> views;
-  for (const Step& step : schedule.steps) {
+  for (size_t s = from; s < to; ++s) {
+    const Step& step = schedule.steps[s];
     for (int i = 0; i < kMaxOperands; ++i) {
       const Operand& operand = step.operand[i];
       View& view = views[i];
@@ -36,8 +37,28 @@ void walk(const Run& run, std::byte* arena, std::byte* scratch, int64_t first, i
       }
     }
     const Call call{step, schedule.layers[step.layer], views.data(), count, scratch, run.stream};
-    run.table.run[static_cast<int>(step.op)](call);
+    if (is_callers(step.op))
+      run.caller(call);
+    else
+      run.table.run[static_cast<int>(step.op)](call);
   }
+}
+
+// Hands the groups of tasks out to `workers`, one at a time: which worker takes a task never changes its result.
+template <class Body>
+void over_groups(int64_t groups, int workers, const ParallelFor& parallel_for, const Body& body) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t worker) {
+    for (int64_t g = next++; g < groups; g = next++) body(worker, g);
+  };
+  if (workers <= 1)
+    work(0);
+  else
+    parallel_for(workers, work);
+}
+
+bool has_callers_ops(const Schedule& schedule) {
+  return std::any_of(schedule.steps.begin(), schedule.steps.end(), [](const Step& step) { return is_callers(step.op); });
 }
 
 void check(const Run& run) {
@@ -46,6 +67,7 @@ void check(const Run& run) {
   for (const Slot& slot : run.schedule.slots)
     if (slot.arg != Arg::none && slot.size > 0 && !run.args[static_cast<int>(slot.arg)])
       throw std::invalid_argument(std::string("argument ") + arg_name(slot.arg) + " is missing");
+  if (!run.caller && has_callers_ops(run.schedule)) throw std::invalid_argument("the loss is the caller's, who gave none");
 }
 
 }  // namespace
@@ -55,28 +77,41 @@ void run_layered(const Run& run, Arenas& arenas) {
   const size_t groups = (run.tasks + run.lanes - 1) / run.lanes;
   const size_t slots = groups * run.lanes * run.workspace.task_bytes;
   std::byte* arena = arenas.get(0, slots + run.workspace.scratch_bytes);
-  walk(run, arena, arena + slots, 0, run.tasks);
+  walk(run, arena, arena + slots, 0, run.tasks, 0, run.schedule.steps.size());
 }
 
 void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor& parallel_for) {
   check(run);
+  if (has_callers_ops(run.schedule)) throw std::invalid_argument("a task alone cannot walk through the caller's ops");
   const int64_t groups = (run.tasks + run.lanes - 1) / run.lanes;
   const size_t slots = run.lanes * run.workspace.task_bytes, bytes = slots + run.workspace.scratch_bytes;
   workers = int(std::min<int64_t>(std::max(workers, 1), groups));
   arenas.reserve(workers, bytes);
-  // Tasks are handed out one at a time: which worker takes a task never changes its result.
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t worker) {
+  over_groups(groups, workers, parallel_for, [&](int64_t worker, int64_t group) {
     std::byte* arena = arenas.get(int(worker), bytes);
-    for (int64_t g = next++; g < groups; g = next++) {
-      const int64_t first = g * run.lanes;
-      walk(run, arena, arena + slots, first, std::min<int64_t>(run.lanes, run.tasks - first));
-    }
-  };
-  if (workers <= 1)
-    work(0);
-  else
-    parallel_for(workers, work);
+    const int64_t first = group * run.lanes;
+    walk(run, arena, arena + slots, first, std::min<int64_t>(run.lanes, run.tasks - first), 0, run.schedule.steps.size());
+  });
+}
+
+void run_segments(const Run& run, Arenas& arenas, int workers, const ParallelFor& parallel_for) {
+  check(run);
+  const std::vector<Step>& steps = run.schedule.steps;
+  const int64_t groups = (run.tasks + run.lanes - 1) / run.lanes;
+  const size_t slots = run.lanes * run.workspace.task_bytes, all = groups * slots;
+  workers = int(std::min<int64_t>(std::max(workers, 1), groups));
+  std::byte* arena = arenas.get(0, all + workers * run.workspace.scratch_bytes);
+  for (size_t from = 0; from < steps.size();) {
+    size_t to = from;
+    while (to < steps.size() && !is_callers(steps[to].op)) ++to;
+    over_groups(groups, workers, parallel_for, [&](int64_t worker, int64_t group) {
+      const int64_t first = group * run.lanes;
+      std::byte* scratch = arena + all + worker * run.workspace.scratch_bytes;
+      walk(run, arena + group * slots, scratch, first, std::min<int64_t>(run.lanes, run.tasks - first), from, to);
+    });
+    if (to < steps.size()) walk(run, arena, nullptr, 0, run.tasks, to, to + 1);
+    from = to + 1;
+  }
 }
 
 Arenas::~Arenas() {

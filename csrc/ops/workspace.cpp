@@ -41,7 +41,8 @@ Workspace plan_workspace(const Schedule& schedule, const OpTable& table) {
     lives[i] = {int(i), round_up(schedule.slots[i].size * element_bytes(schedule.slots[i].type, table.real_bytes)), -1, -1};
   for (size_t s = 0; s < schedule.steps.size(); ++s) {
     const Step& step = schedule.steps[s];
-    if (!table.supports(step.op)) throw std::invalid_argument(std::string("backend ") + table.backend + " has no op " + op_name(step.op));
+    if (!is_callers(step.op) && !table.supports(step.op))
+      throw std::invalid_argument(std::string("backend ") + table.backend + " has no op " + op_name(step.op));
     if (ScratchFn scratch = table.scratch[static_cast<int>(step.op)])
       plan.scratch_bytes = std::max(plan.scratch_bytes, round_up(scratch(step, schedule.layers[step.layer])));
     for (const Operand& operand : step.operand) {

@@ -52,16 +52,48 @@ struct Add {
 };
 
 struct Loss {
-  enum class Kind : uint8_t { none, cross_entropy, mse };
+  enum class Kind : uint8_t { none, cross_entropy, mse, caller };
   Kind kind;
   int64_t size;      // classes, or outputs per example
   double smoothing;  // cross_entropy: target = (1 - smoothing) onehot + smoothing / classes
+};
+
+struct CallerLoss {  // a loss that the caller computes: what he must know beside the network's output
+  int64_t C, H, W;   // the output, as an image or a vector
+  bool image;
+  bool query;         // of the query set, or of the support set
+  int64_t first_row;  // of the set; the rows of a mini-batch start there
 };
 
 struct Vector {  // ops on flat vectors: copy, add, updates
   int64_t size;
 };
 
-using Layer = std::variant<Vector, Linear, Conv2d, BatchNorm, GroupNorm, Pointwise, Pool2d, Flatten, Add, Loss>;
+struct Axpy {
+  int64_t size;
+  double factor;
+};
+
+struct Clip {  // by value or by norm
+  int64_t size;
+  double limit;
+};
+
+struct Momentum {
+  int64_t size;
+  double momentum, dampening;
+  bool nesterov;
+  bool first;  // there is no b before this step: b_next = g
+};
+
+struct Adam {
+  int64_t size;
+  double beta1, beta2, eps;
+  double decay;  // decoupled weight decay
+  int64_t step;  // steps before this one, for the bias correction
+};
+
+using Layer = std::variant<Vector, Linear, Conv2d, BatchNorm, GroupNorm, Pointwise, Pool2d, Flatten, Add, Loss, CallerLoss, Axpy, Clip,
+                           Momentum, Adam>;
 
 }  // namespace fastmaml

@@ -8,19 +8,20 @@ namespace fastmaml {
 namespace {
 constexpr const char* kNames[] = {
 #define X(name, roles) #name,
-    FASTMAML_OPS(X)
+    FASTMAML_OPS(X) FASTMAML_CALLER_OPS(X)
 #undef X
 };
 constexpr const char* kRoles[] = {
 #define X(name, roles) roles,
-    FASTMAML_OPS(X)
+    FASTMAML_OPS(X) FASTMAML_CALLER_OPS(X)
 #undef X
 };
-constexpr const char* kArgNames[] = {"none",        "params",          "params_dot",    "buffers",        "rates",   "support_x",
-                                     "support_y",   "support_weights", "support_x_dot", "query_x",        "query_y", "query_weights",
-                                     "output_grad", "output_grad_dot", "cg_settings",   "loss",           "grad",    "grad_dot",
-                                     "output",      "output_dot",      "input_grad",    "input_grad_dot", "adapted", "support_losses",
-                                     "rate_grad",   "solution",        "residual"};
+constexpr const char* kArgNames[] = {"none",           "params",          "params_dot",    "buffers",        "rates",    "support_x",
+                                     "support_y",      "support_weights", "support_x_dot", "query_x",        "query_y",  "query_weights",
+                                     "loss_weights",   "step_rows",       "lam",           "mask",           "state",    "step_count",
+                                     "output_grad",    "output_grad_dot", "cg_settings",   "loss",           "grad",     "grad_dot",
+                                     "output",         "output_dot",      "input_grad",    "input_grad_dot", "adapted",  "state_next",
+                                     "support_losses", "query_losses",    "rate_grad",     "step_rows_grad", "solution", "residual"};
 static_assert(sizeof(kArgNames) / sizeof(*kArgNames) == kArgs, "one name per Arg");
 }  // namespace
 

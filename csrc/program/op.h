@@ -14,7 +14,8 @@ namespace fastmaml {
   /* plain vectors */                                                                                                              \
   X(fill_zero, "out")                                                                                                              \
   X(copy, "out x")                                                                                                                 \
-  X(add, "out a b") /* out may be a */                                                                                             \
+  X(add, "out a b")      /* out may be a                                                            */                             \
+  X(axpy, "y [alpha] x") /* y += factor alpha x (in place); alpha is one number, absent: one         */                            \
   /* linear: y = x w + b */                                                                                                        \
   X(linear_fwd, "y x w [b]")                                                                                                       \
   X(linear_fwd_jvp, "y_dot x [x_dot] w w_dot [b_dot]")                                                                             \
@@ -72,23 +73,42 @@ namespace fastmaml {
   X(scale_by_rate, "u rate lambda")    /* u = rate lambda                            */                                            \
   X(rate_grad, "rate_grad g lambda")   /* rate_grad -= g lambda (in place)           */                                            \
   X(adjoint_update, "lambda hu")       /* lambda -= hu (in place)                    */                                            \
+  X(proximal, "g lam phi theta")       /* g += lam (phi - theta) (in place)          */                                            \
+  /* clipping of a gradient, by value or by the norm over the entries with mask != 0; u: the adjoint of what comes out */          \
+  X(clip_value, "clipped g")                                                                                                       \
+  X(clip_value_adjoint, "u_raw u g")                                                                                               \
+  X(clip_norm, "clipped g [mask]")                                                                                                 \
+  X(clip_norm_adjoint, "u_raw u g [mask]")                                                                                         \
+  /* b: the running average of gradients, p: less its adjoint; d: what the rate multiplies (b, or with nesterov g + momentum b) */ \
+  X(momentum_update, "phi_next b_next [d] phi g rate [b]")                                                                         \
+  X(momentum_adjoint, "u p rate lambda") /* p in place */                                                                          \
+  /* m, s: the running averages of g and g^2, after the step in the adjoint; p, r: less their adjoints */                          \
+  X(adam_update, "phi_next m_next s_next phi g rate [m] [s] [step_count]")                                                         \
+  X(adam_adjoint, "u lambda p r [rate_grad] phi g rate m s") /* lambda, p, r, rate_grad in place */                                \
   /* conjugate gradients on ((1 + damping) I + H / lam) s = v; settings = [lam, damping], state = [r.r, v.v, active] */            \
   X(cg_start, "s r p state v")                                                                                                     \
   X(cg_step, "s r p state hp settings")                                                                                            \
   X(cg_residual, "residual state")
 
+// Ops that no backend fills: a walk hands them to the caller (Run::caller in ops/ops.h), for all tasks at once.
+#define FASTMAML_CALLER_OPS(X) \
+  X(caller_loss, "loss dz z")  \
+  X(caller_loss_jvp, "dz_dot z z_dot")
+
 enum class Op : uint8_t {
 #define X(name, roles) name,
-  FASTMAML_OPS(X)
+  FASTMAML_OPS(X) FASTMAML_CALLER_OPS(X)
 #undef X
 };
 
 inline constexpr int kOps = 0
 #define X(name, roles) +1
-    FASTMAML_OPS(X)
+    FASTMAML_OPS(X) FASTMAML_CALLER_OPS(X)
 #undef X
     ;
 inline constexpr int kMaxOperands = 13;
+
+constexpr bool is_callers(Op op) { return op == Op::caller_loss || op == Op::caller_loss_jvp; }
 
 const char* op_name(Op op);
 const char* op_roles(Op op);

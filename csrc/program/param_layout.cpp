@@ -36,29 +36,32 @@ void move_tensor(const Param& p, T* engine_out, const T* in) {
 }
 
 template <class T, bool kFromTorch>
-void move_all(const Program& program, T* to, const T* from, int64_t count) {
+void move_all(const std::vector<Param>& params, T* to, const T* from, int64_t count) {
+  const int64_t size = size_of(params);
   for (int64_t v = 0; v < count; ++v)
-    for (const Param& p : program.params) {
-      const int64_t at = v * program.param_count + p.offset;
+    for (const Param& p : params) {
+      const int64_t at = v * size + p.offset;
       move_tensor<T, kFromTorch>(p, to + at, from + at);
     }
 }
 
 }  // namespace
 
+int64_t size_of(const std::vector<Param>& params) { return params.empty() ? 0 : params.back().offset + params.back().size; }
+
 template <class T>
-void params_from_torch(const Program& program, T* to, const T* from, int64_t count) {
-  move_all<T, true>(program, to, from, count);
+void params_from_torch(const std::vector<Param>& params, T* to, const T* from, int64_t count) {
+  move_all<T, true>(params, to, from, count);
 }
 
 template <class T>
-void params_to_torch(const Program& program, T* to, const T* from, int64_t count) {
-  move_all<T, false>(program, to, from, count);
+void params_to_torch(const std::vector<Param>& params, T* to, const T* from, int64_t count) {
+  move_all<T, false>(params, to, from, count);
 }
 
-template void params_from_torch(const Program&, float*, const float*, int64_t);
-template void params_from_torch(const Program&, double*, const double*, int64_t);
-template void params_to_torch(const Program&, float*, const float*, int64_t);
-template void params_to_torch(const Program&, double*, const double*, int64_t);
+template void params_from_torch(const std::vector<Param>&, float*, const float*, int64_t);
+template void params_from_torch(const std::vector<Param>&, double*, const double*, int64_t);
+template void params_to_torch(const std::vector<Param>&, float*, const float*, int64_t);
+template void params_to_torch(const std::vector<Param>&, double*, const double*, int64_t);
 
 }  // namespace fastmaml

@@ -7,10 +7,13 @@
 
 namespace fastmaml {
 
-// count vectors of [P]; from and to must not overlap.
+// Numbers in one vector over these parameters, which follow each other without gaps.
+int64_t size_of(const std::vector<Param>& params);
+
+// count vectors; from and to must not overlap.
 template <class T>
-void params_from_torch(const Program& program, T* to, const T* from, int64_t count);
+void params_from_torch(const std::vector<Param>& params, T* to, const T* from, int64_t count);
 template <class T>
-void params_to_torch(const Program& program, T* to, const T* from, int64_t count);
+void params_to_torch(const std::vector<Param>& params, T* to, const T* from, int64_t count);
 
 }  // namespace fastmaml

@@ -148,6 +148,8 @@ class Parser {
       net_.loss = {Loss::Kind::cross_entropy, 0, line.real("smoothing")};
     else if (line.mode == "mse")
       net_.loss = {Loss::Kind::mse, 0, 0.0};
+    else if (line.mode == "caller")
+      net_.loss = {Loss::Kind::caller, 0, 0.0};
     else if (line.mode == "none")
       net_.loss = {Loss::Kind::none, 0, 0.0};
     else

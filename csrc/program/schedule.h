@@ -25,7 +25,13 @@ enum class Arg : uint8_t {
   query_x,
   query_y,
   query_weights,
-  output_grad,  // [N, output] passes: gradient by the output
+  loss_weights,  // [K + 1]    of the query losses at phi[0] .. phi[K]
+  step_rows,     // [K, R]     what some parameters hold in each inner step
+  lam,           // [1]        strength of the proximal term
+  mask,          // [P]        != 0: this entry counts in clip_norm
+  state,         // [S, P]     of the update rule: nothing, b, or m and s
+  step_count,    // [1]        inner steps taken before
+  output_grad,   // [N, output] passes: gradient by the output
   output_grad_dot,
   cg_settings,  // [lam, damping]
   // results
@@ -37,8 +43,11 @@ enum class Arg : uint8_t {
   input_grad,  // [N, input]
   input_grad_dot,
   adapted,         // [P]
+  state_next,      // [S, P]
   support_losses,  // [K]
+  query_losses,    // [number of queries]
   rate_grad,       // [P] or [K, P]
+  step_rows_grad,  // [K, R]
   solution,        // [P]
   residual,        // [1]
   count

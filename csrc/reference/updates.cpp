@@ -35,6 +35,14 @@ void adjoint_update(const Call& call) {
   }
 }
 
+// g += lam (phi - theta), in place: the gradient of lam / 2 |phi - theta|^2
+void proximal(const Call& call) {
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real g = real(call, 0, task), lam = real(call, 1, task), phi = real(call, 2, task), theta = real(call, 3, task);
+    for (int64_t i = 0; i < call.shape<Vector>().size; ++i) g[i] += lam[0] * (phi[i] - theta[i]);
+  }
+}
+
 // out = sum_t w[t] x[t], or the mean where w is null; neighbours first, so the order depends on the task index alone.
 void tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size) {
   double* sum = static_cast<double*>(out);

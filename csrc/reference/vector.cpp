@@ -36,4 +36,14 @@ void add(const Call& call) {
   }
 }
 
+// y += factor alpha x;  alpha is one number, 1 where absent
+void axpy(const Call& call) {
+  const Axpy& shape = call.shape<Axpy>();
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real y = real(call, 0, task), alpha = real(call, 1, task), x = real(call, 2, task);
+    const double factor = shape.factor * value_or(alpha, 0, 1.0);
+    for (int64_t i = 0; i < shape.size; ++i) y[i] += factor * x[i];
+  }
+}
+
 }  // namespace fastmaml::reference

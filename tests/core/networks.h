@@ -1,6 +1,7 @@
 // Small Programs and random arguments for the C++ tests: what a binding would hand in, without Python.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <random>
 #include <string>
@@ -61,7 +62,8 @@ struct Arguments {
       const int a = static_cast<int>(slot.arg);
       std::mt19937 random(seed + unsigned(a));
       std::normal_distribution<double> normal(0.0, 0.5);
-      const bool shared = slot.arg == Arg::params || slot.arg == Arg::rates;
+      const auto is = [&](std::initializer_list<Arg> any) { return std::find(any.begin(), any.end(), slot.arg) != any.end(); };
+      const bool shared = is({Arg::params, Arg::rates, Arg::loss_weights, Arg::step_rows, Arg::lam, Arg::mask});
       const size_t n = size_t(slot.size * (shared ? 1 : tasks));
       if (slot.type == Type::label) {
         for (size_t i = 0; i < n; ++i) label[a].push_back(int64_t(random() % unsigned(classes)));
@@ -71,7 +73,8 @@ struct Arguments {
       const bool result = slot.arg >= Arg::loss;
       for (size_t i = 0; i < n; ++i) {
         const double v = normal(random);
-        real[a].push_back(T(result ? 0.0 : slot.arg == Arg::rates ? 0.1 + 0.01 * v : v));
+        const bool positive = is({Arg::rates, Arg::lam, Arg::loss_weights});
+        real[a].push_back(T(result ? 0.0 : positive ? 0.1 + 0.01 * v : slot.arg == Arg::mask ? double(i % 3 > 0) : v));
       }
       views[a] = {real[a].data(), shared ? 0 : slot.size, 1};
     }

@@ -1,0 +1,34 @@
+// adapt: K inner steps on the support set.
+#include "meta/meta.h"
+#include "meta/step_rows.h"
+#include "meta/update_rule.h"
+
+namespace fastmaml {
+
+Schedule adapt_schedule(const Program& net, const Adaptation& how) {
+  Schedule out;
+  const int K = how.loop.steps;
+  const int64_t P = net.param_count;
+  Operand phi = out.external(Arg::params, P);
+  const Operand adapted = out.external(Arg::adapted, P);
+  UpdateRule rule(out, net, how, phi);
+  if (K == 0) {
+    out.step(Op::copy, Vector{P}, 1, {adapted, phi});
+  } else {
+    const Batch support = support_batch(out, net, how.support_examples, how.support_weights);
+    const Operand losses = out.external(Arg::support_losses, K);
+    const StepRows rows(out, net, how.loop);
+    for (int k = 0; k < K; ++k) {
+      if (k > 0) rows.put(k, phi);
+      const Operand g = out.arena(P);
+      gradient(out, net, phi, step_batch(net, how, support, k), offset(losses, k), g);
+      const Operand next = k == K - 1 ? adapted : out.arena(P);
+      rule.step(k, phi, g, next);
+      phi = next;
+    }
+  }
+  rule.deliver_state();
+  return out;
+}
+
+}  // namespace fastmaml
