@@ -70,7 +70,7 @@ def arena_bytes(model: torch.nn.Module, support: int, query: int, inner_steps: i
 
     return _C.arena_bytes(
         program.text, "meta_gradient", backend="cpu", real_bytes=4,
-        support_examples=support, query_examples=query, inner_steps=inner_steps, memory=memory,
+        support_examples=support, query_examples=query, loop=f"steps={inner_steps}", memory=memory,
     )  # fmt: skip
 
 

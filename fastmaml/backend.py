@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from fastmaml import batch_norm as batch_norm_modes
 from fastmaml import checks
 from fastmaml.autodiff import Autodiff
+from fastmaml.caller_loss import CallerLoss
+from fastmaml.compiled import Compiled
 from fastmaml.fused_layers import Unsupported
-from fastmaml.losses import Loss, per_example
+from fastmaml.losses import Given, Loss, per_example
 from fastmaml.network import Network, Program, read_network
 from fastmaml.packing import Packing, check_inputs, is_one_tensor
 from fastmaml.parameters import ParameterLayout
@@ -23,14 +25,6 @@ logger = logging.getLogger("fastmaml")
 
 BACKENDS = ("auto", "cpu", "reference", "autodiff", "cuda", "cuda_emulated")
 MEMORY = ("auto", "low", "stash")
-
-
-class Given(NamedTuple):
-    """Checked examples of all tasks; w None: each counts the same."""
-
-    x: Tensor
-    y: Tensor
-    w: Tensor | None
 
 
 @functools.lru_cache(maxsize=1)
@@ -76,6 +70,7 @@ class Backend:
         self._loss = per_example(loss, label_smoothing)
         self._autodiff = Autodiff(model, self.layout, self._loss, batch_norm)
         self._network: Network | None = None
+        self._caller = CallerLoss(self._loss) if callable(loss) else None
         self._why = ""
         self._programs: dict[tuple[int, ...], Program] = {}
         self._output_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -90,8 +85,13 @@ class Backend:
 
     @property
     def why(self) -> str:
-        """Why the network is not fused, and how autodiff runs it where that is not vmap; "" when fused."""
-        return "; ".join(part for part in (self._why, self._autodiff.note) if part)
+        """Why the network, or its loss, is not fused, and how tasks are run where that is not vmap; "" when all is."""
+        if not self.fused:
+            return "; ".join(part for part in (self._why, self._autodiff.note) if part)
+        if self._caller is None:
+            return ""
+        text = "the loss is a Python function: the network's steps are fused, layer by layer over all tasks, between its calls"
+        return "; ".join(part for part in (text, self._caller.note) if part)
 
     def __repr__(self) -> str:
         state = f"backend={self.backend!r}, batch_norm={self.batch_norm!r}, parameters={self.layout.size}"
@@ -108,8 +108,6 @@ class Backend:
             self.backend, self._why = "autodiff", "backend 'autodiff' was asked for"
             return
         self.backend = "cpu" if wanted == "auto" else wanted
-        if callable(self.loss_name):
-            return self.fall_back("the loss is a Python function")
         device = next(self.model.parameters()).device
         if device.type != "cpu":
             return self.fall_back(f"the model is on {device} and backend '{self.backend}' computes on the CPU")
@@ -142,7 +140,7 @@ class Backend:
         if shape not in self._programs:
             try:
                 self._programs[shape] = self._network.program(
-                    shape, str(self.loss_name), self.label_smoothing, self.batch_norm
+                    shape, "caller" if self._caller else str(self.loss_name), self.label_smoothing, self.batch_norm
                 )
             except Unsupported as reason:
                 self.fall_back(str(reason))
@@ -150,6 +148,9 @@ class Backend:
             except ValueError as error:
                 raise ValueError(f"{name} {checks.shape(x)} does not fit the model: {error}") from None
         return self._programs[shape]
+
+    def _compiled(self, program: Program) -> Compiled:
+        return Compiled(program, self.model, self.backend, self.memory, self._caller)
 
     def _output_shape(self, name: str, x: Tensor, params: Tensor, program: Program | None) -> tuple[int, ...]:
         """The network's output per example; raises ValueError when the examples do not fit the model."""

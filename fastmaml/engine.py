@@ -1,7 +1,7 @@
 """The Engine: gradients, Hessian-vector products, inner loops and exact meta-gradients of one network and loss.
 
-The only file that calls the compiled module (as torch.ops.fastmaml). A network that is not fused runs on autodiff.py
-with the same results; `engine.why` says why.
+It checks, chooses and shapes; compiled.py and autodiff.py compute. A network that is not fused runs on autodiff with the
+same results; `engine.why` says why.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmaml import checks, sweep
-from fastmaml.backend import Backend, Given, plain
+from fastmaml.backend import Backend, plain
+from fastmaml.compiled import LoopTensors
 from fastmaml.conjugate_gradients import conjugate_gradients
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.inner_loop import InnerLoop
+from fastmaml.losses import Given
 from fastmaml.network import Program
 from fastmaml.parameters import InnerLr, collapse_rates, expand_rates
 from fastmaml.sweep import Examples, Rows
@@ -120,7 +122,7 @@ class Engine(Backend):
             return self._as_returned(self._autodiff.begin().forward(self._per_task(params, x), plain(x), statistics))
         if statistics is None and self.batch_norm == "support":
             statistics = plain(x)
-        return self._run("forward", program, params, plain(x), statistics)[0]
+        return self._compiled(program).forward(params, plain(x), statistics)
 
     @_without_graph
     def grad(self, params: Tensor, x: Tensor, y: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -131,7 +133,7 @@ class Engine(Backend):
         if program is None:
             loss, grad = self._autodiff.begin().grad(self._per_task(params, x), self._weighted(at))
         else:
-            loss, grad = self._run("grad", program, params, *at)
+            loss, grad = self._compiled(program).grad(params, at)
         return loss, _masked(grad, self._mask(grad))
 
     @_without_graph
@@ -144,7 +146,10 @@ class Engine(Backend):
         program = self._program("x", x, params)
         expected = (*x.shape[:2], *self._output_shape("x", x, params, program))
         dy = plain(checks.weights("dy", dy, expected, params))
-        y, grad = self._autodiff.begin().vjp(self._per_task(params, x), plain(x), dy)
+        if program is None:
+            y, grad = self._autodiff.begin().vjp(self._per_task(params, x), plain(x), dy)
+        else:
+            y, grad = self._compiled(program).vjp(params, plain(x), dy)
         return y, _masked(grad, self._mask(params))
 
     @_without_graph
@@ -162,7 +167,7 @@ class Engine(Backend):
         if program is None:
             hv = self._autodiff.hvp(self._per_task(params, at.x), self._weighted(at), v)[1]
         else:
-            hv = self._run("hvp", program, params, *at, v)[0]
+            hv = self._compiled(program).hvp(params, at, v)[1]
         return _masked(hv, mask)
 
     @_without_graph
@@ -193,7 +198,7 @@ class Engine(Backend):
         steps = checks.whole_number("steps", steps, 1)
         mask = self._mask(params)
         if program is not None and mask is None:
-            return Solution(*self._run("solve", program, params, *at, v, lam, steps, damping))
+            return Solution(*self._compiled(program).solve(params, at, v, lam, steps, damping))
         self._autodiff.begin()
 
         def operator(p: Tensor) -> Tensor:
@@ -258,6 +263,10 @@ class Engine(Backend):
         if state is not None:
             expected = (x.shape[0], optimizer.vectors * self.layout.size)
             state = plain(checks.weights("state", state, expected, theta))
+        if program is not None and rule is None:
+            tensors = LoopTensors(rates, rows, lam, mask)
+            params, losses, after = self._compiled(program).adapt(theta, at, loop, tensors, state, steps_taken)
+            return Adaptation(params, losses, after if after.numel() else None)
         own = rule or rule_for(optimizer, rates, mask, state, steps_taken)
         params, losses = sweep.adapt(
             self._derivatives(program), self._per_task(theta, x), self._weighted(at, minibatch), loop, own, rows, lam
@@ -346,45 +355,43 @@ class Engine(Backend):
         trainable = self._mask(theta)
         mask, rows, lam = self._moved(adapted, step_rows, theta), self._rows(step_rows, theta), _lam(proximal)
         rates = expand_rates(optimizer.lr, self.layout, mask, theta, loop.steps)
-        own = rule or rule_for(optimizer, rates, mask)
-        result = sweep.meta_gradient(
-            self._derivatives(program, support),
-            self._per_task(theta, support_x),
-            self._weighted(support, minibatch),
-            self._weighted(query),
-            loop,
-            own,
-            len(rates),
-            loss_weights,
-            rows,
-            lam,
-            support.x if self.batch_norm == "support" else None,
-        )
         of_task = task_weights if task_weights is not None else theta.new_full((tasks,), 1.0 / tasks)
-
-        def reduced(of_tasks: Tensor) -> Tensor:
-            return of_tasks if per_task else torch.tensordot(of_task, of_tasks, 1)
-
-        grad = _masked(reduced(result.grad), trainable)
-        rows_grad = None
-        if rows is not None and result.rows_grad is not None and step_rows is not None:
-            by_step = reduced(result.rows_grad)
-            by_step[..., 0, :] += grad[..., rows.places]
+        if program is not None and rule is None:
+            tensors = LoopTensors(rates, rows, lam, mask)
+            result: Any = self._compiled(program).meta_gradient(
+                theta, support, query, loop, tensors, loss_weights, task_weights
+            )
+            grad, rate_grad, rows_grad = result.grad, result.rate_grad, result.rows_grad
+        else:
+            result = sweep.meta_gradient(
+                self._derivatives(program),
+                self._per_task(theta, support_x),
+                self._weighted(support, minibatch),
+                self._weighted(query),
+                loop,
+                rule or rule_for(optimizer, rates, mask),
+                len(rates),
+                loss_weights,
+                rows,
+                lam,
+                support.x if self.batch_norm == "support" else None,
+            )
+            grad, rate_grad, rows_grad = (
+                of if of is None or per_task else torch.tensordot(of_task, of, 1)
+                for of in (result.grad, result.rate_grad, result.rows_grad)
+            )
+        grad = _masked(grad, trainable)
+        by_name = None
+        if rows is not None and step_rows is not None:
+            rows_grad[..., 0, :] += grad[..., rows.places]
             grad = grad.index_fill(-1, rows.places, 0.0)
-            rows_grad = self._by_name(step_rows, by_step)
-        rate_grad = None
-        if result.rate_grad is not None:
-            rate_grad = torch.tensordot(of_task, result.rate_grad, 1)
-            rate_grad = collapse_rates(rate_grad, optimizer.lr, self.layout, mask, theta, loop.steps)
-        return MetaGradient(
-            result.loss,
-            grad,
-            self._as_returned(result.output),
-            rate_grad,
-            result.support_losses,
-            rows_grad,
-            result.query_losses,
-        )
+            by_name = self._by_name(step_rows, rows_grad)
+        of_rates = None
+        if loop.rate_grad:
+            reduced = torch.tensordot(of_task, rate_grad, 1) if per_task else rate_grad
+            of_rates = collapse_rates(reduced, optimizer.lr, self.layout, mask, theta, loop.steps)
+        output = self._as_returned(result.output) if program is None else result.output
+        return MetaGradient(result.loss, grad, output, of_rates, result.support_losses, by_name, result.query_losses)
 
     # ---------------------------------------------------------------- what an inner loop consists of
 
@@ -452,8 +459,8 @@ class Engine(Backend):
 
     # ---------------------------------------------------------------- calls
 
-    def _derivatives(self, program: Program | None, support: Given | None = None) -> sweep.Derivatives:
-        return self._autodiff.begin() if program is None else _Compiled(self, program)
+    def _derivatives(self, program: Program | None) -> sweep.Derivatives:
+        return self._autodiff.begin() if program is None else self._compiled(program)
 
     def _weighted(self, given: Given, minibatch: int | None = None) -> Examples:
         w = given.w
@@ -466,16 +473,6 @@ class Engine(Backend):
 
     def _mask(self, like: Tensor) -> Tensor | None:
         return self.layout.trainable(self.model, like)
-
-    def _run(self, op: str, program: Program, params: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        """Calls a compiled op; the reference backend computes in float64 and answers in the caller's type."""
-        dtype = params.dtype
-        given = [params, *arguments, program.gather_buffers(self.model, params)]
-        if self.backend == "reference":
-            given = [g.double() if isinstance(g, Tensor) and g.is_floating_point() else g for g in given]
-        result = getattr(torch.ops.fastmaml, op)(program.text, self.backend, *given)
-        results = (result,) if isinstance(result, Tensor) else tuple(result)
-        return tuple(r.to(dtype) for r in results)
 
 
 def _masked(vector: Tensor, mask: Tensor | None) -> Tensor:
@@ -500,29 +497,3 @@ def _lam(proximal: float | Tensor | None) -> float:
     if lam < 0:
         raise ValueError(f"proximal is {lam}; it must not be negative")
     return lam
-
-
-class _Compiled:
-    """The fused derivatives one by one, for update rules that are not compiled into the schedule."""
-
-    hvp_gives_gradient = False
-
-    def __init__(self, engine: Engine, program: Program):
-        self.engine, self.program = engine, program
-
-    def grad(self, params: Tensor, at: Examples, step: int) -> tuple[Tensor, Tensor]:
-        loss, grad = self.engine._run("grad", self.program, params.contiguous(), *_contiguous(at))
-        return loss, grad
-
-    def query(self, params: Tensor, at: Examples, step: int, support_x: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        loss, grad = self.grad(params, at, step)
-        output = self.engine._run("forward", self.program, params.contiguous(), at.x, support_x)[0]
-        return loss, grad, output
-
-    def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int) -> tuple[None, Tensor]:
-        given = (*_contiguous(at), v.contiguous())
-        return None, self.engine._run("hvp", self.program, params.contiguous(), *given)[0]
-
-
-def _contiguous(at: Examples) -> Examples:
-    return Examples(*(part.contiguous() for part in at))

@@ -18,9 +18,10 @@ def arena_bytes(
 ) -> int:
     from fastmaml import _C
 
+    loop = f"steps={inner_steps}" + (" rate_grad=1" if how.pop("rate_grad", False) else "")
     how = {"support_examples": 5, "query_examples": 15, **how}
     return _C.arena_bytes(
-        program, "meta_gradient", backend=backend, real_bytes=real_bytes, inner_steps=inner_steps, memory=memory, **how
+        program, "meta_gradient", backend=backend, real_bytes=real_bytes, loop=loop, memory=memory, **how
     )
 
 

@@ -46,6 +46,7 @@ def arguments(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, to
         "y": torch.randint(3, (T, N), generator=generator),
         "query_y": torch.randint(3, (T, N + 1), generator=generator),
         "v": normal(T, P),
+        "dy": normal(T, N, 3),
         "rates": torch.full((1, P), 0.1, dtype=dtype),
         "weights": torch.rand(T, N, generator=generator).to(dtype),
         "buffers": torch.empty(0, dtype=dtype),
@@ -55,7 +56,7 @@ def arguments(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, to
 def meta_gradient(a: dict[str, torch.Tensor], backend: str = "cpu", inner_steps: int = 2) -> tuple[torch.Tensor, ...]:
     return torch.ops.fastmaml.meta_gradient(
         TEXT, backend, a["theta"], a["x"], a["y"], None, a["query_x"], a["query_y"], None, None, a["rates"],
-        inner_steps, False, "low", True, a["buffers"],
+        f"steps={inner_steps} rate_grad=1", "low", None, None, None, None, a["buffers"],
     )  # fmt: skip
 
 
@@ -103,10 +104,14 @@ OPERATORS = {
     "forward": lambda a: (a["params"], a["x"], None, a["buffers"]),
     "grad": lambda a: (a["params"], a["x"], a["y"], a["weights"], a["buffers"]),
     "hvp": lambda a: (a["theta"], a["x"], a["y"], None, a["v"], a["buffers"]),
-    "adapt": lambda a: (a["theta"], a["x"], a["y"], None, a["rates"], 2, a["buffers"]),
+    "vjp": lambda a: (a["params"], a["x"], a["dy"], a["buffers"]),
+    "adapt": lambda a: (
+        *(a["theta"], a["x"], a["y"], None, a["rates"], "steps=2 rule=adam"),
+        *(None, None, None, None, None, a["buffers"]),
+    ),
     "meta_gradient": lambda a: (
         *(a["theta"], a["x"], a["y"], None, a["query_x"], a["query_y"], None, None, a["rates"]),
-        *(2, False, "auto", True, a["buffers"]),
+        *("steps=2 rate_grad=1", "auto", None, None, None, None, a["buffers"]),
     ),
     "solve": lambda a: (a["params"], a["x"], a["y"], None, a["v"], 2.0, 3, 0.1, a["buffers"]),
 }
@@ -188,7 +193,7 @@ def test_unknown_words_are_refused():
     a = arguments()
     with pytest.raises(ValueError, match='backend "gpu" is not one of cpu, reference'):
         meta_gradient(a, "gpu")
-    with pytest.raises(ValueError, match="inner_steps is -1"):
+    with pytest.raises(ValueError, match="steps=-1"):
         meta_gradient(a, inner_steps=-1)
     with pytest.raises(ValueError, match='unknown instruction set "sse9"'):
         _C.set_cpu_isa("sse9")

@@ -1,0 +1,77 @@
+"""A loss written in Python at the outputs of the fused network: compiled schedules hand it each task's outputs.
+
+Between its Steps the network stays compiled; the loss's gradient and Hessian-vector product by the outputs come from
+torch.func, over all tasks at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaml.losses import Given, LossFunction, weighted
+from fastmaml.sweep import Examples
+from fastmaml.task_derivatives import TaskDerivatives
+
+
+class CallerLoss:
+    """Answers the caller_loss Steps of a schedule for one call after the other."""
+
+    def __init__(self, loss: LossFunction):
+        self._loss = loss
+        self._tasks = TaskDerivatives(lambda z, y, w: (weighted(self._loss, z, y, w), z))
+
+    @property
+    def note(self) -> str:
+        return self._tasks.note
+
+    @contextmanager
+    def serving(
+        self, install: Callable[[Any], None], support: Given | Examples, query: Given | Examples | None = None
+    ) -> Iterator[None]:
+        """Within the block the installed callback computes the loss of these examples.
+
+        An exception of the loss leaves the block as it was raised, not as the operator passes it on.
+        """
+        raised: list[BaseException] = []
+
+        def answer(of_query: bool, first: int, z: Any, z_dot: Any, loss_out: Any, dz_out: Any) -> None:
+            try:
+                given = query if of_query else support
+                assert given is not None
+                with torch.no_grad():
+                    self._answer(given, first, _tensor(z), _tensor(z_dot), _tensor(loss_out), _tensor(dz_out))
+            except BaseException as error:
+                raised.append(error)
+                raise
+
+        self._tasks.begin()
+        install(answer)
+        try:
+            yield
+        except Exception:
+            if raised:
+                raise raised[0] from None
+            raise
+        finally:
+            install(None)
+
+    def _answer(self, given: Given | Examples, first: int, z: Any, z_dot: Any, loss_out: Any, dz_out: Any) -> None:
+        rows = slice(first, first + z.shape[1])
+        y = given.y[:, rows]
+        y = y.to(z.dtype) if y.is_floating_point() else y
+        w = z.new_full(z.shape[:2], 1.0 / z.shape[1]) if given.w is None else given.w[:, rows].to(z.dtype)
+        if z_dot is None:
+            loss, dz, _ = self._tasks.grad(first, z, y, w)
+            loss_out.copy_(loss)
+            dz_out.copy_(dz)
+        else:
+            dz_out.copy_(self._tasks.hvp(first, z, z_dot, y, w)[1])
+
+
+def _tensor(array: Any) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
