@@ -10,8 +10,9 @@
 namespace fastmaml {
 namespace {
 
-constexpr size_t kStashBytes = size_t(256) << 20;  // a task: beyond that, "auto" recomputes
-constexpr size_t kCached = 64;                     // a plan of 100 inner steps of Conv4 holds megabytes of Steps
+constexpr size_t kStashBytes = size_t(256) << 20;      // a task: beyond that, "auto" recomputes
+constexpr size_t kStashBytesOfAll = size_t(16) << 20;  // the same where the tasks meet at a caller's loss and are all in memory
+constexpr size_t kCached = 64;                         // a plan of 100 inner steps of Conv4 holds megabytes of Steps
 
 // Values by key. When it is full everything goes: a program that makes that many plans has no favourites.
 template <class Value>
@@ -84,7 +85,8 @@ Plan make_plan(const std::string& text, const OpTable& table, Work work) {
   work.how.stash = work.memory != Memory::low;
   plan.schedule = schedule_of(*plan.program, work);
   plan.workspace = plan_workspace(plan.schedule, table);
-  if (work.memory == Memory::automatic && plan.arena_bytes() > kStashBytes) {
+  const bool all_at_once = plan.program->loss.kind == Loss::Kind::caller;
+  if (work.memory == Memory::automatic && plan.arena_bytes() > (all_at_once ? kStashBytesOfAll : kStashBytes)) {
     work.memory = Memory::low;
     return make_plan(text, table, work);
   }

@@ -6,16 +6,6 @@
 FASTMAML_CPU_BEGIN
 namespace {
 
-template <class V>
-V square_root(V x) {
-  if constexpr (std::is_floating_point_v<V>) {
-    return std::sqrt(x);
-  } else {
-    for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = std::sqrt(x[i]);
-    return x;
-  }
-}
-
 template <class T>
 void momentum_update(const Call& call) {
   const Momentum& rule = *std::get_if<Momentum>(&call.layer);

@@ -2,9 +2,13 @@
 // FASTMAML_LANES_BYTES (16, 32 or 64). Code is written for a type V that is either a vector or, for the tail, one number.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 #ifndef FASTMAML_ISA
 #error "compile with -DFASTMAML_ISA=name -DFASTMAML_LANES_BYTES=bytes"
@@ -61,6 +65,36 @@ inline T sum_lanes(V v) {
     T s = 0;
     for (int64_t i = 0; i < kLanes<T>; ++i) s += v[i];
     return s;
+  }
+}
+
+// Of every lane. Compilers leave std::sqrt scalar for the sake of errno, so the instruction is named where there is one.
+template <class V>
+inline __attribute__((always_inline)) V square_root(V x) {
+  if constexpr (std::is_floating_point_v<V>) {
+    return std::sqrt(x);
+  } else {
+    constexpr bool kFloats = sizeof(x[0]) == sizeof(float);
+#ifdef __AVX512F__
+    if constexpr (sizeof(V) == 64) {  // masked by nothing: GCC 12 warns of the plain one's undefined source
+      return kFloats ? V(_mm512_maskz_sqrt_ps(__mmask16(-1), __m512(x))) : V(_mm512_maskz_sqrt_pd(__mmask8(-1), __m512d(x)));
+    }
+#endif
+#ifdef __AVX__
+    if constexpr (sizeof(V) == 32) return kFloats ? V(_mm256_sqrt_ps(__m256(x))) : V(_mm256_sqrt_pd(__m256d(x)));
+    if constexpr (sizeof(V) == 64) {
+      __m256 half[2];
+      std::memcpy(half, &x, sizeof(V));
+      for (__m256& h : half) h = kFloats ? _mm256_sqrt_ps(h) : __m256(_mm256_sqrt_pd(__m256d(h)));
+      std::memcpy(&x, half, sizeof(V));
+      return x;
+    }
+#endif
+#ifdef __SSE2__
+    if constexpr (sizeof(V) == 16) return kFloats ? V(_mm_sqrt_ps(__m128(x))) : V(_mm_sqrt_pd(__m128d(x)));
+#endif
+    for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = std::sqrt(x[i]);
+    return x;
   }
 }
 
