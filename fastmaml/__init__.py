@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastmaml import algorithms, inner, models
-from fastmaml.algorithms import ANIL, BOIL, FOMAML, MAML, MetaSGD
+from fastmaml.algorithms import ANIL, BOIL, FOMAML, MAML, MAMLPlusPlus, MetaSGD
 from fastmaml.engine import Engine, MetaGradient, Solution
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022  in the order one learns them
     "MAML",
     "FOMAML",
+    "MAMLPlusPlus",
     "ANIL",
     "BOIL",
     "MetaSGD",

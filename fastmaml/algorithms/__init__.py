@@ -5,6 +5,7 @@ from fastmaml.algorithms.boil import BOIL
 from fastmaml.algorithms.fomaml import FOMAML
 from fastmaml.algorithms.learner import Adapted, Learner, LearnerOutput
 from fastmaml.algorithms.maml import MAML
+from fastmaml.algorithms.mamlpp import MAMLPlusPlus
 from fastmaml.algorithms.meta_sgd import MetaSGD
 
-__all__ = ["ANIL", "BOIL", "FOMAML", "MAML", "Adapted", "Learner", "LearnerOutput", "MetaSGD"]
+__all__ = ["ANIL", "BOIL", "FOMAML", "MAML", "Adapted", "Learner", "LearnerOutput", "MAMLPlusPlus", "MetaSGD"]
