@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastmaml import algorithms, inner, models
-from fastmaml.algorithms import ANIL, BOIL, FOMAML, MAML, MAMLPlusPlus, MetaSGD
+from fastmaml.algorithms import ANIL, BOIL, FOMAML, IMAML, MAML, MAMLPlusPlus, MetaSGD
 from fastmaml.engine import Engine, MetaGradient, Solution
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [  # noqa: RUF022  in the order one learns them
     "ANIL",
     "BOIL",
     "MetaSGD",
+    "IMAML",
     "models",
     "inner",
     "tasks",
