@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastmaml import step_statistics
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
-from fastmaml.checks import whole_number
+from fastmaml.checks import number, whole_number
 from fastmaml.engine import Adaptation, Engine, MetaGradient
-from fastmaml.inner import SGD, Optimizer
+from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.losses import Loss
 from fastmaml.parameters import ParameterLayout
 
@@ -29,7 +29,7 @@ class MAMLPlusPlus(Learner):
     Multi-step loss (section 4, "MSL"): for epoch e < msl_epochs = E the weights move from equal to the last step,
     w_i = max(1/K - e/(K E), 0.03/K), w_K = min(1/K + e(K-1)/(K E), 1 - (K-1) 0.03/K); from E on w_K = 1 alone.
     Rates ("LSLR"): learn_rates gives every adapted tensor a learned rate for each step, "inner_lr.NAME" [K, 1, .., 1],
-    that starts at inner_lr; its sign is free. Without, inner_lr is one fixed rate.
+    that starts at inner_lr, by default 0.1; its sign is free. Without, inner_lr is one fixed rate.
     Batch norm ("BNWB"): per_step_norm gives every batch norm's gamma and beta a row for each step, "step_rows.NAME"
     [K, C], used in step k's support pass and in the query pass after it; meta-trained, not adapted. The model's own
     gamma and beta only say where they start. adapt_norm adapts them as any other parameter instead, one for all steps.
@@ -40,7 +40,7 @@ class MAMLPlusPlus(Learner):
     inner loop, whose networks run one task at a time.
 
     An epoch is steps_per_epoch outer steps; at_step counts. Further inner steps than inner_steps reuse the last rate,
-    row and statistics. inner: an optimizer of fm.inner, whose lr the rates replace. The rest is Learner's. Cosine
+    row and statistics. `inner`, an optimizer of fm.inner, may stand for inner_lr. The rest is Learner's. Cosine
     annealing, clipping and the ensemble of checkpoints are the trainer's.
     """
 
@@ -50,7 +50,7 @@ class MAMLPlusPlus(Learner):
     def __init__(
         self,
         model: nn.Module,
-        inner_lr: float = 0.1,
+        inner_lr: float | None = None,
         inner_steps: int = 5,
         loss: Loss = "cross_entropy",
         *,
@@ -71,11 +71,12 @@ class MAMLPlusPlus(Learner):
         norms = [name for name, p in named.items() if id(p) in of_norms and not adapt_norm]
         chosen = ParameterLayout(model).fitting([adapted] if isinstance(adapted, str) else adapted)
         moved = [name for name in chosen if name in named and name not in norms]
-        rates: Any = inner_lr
+        optimizer = optimizer_of(0.1 if inner_lr is None and inner is None else inner_lr, inner)
+        rates: Any = optimizer.lr
         if learn_rates:
-            rates = {n: _per_step(named[n].detach().new_full([1] * named[n].dim(), inner_lr), steps) for n in moved}
-        optimizer = replace(SGD(0.0) if inner is None else inner, lr=rates)
-        super().__init__(model, None, steps, loss, inner=optimizer, adapted=moved, **options)
+            number("inner_lr", rates)
+            rates = {n: _per_step(named[n].detach().new_full([1] * named[n].dim(), rates), steps) for n in moved}
+        super().__init__(model, None, steps, loss, inner=replace(optimizer, lr=rates), adapted=moved, **options)
 
         rows = norms if per_step_norm else []
         self.step_rows = nn.ParameterDict({n.replace(".", "/"): _per_step(named[n].detach(), steps) for n in rows})

@@ -100,8 +100,8 @@ def test_first_order_until_the_annealing_ends(backend, first_order):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_another_inner_optimizer(backend):
     model, given = network("conv"), batch("conv")
-    how = {"inner": fm.inner.SGD(0.0, momentum=0.9, clip_norm=1.0), "msl_epochs": 0}
-    learner = perturbed(fm.MAMLPlusPlus(model, 0.2, 3, backend=backend, **how))
+    how = {"inner": fm.inner.SGD(0.2, momentum=0.9, clip_norm=1.0), "msl_epochs": 0}
+    learner = perturbed(fm.MAMLPlusPlus(model, inner_steps=3, backend=backend, **how))
     learner(*given).loss.backward()
     moved = 1 - mask_of(model, "1.")
     expected = inner_oracle.unrolled(
