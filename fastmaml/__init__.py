@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastmaml import algorithms, inner, models
-from fastmaml.algorithms import ANIL, BOIL, FOMAML, FOML, IMAML, MAML, MAMLPlusPlus, MetaSGD, Reptile
+from fastmaml.algorithms import ANIL, BOIL, FOMAML, FOML, IMAML, MAML, MAMLPlusPlus, MetaCurvature, MetaSGD, Reptile
 from fastmaml.engine import Engine, MetaGradient, Solution
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [  # noqa: RUF022  in the order one learns them
     "BOIL",
     "MetaSGD",
     "IMAML",
+    "MetaCurvature",
     "models",
     "inner",
     "tasks",

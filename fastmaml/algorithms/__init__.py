@@ -7,6 +7,7 @@ from fastmaml.algorithms.imaml import IMAML
 from fastmaml.algorithms.learner import Adapted, Learner, LearnerOutput
 from fastmaml.algorithms.maml import MAML
 from fastmaml.algorithms.mamlpp import MAMLPlusPlus
+from fastmaml.algorithms.meta_curvature import MetaCurvature
 from fastmaml.algorithms.meta_sgd import MetaSGD
 from fastmaml.algorithms.reptile import Reptile
 
@@ -21,6 +22,7 @@ __all__ = [
     "Learner",
     "LearnerOutput",
     "MAMLPlusPlus",
+    "MetaCurvature",
     "MetaSGD",
     "Reptile",
 ]

@@ -1,8 +1,10 @@
 """iMAML: the meta-gradient of a regularised inner problem by the implicit function theorem (Rajeswaran et al. 2019).
 
-inner:   phi = argmin L_support(phi) + lam/2 |phi - theta|^2                              (equation 3)
-outer:   (I + H/lam) x = grad L_query(phi),   H the Hessian of L_support at phi;   x is the meta-gradient   (lemma 1)
-lambda:  d L_query / d lam = <grad L_support(phi), x> / lam^2
+    phi = argmin L_support(phi) + lam/2 |phi - theta|^2                       (equation 3)
+    (I + H/lam) x = grad L_query(phi),   x is the meta-gradient               (lemma 1)
+    d L_query / d lam = <grad L_support(phi), x> / lam^2                      (ALGORITHMS 2.5)
+
+H is the Hessian of L_support at phi, without the proximal term.
 """
 
 from __future__ import annotations
