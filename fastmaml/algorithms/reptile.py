@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep, weighted
 from fastmaml.checks import any_target, whole_number
 from fastmaml.engine import Adaptation
-from fastmaml.inner import Adam, Optimizer
+from fastmaml.inner import Adam, Optimizer, optimizer_of
 from fastmaml.losses import Loss
+from fastmaml.parameters import InnerLr
 
 
 class Reptile(Learner):
@@ -25,6 +26,7 @@ class Reptile(Learner):
         reptile = Reptile(model)                      # the released settings of Omniglot 5-way
         optimizer = reptile.outer_optimizer(1.0)
 
+    inner: an optimizer of fm.inner, by default Adam(1e-3, betas=(0, 0.999)); or inner_lr for plain gradient descent.
     minibatch: examples in each inner step, drawn from the support set without replacement; each pass over it is
     shuffled, and a batch may straddle two passes. None: all of them at every step. Draws come from torch's generator.
 
@@ -45,11 +47,12 @@ class Reptile(Learner):
     def __init__(
         self,
         model: nn.Module,
-        inner: Optimizer = Adam(1e-3, betas=(0.0, 0.999)),  # noqa: B008  it is frozen
+        inner: Optimizer | None = None,
         inner_steps: int = 5,
         minibatch: int | None = 10,
         loss: Loss = "cross_entropy",
         *,
+        inner_lr: InnerLr | None = None,
         serial: bool = False,
         eval_steps: int = 50,
         eval_minibatch: int | None = 5,
@@ -60,6 +63,9 @@ class Reptile(Learner):
         label_smoothing: float = 0.0,
         adapted: str | Sequence[str] | None = None,
     ):
+        if inner is None and inner_lr is None:
+            inner = Adam(1e-3, betas=(0.0, 0.999))
+        inner = optimizer_of(inner_lr, inner)
         how: dict[str, Any] = {"inner": inner, "adapted": adapted}
         super().__init__(model, None, inner_steps, loss, False, backend, memory, batch_norm, label_smoothing, **how)
         if self.learnable_rates():

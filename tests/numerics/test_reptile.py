@@ -275,6 +275,13 @@ def test_a_loss_function_frozen_parameters_and_a_layer_that_is_not_fused():
     assert torch.equal(grad_of(head.model) != 0, mask_of(head.model, "2.").bool())
 
 
+def test_the_inner_optimizer_is_adam_without_momentum_unless_said_otherwise():
+    assert fm.Reptile(network()).inner == fm.inner.Adam(1e-3, betas=(0.0, 0.999))
+    assert fm.Reptile(network(), inner_lr=0.2).inner == fm.inner.SGD(0.2)
+    with pytest.raises(TypeError, match="either inner_lr .* or inner"):
+        fm.Reptile(network(), ADAM, inner_lr=0.2)
+
+
 def test_wrong_arguments_say_so():
     with pytest.raises(TypeError, match="no gradient for a learned inner rate"):
         fm.Reptile(network(), fm.inner.SGD(nn.Parameter(torch.tensor(0.1))))
