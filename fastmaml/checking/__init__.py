@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fastmaml.algorithms.learner import Learner
 from fastmaml.algorithms.maml import MAML
 from fastmaml.checking import subject as subjects
 from fastmaml.checking.compare import relative
-from fastmaml.checking.examine import Examination, by_differences
-from fastmaml.checking.intent import Intent, of_learner
+from fastmaml.checking.examine import Examination
+from fastmaml.checking.intent import Intent
+from fastmaml.checking.learners import check_learner
 from fastmaml.checking.oracle import Oracle
 from fastmaml.checking.report import Report, Row
 from fastmaml.checking.subject import Batch, MetaLoss
@@ -33,7 +35,7 @@ __all__ = ["Report", "Row", "check"]
 
 def check(
     subject: Learner | nn.Module | MetaLoss,
-    batch: Sequence[Tensor] | None = None,
+    batch: Sequence[Any] | None = None,
     *,
     model: nn.Module | None = None,
     loss: Loss | None = None,
@@ -56,7 +58,7 @@ def check(
         scalar loss whose backward() fills the .grad of model.parameters() (it may call backward() itself), with the
         `model` it is to be called with. A function is called several times on that model in float64; weights,
         gradients and buffers are put back afterwards.
-    batch: (support_x, support_y, query_x, query_y), each [tasks, examples, ...].
+    batch: (support_x, support_y, query_x, query_y), each [tasks, examples, ...]; x may be a tuple or dict of inputs.
     What it is meant to compute, for a model or a function (a learner knows): loss "cross_entropy" (default), "mse" or a
         function (output, target); inner_lr, inner_steps (default 1), inner, first_order, truncate, adapted, batch_norm
         and label_smoothing as in fm.MAML; reduction of the tasks' losses, "mean" or "sum". Rates that require a
@@ -79,24 +81,24 @@ def check(
         "label_smoothing": label_smoothing,
     }
     given: dict[str, Any] = {name: value for name, value in meant.items() if value is not None}
-    if isinstance(subject, nn.Module) and model is not None:
-        raise TypeError("model= belongs to a function; here the first argument is a module already")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if isinstance(subject, Learner):
-            if given:
-                raise TypeError(f"a learner knows what it computes; leave out {', '.join(given)}")
-            return _of_learner(subject, data, reduction, directions, seed)
-        if isinstance(subject, nn.Module):
-            if reduction != "mean":
-                raise ValueError("reduction='sum' belongs to a function; fastmaml's own loss is the mean over tasks")
-            learner = MAML(copy.deepcopy(subject).double(), backend=backend or "auto", **given)
-            return _of_learner(learner, data, "mean", directions, seed)
-        if not callable(subject):
+        if model is not None:
+            if not callable(subject):
+                raise TypeError(f"with model= the first argument is a function, not {type(subject).__name__}")
+            intent = _intent(given, reduction).checked(model)
+            return _of_function(subject, model, data, intent, directions, seed)
+        if not isinstance(subject, nn.Module):
+            if callable(subject):
+                raise TypeError("a function is called as function(model, batch): give the model with model=")
             raise TypeError(f"subject must be a learner, a module or a function, not {type(subject).__name__}")
-        if model is None:
-            raise TypeError("a function is called as function(model, batch): give the model with model=")
-        return _of_function(subject, model, data, _intent(given, reduction).checked(model), directions, seed)
+        if reduction != "mean":
+            raise ValueError("reduction='sum' belongs to a function; fastmaml's own loss is the mean over tasks")
+        if not isinstance(subject, Learner):
+            subject = MAML(copy.deepcopy(subject).double(), backend=backend or "auto", **given)
+        elif given:
+            raise TypeError(f"a learner knows what it computes; leave out {', '.join(given)}")
+        return check_learner(subject, data, _sizes(data), directions, seed)
 
 
 def _intent(given: dict[str, Any], reduction: str) -> Intent:
@@ -104,17 +106,6 @@ def _intent(given: dict[str, Any], reduction: str) -> Intent:
     optimizer = optimizer_of(given.pop("inner_lr", None), given.pop("inner", None))
     loss, steps = given.pop("loss", "cross_entropy"), given.pop("inner_steps", 1)
     return Intent(loss, optimizer, steps, reduction=reduction, **given)
-
-
-def _of_learner(learner: Learner, batch: Batch, reduction: str, directions: int, seed: int) -> Report:
-    name = type(learner).__name__
-    subject = subjects.of_learner(learner, batch)
-    intent = of_learner(learner)
-    where = f"backend {learner.engine.backend}, {_sizes(batch)}"
-    if isinstance(intent, str):
-        return by_differences(subject, f"{name} ({where})", intent, directions, seed)
-    oracle = Oracle(learner.model, intent.checked(learner.model), batch)
-    return Examination(subject, oracle, f"{name}, {intent.words()} ({where})", directions, seed).report()
 
 
 def _of_function(
@@ -149,21 +140,22 @@ def _checked_batch(batch: Any) -> Batch:
     names = ("support_x", "support_y", "query_x", "query_y")
     if batch is None or isinstance(batch, Tensor) or not isinstance(batch, Sequence) or len(batch) != 4:
         raise TypeError(f"batch must be ({', '.join(names)}), each a tensor [tasks, examples, ...]")
-    for name, tensor in zip(names, batch):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor [tasks, examples, ...], not {type(tensor).__name__}")
-        if tensor.dim() < 2 or 0 in tensor.shape[:2]:
-            raise ValueError(f"{name} {shape(tensor)} must be [tasks, examples, ...] with at least one of each")
-        if tensor.shape[0] != batch[0].shape[0]:
-            raise ValueError(f"support_x {shape(batch[0])} and {name} {shape(tensor)} hold different numbers of tasks")
-    for name, at in (("support", 0), ("query", 2)):
-        if batch[at].shape[1] != batch[at + 1].shape[1]:
-            raise ValueError(
-                f"{name}_x {shape(batch[at])} and {name}_y {shape(batch[at + 1])} hold different numbers of examples"
-            )
+    for name, given in zip(names, batch):
+        labels = batch[1] if name.startswith("support") else batch[3]
+        for part in tree_leaves(given) if name.endswith("x") else [given]:
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{name} must be a tensor [tasks, examples, ...], not {type(part).__name__}")
+            if part.dim() < 2 or 0 in part.shape[:2]:
+                raise ValueError(f"{name} {shape(part)} must be [tasks, examples, ...] with at least one of each")
+            if isinstance(labels, Tensor) and part.shape[:2] != labels.shape[:2]:
+                raise ValueError(
+                    f"{name} {shape(part)} and {name[:-1]}y {shape(labels)} hold different numbers of tasks or examples"
+                )
+    if len(batch[1]) != len(batch[3]):
+        raise ValueError(f"support_y {shape(batch[1])} and query_y {shape(batch[3])} hold different numbers of tasks")
     return batch  # type: ignore[return-value]
 
 
 def _sizes(batch: Batch) -> str:
-    tasks, support = batch[0].shape[:2]
-    return f"{tasks} {'task' if tasks == 1 else 'tasks'}, {support} support and {batch[2].shape[1]} query examples each"
+    tasks, support = batch[1].shape[:2]
+    return f"{tasks} {'task' if tasks == 1 else 'tasks'}, {support} support and {batch[3].shape[1]} query examples each"

@@ -71,7 +71,7 @@ def _factor(given: Named, expected: Named, tolerance: float) -> float | None:
 
 
 def _reason(factor: float, oracle: Oracle, tolerance: float) -> str:
-    tasks, queries = oracle.tasks, oracle.sets["query"][0].shape[1]
+    tasks, queries = oracle.tasks, oracle.sets["query"][1].shape[1]
     mean = oracle.intent.reduction == "mean"
     reasons = [
         (-1.0, "its sign is the other one"),

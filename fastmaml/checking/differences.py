@@ -29,26 +29,31 @@ class Slope(NamedTuple):
         return size({name: grad[name] for name in self.direction if name in grad})
 
     def at_kink(self, grad: Named) -> bool:
-        return not self.noise <= 1e-4 * self.reach(grad)
+        return not self.noise <= 1e-4 * self._scale(grad)
 
     def miss(self, grad: Named, scale: Named) -> float:
         """How far the gradient's slope is from this one, as a share of `scale` there."""
-        return abs(self.value - inner(grad, self.direction)) / (self.reach(scale) or 1.0)
+        return abs(self.value - inner(grad, self.direction)) / self._scale(scale)
 
     def fits(self, grad: Named, scale: Named) -> bool:
         """Within 1e-6 (rounding leaves 1e-10 of the loss), or ten times the noise."""
-        return self.miss(grad, scale) <= 1e-6 + 10 * self.noise / (self.reach(scale) or 1.0)
+        return self.miss(grad, scale) <= 1e-6 + 10 * self.noise / self._scale(scale)
+
+    def _scale(self, grad: Named) -> float:
+        return self.reach(grad) or size(grad) or 1.0
 
 
-def directions(grad: Named, count: int, seed: int) -> list[Named]:
+def directions(grad: Named, count: int, seed: int, silent: Named | None = None) -> list[Named]:
     """`count` unit directions over all parameters and one for each whose gradient is more than rounding.
 
     Each is the gradient's own, turned by a random part of half its length: so the slope is of the gradient's size.
+    silent: parameters without a gradient, each of which gets a random direction.
     """
     random = torch.Generator().manual_seed(seed)
     moved = [name for name in grad if float(grad[name].norm()) > 1e-8 * size(grad)]
     blocks = [moved] * count + ([[name] for name in moved] if len(moved) > 1 else [])
-    return [_unit({name: grad[name] for name in block}, random) for block in blocks if block]
+    along = [_unit({name: grad[name] for name in block}, random) for block in blocks if block]
+    return along + [_unit({name: torch.zeros_like(leaf)}, random) for name, leaf in (silent or {}).items()]
 
 
 def slopes(loss: Callable[[], float | None], leaves: Named, along: list[Named]) -> list[Slope]:
@@ -81,7 +86,7 @@ def _slope(loss: Callable[[], float | None], leaves: Named, direction: Named, mi
 
 def _unit(grad: Named, random: torch.Generator) -> Named:
     noise = {n: torch.randn(g.shape, generator=random, dtype=g.dtype).to(g.device) for n, g in grad.items()}
-    mixed = {n: 0.5 * noise[n] / size(noise) + grad[n] / size(grad) for n in grad}
+    mixed = {n: 0.5 * noise[n] / size(noise) + grad[n] / (size(grad) or 1.0) for n in grad}
     return {n: m / size(mixed) for n, m in mixed.items()}
 
 

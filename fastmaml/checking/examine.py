@@ -147,7 +147,7 @@ class Examination:
             found = differences.slopes(self.subject.loss, self.subject.leaves, along)
             whose = "the loss it returns"
         else:
-            leaves = self.oracle.theta | self.oracle.rates.leaves
+            leaves = self.oracle.theta | self.oracle.extra_leaves
             found, whose = differences.slopes(self.oracle.loss, leaves, along), "the oracle's meta-loss"
         self.sentences += differences.judged(found, given, wanted, right, whose, self.subject.model)
 
@@ -178,7 +178,8 @@ def by_differences(subject: Subject, title: str, reason: str, directions: int, s
     if outcome is None:
         return Report(False, title, sentences)
     given = {name: grad for name, grad in outcome.grads.items() if grad is not None}
-    along = differences.directions(given, max(directions, 1), seed)
+    silent = {n: x for n, x in subject.leaves.items() if x.requires_grad and zero(pick(given, [n]))}
+    along = differences.directions(given, max(directions, 1), seed, silent)
     found = differences.slopes(subject.loss, subject.leaves, along)
     sure = [slope for slope in found if not slope.at_kink(given)]
     misses = {tuple(s.direction): s.miss(given, given) for s in sure}
@@ -201,8 +202,10 @@ def by_differences(subject: Subject, title: str, reason: str, directions: int, s
     rows = []
     for name, leaf in subject.leaves.items():
         state = "agrees" if not any(tuple(slope.direction) == (name,) for slope in wrong) else "wrong"
-        if name not in given or zero({name: given[name]}):
-            state = "no gradient" if leaf.requires_grad else "frozen"
+        if name in silent:
+            state = "zero" if state == "agrees" else "detached"
+        elif not leaf.requires_grad:
+            state = "frozen"
         rows.append(Row(name, leaf.numel(), misses.get((name,), math.nan), math.nan, state))
     sentences = [verdict, *sentences, *differences.kinks(len(found) - len(sure), len(found), subject.model)]
     sentences.append(f"There is no unrolled oracle to compare with: {reason}.")
@@ -258,10 +261,11 @@ def surroundings(subject: Subject) -> list[str]:
         owners.setdefault(owner, []).append(buffer)
     if owners:
         first = next(iter(owners))
-        kind = type(model.get_submodule(first)).__name__
+        kind = type(subject.owner.get_submodule(first)).__name__
         others = f" (and so do {len(owners) - 1} more layers)" if len(owners) > 1 else ""
+        layer = f"layer '{first.removeprefix('model.')}'" if first else "learner"
         sentences.append(
-            f"Stateful layer '{first}' ({kind}): a call changes its {', '.join(owners[first])}{others}, so what eval mode "
+            f"Stateful {layer} ({kind}): a call changes its {', '.join(owners[first])}{others}, so what eval mode "
             "computes depends on the batches that went through before."
         )
     for names in _tied(model):

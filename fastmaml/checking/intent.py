@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from fastmaml import batch_norm as batch_norm_modes
 from fastmaml.algorithms.learner import Learner
+from fastmaml.algorithms.mamlpp import MAMLPlusPlus
 from fastmaml.checks import whole_number
 from fastmaml.inner import SGD, Optimizer
 from fastmaml.losses import Loss, per_example
 from fastmaml.parameters import ParameterLayout, expand_rates
 
 # What a sweep may be asked for that the oracle can unroll; a learner with more is compared with finite differences.
-_UNROLLED = {"first_order", "truncate", "adapted", "loss_weights", "minibatch", "proximal"}
+_UNROLLED = {"first_order", "truncate", "adapted", "loss_weights", "minibatch", "proximal", "step_rows"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Intent:
     loss_weights: Tensor | None = None  # [K+1] of the query losses at phi[0] .. phi[K]
     minibatch: int | None = None  # step k sees support rows k B .. k B + B - 1
     proximal: float = 0.0  # + proximal (phi - theta) to each step's gradient
+    step_rows: Mapping[str, Tensor] | None = None  # [K, *shape]: parameters with a value of their own at every step
     reduction: str = "mean"  # of the tasks' losses: "mean" | "sum"
 
     def checked(self, model: nn.Module) -> Intent:
@@ -63,9 +65,8 @@ class Intent:
     def moved(self, model: nn.Module) -> list[str]:
         """The names of the parameters that the inner loop moves."""
         layout, mask = ParameterLayout(model), self.moved_mask(model)
-        if mask is None:
-            return list(layout.names)
-        return [name for name, part in layout.split(mask).items() if bool(part.flatten()[:1].any())]
+        names = [n for n in layout.names if n not in (self.step_rows or {})]
+        return names if mask is None else [n for n in names if bool(layout.split(mask)[n].flatten()[:1].any())]
 
     @property
     def plain(self) -> bool:
@@ -86,8 +87,8 @@ class Intent:
 
 def of_learner(learner: Learner) -> Intent | str:
     """What a learner is meant to compute, or the reason why the oracle cannot unroll it."""
-    name = type(learner).__name__
-    if type(learner).meta_step is not Learner.meta_step:
+    name, kind = type(learner).__name__, type(learner)
+    if kind.meta_step not in (Learner.meta_step, MAMLPlusPlus.meta_step) or kind.start is not Learner.start:
         return f"{name} has a gradient of its own kind"
     options = learner.sweep_options()
     more = [option for option, value in options.items() if option not in _UNROLLED and value is not None]

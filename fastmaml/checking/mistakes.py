@@ -149,7 +149,7 @@ def _rates(oracle: Oracle) -> Iterator[Idea]:
         "The Hessian term has the wrong sign: it is added instead of subtracted.",
         Slip(hessian_term="-H(a*v)"),
     )
-    support = oracle.sets["support"][0].shape[1]
+    support = oracle.sets["support"][1].shape[1]
     factors = {
         float(support): f"the inner loss is summed over its {support} examples instead of averaged",
         1.0 / support: f"the inner loss is divided by its {support} examples twice",

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_map
 
 from fastmaml.checking.intent import Intent, Rates
 from fastmaml.inner import SGD
@@ -69,7 +70,7 @@ class Answer(NamedTuple):
 class Oracle:
     """The answers for one model, intent and batch, in one floating point type."""
 
-    def __init__(self, model: nn.Module, intent: Intent, batch: Iterable[Tensor], dtype: torch.dtype = torch.float64):
+    def __init__(self, model: nn.Module, intent: Intent, batch: Iterable[Any], dtype: torch.dtype = torch.float64):
         self.intent = intent
         self.moved = intent.moved(model)
         self.model = copy.deepcopy(model).to(dtype)
@@ -78,17 +79,20 @@ class Oracle:
         self.theta = {n: p.detach().clone().requires_grad_() for n, p in self.model.named_parameters()}
         self.trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
         self.rates = Rates(intent.inner.lr, self.model, dtype)
-        tensors = (t.to(dtype) if t.is_floating_point() else t for t in batch)
-        support_x, support_y, query_x, query_y = tensors
-        self.sets = {"support": (support_x, support_y), "query": (query_x, query_y)}
-        self.tasks = len(support_x)
+        self.rows = {
+            n: row.detach().to(dtype, copy=True).requires_grad_() for n, row in (intent.step_rows or {}).items()
+        }
+        typed = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, tuple(batch))
+        support_x, support_y, query_x, query_y = typed
+        self.sets: dict[str, tuple[Any, Tensor]] = {"support": (support_x, support_y), "query": (query_x, query_y)}
+        self.tasks = len(support_y)
 
     def answer(self, slip: Slip = Slip()) -> Answer:
         """Loss and gradient of the trained parameters and of the rates."""
         if slip.only_hessian:
             every = frozenset(range(self.intent.inner_steps))
             return self.answer().without(self.answer(Slip(cut_gradient=every)))
-        leaves = {name: self.theta[name] for name in self.trained} | self.rates.leaves
+        leaves = {name: self.theta[name] for name in self.trained} | self.extra_leaves
         weight = 1.0 / self.tasks if self.intent.reduction == "mean" else 1.0
         self.norms.restart()
         loss, rows = 0.0, list[tuple[Tensor | None, ...]]()
@@ -109,6 +113,11 @@ class Oracle:
             grads[name] = torch.stack(full).detach() if used else None
         return Answer(loss, grads)
 
+    @property
+    def extra_leaves(self) -> Named:
+        """What is learned beside the model's parameters: rates, and rows per step."""
+        return self.rates.leaves | {f"step_rows.{name}": row for name, row in self.rows.items()}
+
     def loss(self, slip: Slip = Slip()) -> float:
         """The meta-loss alone, at theta and the rates as they stand."""
         weight = 1.0 / self.tasks if self.intent.reduction == "mean" else 1.0
@@ -128,18 +137,22 @@ class Oracle:
         phi, state, total = dict(self.theta), dict[str, Any](), None
         for k in range(steps + 1):
             if k in weights:
-                value = weights[k] * self._query_loss(phi, task, slip)
+                value = weights[k] * self._query_loss(phi | self._row(max(k - 1, 0)), task, slip)
                 total = value if total is None else total + value
             if k == steps:
                 break
             cut = cut_all or k in slip.cut_gradient
-            new = self._step(phi, task, k, cut, slip, state)
+            new = self._step(phi | self._row(k), task, k, cut, slip, state)
             if k < truncated:  # the adjoint passes through as it is
                 new = {n: phi[n] + (p - phi[n]).detach() for n, p in new.items()}
                 state = {n: {key: s.detach() for key, s in of.items()} for n, of in state.items()}
             phi = phi | new
         assert total is not None
         return total
+
+    def _row(self, k: int) -> Named:
+        """The parameters that have a value of their own at step k."""
+        return {name: row[min(k, len(row) - 1)] for name, row in self.rows.items()}
 
     def _loss_weights(self, steps: int) -> dict[int, float]:
         if self.intent.loss_weights is None or steps != self.intent.inner_steps:
@@ -160,7 +173,7 @@ class Oracle:
             rows = slice(k * self.intent.minibatch, (k + 1) * self.intent.minibatch)
         mode = slip.inner_norm or ("running" if self.intent.batch_norm == "frozen" else "batch")
         self.norms.mode = "updated" if mode == "carried" else mode
-        loss = self._loss(at, x[task][rows], y[task][rows])
+        loss = self._loss(at, _part(x, task, rows), y[task][rows])
         grads = torch.autograd.grad(
             loss,
             [at[n] for n in names],
@@ -182,7 +195,7 @@ class Oracle:
             g = {n: gn.clamp(-o.clip_value, o.clip_value) for n, gn in g.items()}
         if o.clip_norm is not None:
             norm = torch.stack([gn.square().sum() for gn in g.values()]).sum().sqrt()
-            if float(norm) > o.clip_norm:
+            if float(norm.detach()) > o.clip_norm:
                 g = {n: gn * (o.clip_norm / norm) for n, gn in g.items()}
         decoupled = getattr(o, "decoupled", False)
         new = {}
@@ -214,15 +227,18 @@ class Oracle:
         x, y = self.sets[slip.query_set]
         if mode == "support":
             self.norms.mode = "record"
-            self._output(phi, self.sets["support"][0][task])
+            self._output(phi, _part(self.sets["support"][0], task))
         self.norms.mode = {"support": "recorded", "carried": "updated"}.get(mode, mode)
-        return self._loss(phi, x[task], y[task])
+        return self._loss(phi, _part(x, task), y[task])
 
-    def _output(self, phi: Named, x: Tensor) -> Any:
+    def _output(self, phi: Named, x: Any) -> Any:
+        """x: one input, a tuple of them, or a dict by argument name."""
         buffers = {n: b.clone() for n, b in self.model.named_buffers()}
-        return functional_call(self.model, {**phi, **buffers}, (x,))
+        named = x if isinstance(x, dict) else {}
+        listed = () if named else tuple(x) if isinstance(x, (tuple, list)) else (x,)
+        return functional_call(self.model, {**phi, **buffers}, listed, named)
 
-    def _loss(self, phi: Named, x: Tensor, y: Tensor) -> Tensor:
+    def _loss(self, phi: Named, x: Any, y: Tensor) -> Tensor:
         output, loss = self._output(phi, x), self.intent.loss
         if loss == "cross_entropy":
             return F.cross_entropy(output, y.long(), label_smoothing=self.intent.label_smoothing)
@@ -230,6 +246,11 @@ class Oracle:
             return (output - y).square().mean()
         assert callable(loss)
         return loss(output, y).mean()
+
+
+def _part(x: Any, task: int, rows: slice = slice(None)) -> Any:
+    """The examples of one task, in the form that x has."""
+    return tree_map(lambda part: part[task][rows], x)
 
 
 class _ScaleAdjoint(torch.autograd.Function):
@@ -310,13 +331,19 @@ class Norms:
         self.kept[name] = (1 - share) * old_mean + share * mean, (1 - share) * old_var + share * unbiased, seen + 1
 
 
+def dropouts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """The modules that drop with a probability above 0, each with its name and the attribute that holds it."""
+    found = []
+    for name, module in model.named_modules():
+        key = "p" if isinstance(module, _DropoutNd) else "dropout"  # of attention and recurrent layers
+        if isinstance(getattr(module, key, None), float) and getattr(module, key) > 0:
+            found.append((name, module, key))
+    return found
+
+
 def switch_dropout_off(model: nn.Module) -> list[str]:
     """Makes every dropout of a model the identity; returns the names of those that were active."""
-    active = []
-    for name, module in model.named_modules():
-        key = "p" if isinstance(module, _DropoutNd) else "dropout"
-        if isinstance(getattr(module, key, None), float) and getattr(module, key) > 0:
-            if module.training:
-                active.append(name)
-            setattr(module, key, 0.0)
-    return active
+    found = dropouts(model)
+    for _, module, key in found:
+        setattr(module, key, 0.0)
+    return [name for name, module, _ in found if module.training]

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fastmaml.algorithms.learner import Learner
+from fastmaml.checking.oracle import dropouts
 
 MetaLoss = Callable[[nn.Module, Any], Any]
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+Batch = tuple[Any, Tensor, Any, Tensor]  # support_x, support_y, query_x, query_y; x may be a tuple or dict of inputs
 
 
 class Outcome(NamedTuple):
@@ -30,8 +32,11 @@ class Subject:
     Every call finds the same weights, buffers and training modes; what it leaves otherwise is noted and put back.
     """
 
-    def __init__(self, model: nn.Module, leaves: dict[str, Tensor], call: Callable[[], Any]):
+    def __init__(
+        self, model: nn.Module, leaves: dict[str, Tensor], call: Callable[[], Any], owner: nn.Module | None = None
+    ):
         self.model = model
+        self.owner = model if owner is None else owner  # the module with all the buffers
         self.leaves = leaves
         self.call = call
         self.changes_weights = False
@@ -68,8 +73,8 @@ class Subject:
     @contextmanager
     def _kept(self) -> Iterator[None]:
         weights = {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
-        buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
-        modes = [(module, module.training) for module in self.model.modules()]
+        buffers = {name: b.detach().clone() for name, b in self.owner.named_buffers()}
+        modes = [(module, module.training) for module in self.owner.modules()]
         try:
             yield
         finally:
@@ -77,7 +82,7 @@ class Subject:
                 if not torch.equal(leaf.detach(), weights[name]):
                     self.changes_weights = True
                     leaf.data.copy_(weights[name])
-            for name, buffer in self.model.named_buffers():
+            for name, buffer in self.owner.named_buffers():
                 if name in buffers and not torch.equal(buffer, buffers[name]):
                     self.changed_buffers[name] = None
                     buffer.data.copy_(buffers[name])
@@ -103,7 +108,7 @@ def of_learner(learner: Learner, batch: Batch) -> Subject:
     own = copy.deepcopy(learner).double()
     batch = in_double(batch)
     leaves: dict[str, Tensor] = {_plain_name(name): p for name, p in own.named_parameters()}
-    return Subject(own.model, leaves, lambda: own(*batch))
+    return Subject(own.model, leaves, lambda: own(*batch), own)
 
 
 @contextmanager
@@ -112,12 +117,13 @@ def of_function(
 ) -> Iterator[Subject]:
     """A hand-written meta-loss on the model itself, for the function may hold the model that it was written around.
 
-    double: model, rates and batch are in float64 within the block. Afterwards weights, gradients, buffers and training
-    modes are what they were.
+    double: model, rates and batch are in float64 within the block. Afterwards weights, gradients, buffers, training modes
+    and dropout are what they were.
     """
     leaves: dict[str, Tensor] = {**dict(model.named_parameters()), **rates}
     saved = [(leaf, leaf.data, leaf.grad) for leaf in leaves.values()]
     modules = [(module, dict(module._buffers), module.training) for module in model.modules()]
+    rates_of_dropout = [(module, key, getattr(module, key)) for _, module, key in dropouts(model)]
     try:
         for leaf, data, _ in saved:
             leaf.grad = None
@@ -134,6 +140,8 @@ def of_function(
         for module, buffers, training in modules:
             module.training = training
             module._buffers.update(buffers)
+        for module, key, p in rates_of_dropout:
+            setattr(module, key, p)
 
 
 def rate_leaves(inner_lr: Any) -> dict[str, Tensor]:
@@ -148,7 +156,7 @@ def rate_leaves(inner_lr: Any) -> dict[str, Tensor]:
 
 def in_double(batch: Batch) -> Batch:
     """The same batch, of the same type, with its floating point tensors in float64."""
-    tensors = [_double(t) for t in batch]
+    tensors = [tree_map(_double, part) for part in batch]
     made: Any = getattr(batch, "_make", tuple)  # a named tuple stays one
     return made(tensors)
 
@@ -159,13 +167,11 @@ def _double(x: Tensor, really: bool = True) -> Tensor:
 
 def _plain_name(name: str) -> str:
     """A learner's parameter name as its state_dict has it: model.0.weight -> 0.weight, learned_rate -> inner_lr."""
-    if name.startswith("model."):
-        return name[len("model.") :]
-    if name == "learned_rate":
-        return "inner_lr"
-    if name.startswith("learned_rates."):
-        return "inner_lr." + name[len("learned_rates.") :].replace("/", ".")
-    return name
+    head, _, rest = name.partition(".")
+    if head == "model":
+        return rest
+    head = "inner_lr" if head in ("learned_rate", "learned_rates") else head
+    return f"{head}.{rest.replace('/', '.')}" if rest else head
 
 
 def _number(loss: Tensor | float | None) -> float | None:
