@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastmaml import algorithms, inner, models
-from fastmaml.algorithms import ANIL, BOIL, FOMAML, MAML, MetaSGD
+from fastmaml.algorithms import ANIL, BOIL, FOMAML, FOML, IMAML, MAML, MAMLPlusPlus, MetaCurvature, MetaSGD, Reptile
 from fastmaml.engine import Engine, MetaGradient, Solution
 
 if TYPE_CHECKING:
@@ -25,9 +25,14 @@ __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022  in the order one learns them
     "MAML",
     "FOMAML",
+    "Reptile",
+    "FOML",
+    "MAMLPlusPlus",
     "ANIL",
     "BOIL",
     "MetaSGD",
+    "IMAML",
+    "MetaCurvature",
     "models",
     "inner",
     "tasks",

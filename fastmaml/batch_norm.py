@@ -21,9 +21,7 @@ MODES = ("transductive", "support", "frozen")
 def check_mode(model: nn.Module, mode: str) -> None:
     """Raises ValueError when the mode is unknown or the model lacks the running statistics that 'frozen' needs."""
     if mode == "per_step":
-        raise ValueError(
-            "batch_norm='per_step' belongs to MAML++, which this version does not have yet; use 'transductive'"
-        )
+        raise ValueError("batch_norm='per_step' belongs to MAML++: use MAMLPlusPlus(bn_stats='running_per_step')")
     if mode not in MODES:
         raise ValueError(f"batch_norm {mode!r} is not one of {', '.join(MODES)}")
     if mode == "frozen":

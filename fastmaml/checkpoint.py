@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,6 +86,14 @@ def load(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, An
 def exists(folder: str | Path, name: str) -> bool:
     """Whether `folder` holds a checkpoint of that name."""
     return (Path(folder) / f"{name}.json").exists()
+
+
+def keep_only(folder: str | Path, pattern: str, names: Sequence[str]) -> None:
+    """Remove the checkpoints whose names fit `pattern` (as "member-*"), save those named."""
+    for path in Path(folder).glob(f"{pattern}.json"):
+        if path.stem not in names:
+            path.unlink()
+            _remove_leftovers(path.parent, path.stem, keep=None)
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation of a finished run on held-out tasks, after 0 to 10 inner steps, beside two baselines.
+"""Evaluation of a finished run on held-out tasks, after 0 and more inner steps, beside two baselines.
 
 results = evaluate_run("runs/glyphs")          # writes evaluation.json and examples.npz there
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -18,18 +18,22 @@ import torch
 from torch import Tensor
 
 from fastmaml import checkpoint
+from fastmaml.algorithms import Learner
 from fastmaml.baselines import WITHOUT_NETWORK
-from fastmaml.experiment import load_learner, make_learner, make_tasks, read_config
-from fastmaml.metrics import METRICS, Metric, summarise
-from fastmaml.presets import RunConfig, checked
+from fastmaml.experiment import load_learners, make_learner, make_tasks, read_config
+from fastmaml.inner import SGD
+from fastmaml.metrics import METRICS, summarise
 from fastmaml.progress import progress
+from fastmaml.run_config import RunConfig, checked
 from fastmaml.tasks import Sinusoid, TaskBatch
 from fastmaml.trainer import CHUNK, chunks
 
+SEEN_STEPS = (*range(11), 20, 50, 100)  # the numbers of inner steps that an evaluation looks at, up to its last
 EXAMPLE_TASKS = 6
 GRID_POINTS = 201
 
 
+@torch.no_grad()
 def evaluate_run(
     run_dir: str | Path,
     tasks: int | None = None,
@@ -37,7 +41,9 @@ def evaluate_run(
     out: str | Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate the best checkpoint of a run on the test split and write `evaluation.json` and `examples.npz`.
+    """Evaluate a run on the test split and write `evaluation.json` and `examples.npz`.
+
+    The best checkpoint answers; with `config.ensemble` above 1 the best ones do together, by the mean of their outputs.
 
     Args:
         run_dir: folder of the run.
@@ -55,24 +61,28 @@ def evaluate_run(
     config = read_config(run_dir)
     config = checked(replace(config, eval_tasks=config.eval_tasks if tasks is None else tasks))
     seed = config.seed if seed is None else seed
-    trained, origin = load_learner(run_dir, config)
-    untrained = make_learner(config).eval()
+    trained, origin = load_learners(run_dir, config)
+    untrained = [make_learner(config).eval()]
+    quoted = quoted_steps(trained[0])
+    seen = evaluation_steps(config, trained[0])
     shots_list = config.eval_shots or (config.shots,)
     tables = []
     with progress(len(shots_list) * config.eval_tasks, "evaluation", "task", quiet=quiet) as bar:
         for shots in shots_list:
             source = make_tasks(config, "test", shots, config.eval_query_shots, seed)
             batches = (source.sample(count, step=i) for i, count in enumerate(chunks(config.eval_tasks, CHUNK)))
-            tables.append({"shots": shots, "rows": _rows(config, [trained, untrained], batches, bar.update)})
+            tables.append({"shots": shots, "rows": _rows(config, seen, [trained, untrained], batches, bar.update)})
     results = {
         "dataset": config.dataset,
+        "algorithm": config.algorithm,
         "split": "test",
         "tasks": config.eval_tasks,
         "metric": config.metric,
         "ways": config.ways,
         "query_shots": config.eval_query_shots or config.query_shots,
-        "inner_steps": list(range(config.eval_inner_steps + 1)),
-        "inner_lr": config.inner_lr,
+        "inner_steps": seen,
+        "quoted_steps": quoted,
+        "inner_lr": config.settings()["inner_lr"],
         "batch_norm": config.batch_norm,
         "seed": seed,
         **origin,
@@ -86,46 +96,69 @@ def evaluate_run(
     return results
 
 
-def adapted_outputs(learner: Any, batch: TaskBatch, inner_steps: int) -> Iterator[Tensor]:
-    """Query outputs [T, N, ...] after 0, 1, .. `inner_steps` inner steps, each one step on from the last."""
-    engine = learner.engine
-    with torch.no_grad():
-        params = engine.flatten()
-        for step in range(inner_steps + 1):
-            if step:
-                params = engine.adapt(
-                    params, batch.support_x, batch.support_y, inner_lr=learner.inner_lr, inner_steps=1
-                )
-            yield engine.forward(params, batch.query_x, batch.support_x)
+def quoted_steps(learner: Learner) -> int:
+    """The number of inner steps after which a learner's result is quoted: its own number at test, else in training."""
+    return int(getattr(learner, "eval_steps", None) or learner.inner_steps)
 
 
-def adapted_metric(learner: Any, batch: TaskBatch, metric: Metric, inner_steps: int) -> Tensor:
-    """The metric of every task after each number of inner steps: [inner_steps + 1, T]."""
-    return torch.stack([metric(output, batch.query_y) for output in adapted_outputs(learner, batch, inner_steps)])
+def evaluation_steps(config: RunConfig, learner: Learner) -> list[int]:
+    """The numbers of inner steps that an evaluation looks at."""
+    quoted = quoted_steps(learner)
+    last = max(config.eval_inner_steps, quoted)
+    return sorted({quoted, last, *(k for k in SEEN_STEPS if k <= last)})
 
 
-def examples(config: RunConfig, learner: Any, seed: int) -> dict[str, np.ndarray]:
-    """A few test tasks with what the learner makes of them, to look at (the arrays of `examples.npz`)."""
+def adapted_outputs(learner: Learner, batch: TaskBatch, steps: Sequence[int]) -> Iterator[Tensor]:
+    """Query outputs [T, N, ...] after each of the ascending numbers of inner `steps`."""
+    if not _goes_on(learner):
+        for count in steps:
+            yield learner.adapt(batch.support_x, batch.support_y, inner_steps=count).predict(batch.query_x)
+        return
+    engine, taken = learner.engine, 0
+    params = learner.start(batch.support_x, batch.support_y)
+    for count in steps:
+        if count > taken:
+            loop = {"inner": learner.inner, "inner_steps": count - taken, **learner.adapt_options()}
+            params, taken = engine.adapt(params, batch.support_x, batch.support_y, **loop), count
+        yield engine.forward(params, batch.query_x, batch.support_x)
+
+
+def _goes_on(learner: Learner) -> bool:
+    """Whether k + 1 inner steps are k of them and one more: plain gradient descent at one rate, as Learner adapts."""
+    own = (type(learner).adapt, type(learner).adapt_options) == (Learner.adapt, Learner.adapt_options)
+    plain = isinstance(learner.inner, SGD) and not learner.inner.momentum and isinstance(learner.inner_lr, (int, float))
+    return own and plain
+
+
+def ensemble_outputs(learners: Sequence[Learner], batch: TaskBatch, steps: Sequence[int]) -> Iterator[Tensor]:
+    """As adapted_outputs, the mean over `learners` (their logits, for classes)."""
+    for outputs in zip(*(adapted_outputs(learner, batch, steps) for learner in learners)):
+        yield torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0]
+
+
+def examples(config: RunConfig, learners: Sequence[Learner], seed: int) -> dict[str, np.ndarray]:
+    """A few test tasks with what the learners make of them, to look at (the arrays of `examples.npz`)."""
     source = make_tasks(config, "test", query_shots=config.eval_query_shots, seed=seed)
     if isinstance(source, Sinusoid):
-        return _curves(config, learner, source)
+        return _curves(config, learners, source)
     batch = source.sample(EXAMPLE_TASKS, step=0)
-    *_, after = outputs = list(adapted_outputs(learner, batch, config.inner_steps))
+    before, after = ensemble_outputs(learners, batch, (0, quoted_steps(learners[0])))
     return {
         **{name: value.numpy() for name, value in batch._asdict().items()},
-        "predictions_before": outputs[0].argmax(-1).numpy(),
+        "predictions_before": before.argmax(-1).numpy(),
         "predictions_after": after.argmax(-1).numpy(),
         "probabilities_after": after.softmax(-1).numpy(),
     }
 
 
-def _curves(config: RunConfig, learner: Any, source: Sinusoid) -> dict[str, np.ndarray]:
+def _curves(config: RunConfig, learners: Sequence[Learner], source: Sinusoid) -> dict[str, np.ndarray]:
     batch, waves = source.sample_with_parameters(EXAMPLE_TASKS, step=0)
     grid = torch.linspace(-5, 5, GRID_POINTS)
     grid_x = grid[None, :, None].expand(EXAMPLE_TASKS, -1, -1).contiguous()
     true_y = waves.at(grid_x)
     on_grid = TaskBatch(batch.support_x, batch.support_y, grid_x, true_y)
-    curves = torch.stack(list(adapted_outputs(learner, on_grid, config.eval_inner_steps)), dim=1)
+    every_step = range(evaluation_steps(config, learners[0])[-1] + 1)
+    curves = torch.stack(list(ensemble_outputs(learners, on_grid, every_step)), dim=1)
     return {
         "support_x": batch.support_x.numpy(),
         "support_y": batch.support_y.numpy(),
@@ -136,20 +169,25 @@ def _curves(config: RunConfig, learner: Any, source: Sinusoid) -> dict[str, np.n
 
 
 def _rows(
-    config: RunConfig, learners: list[Any], batches: Iterator[TaskBatch], done: Callable[[int], Any]
+    config: RunConfig,
+    steps: Sequence[int],
+    learners: Sequence[Sequence[Learner]],
+    batches: Iterator[TaskBatch],
+    done: Callable[[int], Any],
 ) -> list[dict[str, Any]]:
     """The rows of one table: the `learners` (trained, untrained) and the predictor without a network."""
-    metric, steps = METRICS[config.metric], config.eval_inner_steps
+    metric = METRICS[config.metric]
     plain_name, predictor = WITHOUT_NETWORK[config.loss]
     found: list[list[Tensor]] = [[], [], []]
     for batch in batches:
-        for column, learner in zip(found, learners):
-            column.append(adapted_metric(learner, batch, metric, steps))
+        for column, group in zip(found, learners):
+            outputs = ensemble_outputs(group, batch, steps)
+            column.append(torch.stack([metric(output, batch.query_y) for output in outputs]))
         found[2].append(metric(predictor(*batch[:3]), batch.query_y)[None])
         done(len(batch.query_y))
     trained, untrained, plain = (torch.cat(column, dim=1) for column in found)
     return [
-        _row(f"{config.algorithm.upper()}, meta-trained", "learner", trained),
+        _row(f"{config.title}, meta-trained", "learner", trained),
         _row("same network, random initialisation", "baseline", untrained),
         _row(plain_name, "baseline", plain),
     ]

@@ -7,6 +7,8 @@ import os
 import platform
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,35 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastmaml import checkpoint, models, tasks
-from fastmaml.algorithms import FOMAML, MAML
-from fastmaml.presets import RunConfig
+from fastmaml import algorithms, checkpoint, inner, models, tasks
+from fastmaml.run_config import RunConfig
 from fastmaml.tasks.source import TaskSource
-from fastmaml.trainer import model_tensors
+from fastmaml.trainer import member_name, model_tensors
 
 _SOURCES = {"sinusoid": tasks.Sinusoid, "glyphs": tasks.Glyphs, "omniglot": tasks.Omniglot}
-_LEARNERS: dict[str, Any] = {"maml": MAML, "fomaml": FOMAML}
+_LEARNERS = {
+    "maml": "MAML",
+    "fomaml": "FOMAML",
+    "reptile": "Reptile",
+    "maml++": "MAMLPlusPlus",
+    "imaml": "IMAML",
+    "metasgd": "MetaSGD",
+    "anil": "ANIL",
+    "boil": "BOIL",
+    "protomaml": "ProtoMAML",
+    "metacurvature": "MetaCurvature",
+    "cavia": "CAVIA",
+}
+_INNER = {"sgd": inner.SGD, "adam": inner.Adam, "adamw": inner.AdamW}
 
 
 def make_tasks(
     config: RunConfig, split: str, shots: int | None = None, query_shots: int | None = None, seed: int | None = None
 ) -> TaskSource:
     """The tasks of a run's data set: `split` "train", "val" or "test"; other shots, query shots or seed where given."""
+    usual = config.train_shots or config.shots if split == "train" else config.shots
     settings: dict[str, Any] = {
-        "shots": shots or config.shots,
+        "shots": shots or usual,
         "query_shots": query_shots or config.query_shots,
         "split": split,
         "seed": config.seed if seed is None else seed,
@@ -41,38 +56,94 @@ def make_tasks(
 
 def make_model(config: RunConfig) -> nn.Module:
     """The network of a run with its random initialisation, which the run's seed decides."""
+    with _seeded(config.seed):
+        return _model(config)
+
+
+def make_learner(config: RunConfig) -> Any:
+    """The learner of a run around a freshly initialised network. Raises ValueError for options that it does not take."""
+    options = dict(config.options)
+    described = options.pop("inner", None)
+    rate: dict[str, Any] = {"inner_lr": config.inner_lr}
+    if described is not None:
+        rate = {"inner": inner_optimizer(described, config.inner_lr)}
+    if options.get("solver") == "newton_cg":
+        rate = {}  # it finds its own step lengths
+    if config.algorithm == "metasgd":
+        rate["seed"] = config.seed  # of the first rates
+    engine = {"backend": config.backend, "memory": config.memory, "batch_norm": config.batch_norm}
+    with _seeded(config.seed):
+        model = _model(config)
+        try:
+            return _learner_class(config)(
+                model, inner_steps=config.inner_steps, loss=config.loss, **rate, **engine, **options
+            )
+        except TypeError as error:
+            raise ValueError(f"{config.title} with options {config.options}: {error}") from error
+
+
+def inner_optimizer(described: Any, rate: float | tuple[float, ...]) -> inner.Optimizer:
+    """An inner optimizer from a name, or a mapping of its name and settings: {"name": "adam", "betas": [0.0, 0.999]}."""
+    settings = dict(described) if isinstance(described, dict) else {"name": described}
+    name = settings.pop("name", None)
+    if name not in _INNER:
+        raise ValueError(f"the inner optimizer {name!r} is not one of {', '.join(_INNER)}")
+    if "betas" in settings:
+        settings["betas"] = tuple(settings["betas"])
+    try:
+        return _INNER[name](lr=rate, **settings)
+    except TypeError as error:
+        raise ValueError(f"the inner optimizer {name} with {settings}: {error}") from error
+
+
+def load_learners(run_dir: str | Path, config: RunConfig) -> tuple[list[Any], dict[str, Any]]:
+    """The meta-trained learners of a run, in eval mode, and where they come from.
+
+    One from the best checkpoint, or from the last where nothing was validated; with `config.ensemble` above 1 one from
+    each of that many best checkpoints, the best first.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    names = ["best" if checkpoint.exists(folder, "best") else "last"]
+    if config.ensemble > 1 and checkpoint.exists(folder, "last"):
+        names = [member_name(member["step"]) for member in checkpoint.load(folder, "last")[1]["members"]] or names
+    learners, steps = [], []
+    for name in names:
+        tensors, state = checkpoint.load(folder, name)
+        learner = make_learner(config)
+        learner.load_state_dict(model_tensors(tensors))
+        learners.append(learner.eval())
+        steps.append(state["step"])
+    if len(steps) > 1:
+        return learners, {"checkpoint": "ensemble", "step": steps[0], "ensemble": steps}
+    return learners, {"checkpoint": "last" if names == ["last"] else "best", "step": steps[0]}
+
+
+def _model(config: RunConfig) -> nn.Module:
     settings = {key: value for key, value in config.model.items() if key != "name"}
-    name = config.model["name"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    name = config.model.get("name")
+    try:
         if name == "mlp":
             return models.mlp(**settings)
         if name == "conv4" and config.ways is not None:
             return models.conv4(ways=config.ways, **settings)
+    except TypeError as error:
+        raise ValueError(f"the model {config.model}: {error}") from error
     raise ValueError(f"there is no model {name!r} for {config.dataset}; there are mlp, and conv4 for classification")
 
 
-def make_learner(config: RunConfig) -> Any:
-    """The learner of a run around a freshly initialised network."""
-    return _LEARNERS[config.algorithm](
-        make_model(config),
-        inner_lr=config.inner_lr,
-        inner_steps=config.inner_steps,
-        loss=config.loss,
-        backend=config.backend,
-        memory=config.memory,
-        batch_norm=config.batch_norm,
-    )
+def _learner_class(config: RunConfig) -> Any:
+    name = _LEARNERS[config.algorithm]
+    if not hasattr(algorithms, name):
+        raise ValueError(f"{config.title} is not part of this version yet: fastmaml.algorithms has no {name}")
+    return getattr(algorithms, name)
 
 
-def load_learner(run_dir: str | Path, config: RunConfig) -> tuple[Any, dict[str, Any]]:
-    """The meta-trained learner of a run, in eval mode, and where it comes from: the best checkpoint, else the last."""
-    folder = Path(run_dir) / "checkpoints"
-    name = "best" if checkpoint.exists(folder, "best") else "last"
-    tensors, state = checkpoint.load(folder, name)
-    learner = make_learner(config)
-    learner.load_state_dict(model_tensors(tensors))
-    return learner.eval(), {"checkpoint": name, "step": state["step"]}
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's generator starts from `seed` inside and is where it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def seed_generators(seed: int) -> None:

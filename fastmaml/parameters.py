@@ -48,7 +48,7 @@ class ParameterLayout:
         """A vector [..., P] as a dict of tensors [..., *shape], in the module's order; keeps the graph."""
         lead = flat.shape[:-1]
         pieces = flat.split(self.sizes, dim=-1)
-        return {n: p.reshape(*lead, *s) for n, p, s in zip(self.names, pieces, self.shapes)}
+        return {n: p.reshape((*lead, *s)) for n, p, s in zip(self.names, pieces, self.shapes)}
 
     def fitting(self, patterns: Sequence[str]) -> list[str]:
         """The names that fit one of the patterns (fnmatch: "head.*", "*.bias"), in the module's order.

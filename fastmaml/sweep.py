@@ -80,8 +80,8 @@ def adapt(
     rows: Rows | None = None,
     lam: float | Tensor = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(phi[K] [T, P], support losses [T, K])."""
-    phi, losses = theta, []
+    """(phi[K] [T, P], support losses [T, K]). Without a step, phi[0] has row 0."""
+    phi, losses = theta if rows is None else rows.put(theta, 0), []
     for k in range(loop.steps):
         if rows is not None:
             phi = rows.put(phi, k)

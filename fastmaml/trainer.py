@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml import checkpoint
+from fastmaml.algorithms import Learner
 from fastmaml.metrics import METRICS, MetricsWriter, better, show, summarise
-from fastmaml.presets import RunConfig
 from fastmaml.progress import progress, stop_on_signal
+from fastmaml.run_config import RunConfig
 from fastmaml.tasks.source import TaskSource
 
 CHUNK = 25  # validation and test tasks at a time
@@ -40,34 +41,36 @@ class Outcome:
 
 
 class Trainer:
-    """Meta-trains `learner` on `train_tasks` into the run folder `run_dir`, with Adam at `config.outer_lr`.
+    """Meta-trains a Learner on `train_tasks` into the run folder `run_dir`, with its outer optimizer at `config.outer_lr`.
 
-    `learner` is called as learner(support_x, support_y, query_x, query_y) and answers with `.loss` (differentiable),
-    `.query_output` and `.support_losses`. Every validation meets the same first tasks of `validation_tasks`.
+    Every validation meets the same first tasks of `validation_tasks`, with the learner in eval mode.
     """
 
     def __init__(
         self,
-        learner: nn.Module,
+        learner: Learner,
         train_tasks: TaskSource,
         validation_tasks: TaskSource,
         config: RunConfig,
         run_dir: str | Path,
         quiet: bool = False,
     ) -> None:
-        self.learner: Any = learner
+        self.learner = learner
         self.train_tasks, self.validation_tasks = train_tasks, validation_tasks
         self.config, self.run_dir, self.quiet = config, Path(run_dir), quiet
         parameters = [p for p in learner.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("the learner has no trainable parameter")
-        # Not fused: that starts threads for every small tensor, which on a busy machine costs more than the meta-gradient.
-        self.optimizer = torch.optim.Adam(parameters, lr=config.outer_lr, foreach=False)
+        self.optimizer = learner.outer_optimizer(config.outer_lr)
+        self._first_rates = [group["lr"] for group in self.optimizer.param_groups]
+        rates = {id(rate) for rate in learner.learnable_rates().values()}
+        self._clipped = [p for p in parameters if id(p) not in rates]
         self.metric = METRICS[config.metric]
         self.step = 0
         self.elapsed_s = 0.0
         self.sampling_s = 0.0
         self.best: dict[str, Any] | None = None
+        self.members: list[dict[str, Any]] = []  # of the ensemble: step and validation metric, the best first
         self._since_row = _Window()
         self.tensorboard = False  # whether it is written, known once training has begun
         self._writer: MetricsWriter | None = None
@@ -82,7 +85,9 @@ class Trainer:
         self.learner.load_state_dict(model_tensors(tensors))
         checkpoint.unpack_optimizer(self.optimizer, tensors, state["optimizer"])
         checkpoint.unpack_rng(tensors, state["rng"])
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.members = state["step"], state["best"], state["members"]
+        if self.step:
+            self.learner.at_step(self.step - 1)
         self.elapsed_s, self.sampling_s = state["elapsed_s"], state["sampling_s"]
         self._since_row = _Window(**state["since_row"])
         self.train_tasks.load_state_dict(state["sampler"])
@@ -143,6 +148,7 @@ class Trainer:
         batch = self.train_tasks.sample(config.meta_batch)
         sampled = time.perf_counter()
         self._set_outer_lr()
+        self.learner.at_step(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         out = self.learner(*batch)
         loss = out.loss.item()
@@ -154,14 +160,18 @@ class Trainer:
         out.loss.backward()
         step = self.step + 1
         due = step == 1 or step % config.log_every == 0 or step == config.steps
+        looked = time.perf_counter()
         before = self._metric_before(batch) if due else math.nan
+        looked = time.perf_counter() - looked  # no part of learning
+        if config.clip_grad is not None:
+            nn.utils.clip_grad_value_(self._clipped, config.clip_grad, foreach=False)
         self.optimizer.step()
         self.step = step
         after = self.metric(out.query_output, batch[3]).mean().item()
         support_loss = out.support_losses[:, -1].mean().item() if out.support_losses.numel() else math.nan
         ended = time.perf_counter()
         self.sampling_s += sampled - started
-        self._since_row.add(loss, support_loss, after, ended - started, sampled - started)
+        self._since_row.add(loss, support_loss, after, ended - started - looked, sampled - started)
         if due:
             shown.loss, shown.before, shown.after = loss, before, after
             row = self._since_row.row()
@@ -176,11 +186,10 @@ class Trainer:
         return self.metric(output, query_y).mean().item()
 
     def _set_outer_lr(self) -> None:
-        rate = self.config.outer_lr
-        if self.config.schedule == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        done, least = self.step / self.config.steps, self.config.outer_lr_min
+        left = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
+        for group, first in zip(self.optimizer.param_groups, self._first_rates):
+            group["lr"] = least + (first - least) * left[self.config.schedule]
 
     def _validate(self, shown: _Shown) -> None:
         """Loss and metric on the fixed validation tasks; the best parameters so far become checkpoint `best`."""
@@ -207,9 +216,22 @@ class Trainer:
         if is_best:
             self.best = {"step": self.step, **row}
             checkpoint.save(self.checkpoints, "best", self._model_tensors(), self.best)
+        if self.config.ensemble > 1:
+            self._consider_member(value)
         shown.validation = value
         assert self._writer is not None
         self._writer.write("validation", self.step, **row, best=is_best)
+
+    def _consider_member(self, value: float) -> None:
+        """Keep the parameters as a member of the ensemble where no `config.ensemble` earlier ones are at least as good."""
+        worse = [
+            i for i, member in enumerate(self.members) if better(self.config.metric, value, member["metric_after"])
+        ]
+        place = worse[0] if worse else len(self.members)
+        if place < self.config.ensemble and not math.isnan(value):
+            member = {"step": self.step, "metric_after": value}
+            self.members = [*self.members[:place], member, *self.members[place:]][: self.config.ensemble]
+            checkpoint.save(self.checkpoints, member_name(self.step), self._model_tensors(), member)
 
     def save(self) -> None:
         """Write checkpoint `last`: model, optimizer, generators, sampler, step, the best so far."""
@@ -229,12 +251,15 @@ class Trainer:
             "elapsed_s": self.elapsed_s,
             "sampling_s": self.sampling_s,
             "best": self.best,
+            "members": self.members,
             "since_row": vars(self._since_row),
             "optimizer": optimizer_rest,
             "rng": rng_rest,
             "sampler": self.train_tasks.state_dict(),
         }
         checkpoint.save(self.checkpoints, "last", {**tensors, **optimizer_tensors, **rng_tensors}, state)
+        # Only now: until here the checkpoint `last` on disk could name a member that has since been replaced.
+        checkpoint.keep_only(self.checkpoints, member_name("*"), [member_name(m["step"]) for m in self.members])
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {f"model/{name}": value for name, value in self.learner.state_dict().items()}
@@ -284,6 +309,11 @@ class _Shown:
         if not math.isnan(self.validation):
             parts.append(f"validation {show(metric, self.validation)}")
         return ", ".join(parts)
+
+
+def member_name(step: int | str) -> str:
+    """The checkpoint that holds a member of the ensemble."""
+    return f"member-{step}"
 
 
 def model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,9 +2,27 @@
 
 from fastmaml.algorithms.anil import ANIL
 from fastmaml.algorithms.boil import BOIL
-from fastmaml.algorithms.fomaml import FOMAML
+from fastmaml.algorithms.fomaml import FOMAML, FOML
+from fastmaml.algorithms.imaml import IMAML
 from fastmaml.algorithms.learner import Adapted, Learner, LearnerOutput
 from fastmaml.algorithms.maml import MAML
+from fastmaml.algorithms.mamlpp import MAMLPlusPlus
+from fastmaml.algorithms.meta_curvature import MetaCurvature
 from fastmaml.algorithms.meta_sgd import MetaSGD
+from fastmaml.algorithms.reptile import Reptile
 
-__all__ = ["ANIL", "BOIL", "FOMAML", "MAML", "Adapted", "Learner", "LearnerOutput", "MetaSGD"]
+__all__ = [
+    "ANIL",
+    "BOIL",
+    "FOMAML",
+    "FOML",
+    "IMAML",
+    "MAML",
+    "Adapted",
+    "Learner",
+    "LearnerOutput",
+    "MAMLPlusPlus",
+    "MetaCurvature",
+    "MetaSGD",
+    "Reptile",
+]

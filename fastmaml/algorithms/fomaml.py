@@ -1,12 +1,17 @@
-"""First-order MAML: the query gradient at the adapted parameters (Finn et al. 2017, section 5.2)."""
+"""First-order MAML: the query gradient at the adapted parameters (Finn et al. 2017, section 5.2); and Reptile's FOML."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fastmaml.algorithms.maml import MAML
+from fastmaml.algorithms.reptile import Reptile, mini_batches
+from fastmaml.checks import whole_number
+from fastmaml.engine import Adaptation
 from fastmaml.parameters import InnerLr
 
 
@@ -15,3 +20,58 @@ class FOMAML(MAML):
 
     def __init__(self, model: nn.Module, inner_lr: InnerLr | None = None, inner_steps: int = 1, **options: Any):
         super().__init__(model, inner_lr, inner_steps, first_order=True, **options)
+
+
+class FOML(Reptile):
+    """The first-order MAML of Reptile's repository: theta follows the LAST inner step alone (variant b of ALGORITHMS 2.2).
+
+        inner_steps mini-batch steps from theta;   .grad = mean_i(phi_i[K-1] - phi_i[K]);   outer SGD with lr = eps
+
+    The last step is the inner optimizer's own, so an Adam step where that is Adam. With SGD it is inner_lr times the
+    gradient of the last batch at phi[K-1]: FOMAML's, where that batch is disjoint from the others. tail_shots
+    reserves such a batch, the last tail_shots examples of every class (regression: of the support set), which the
+    steps before it do not see; None: all steps draw from the whole support set. The rest is Reptile's.
+    """
+
+    def __init__(self, model: nn.Module, *given: Any, tail_shots: int | None = None, **options: Any):
+        super().__init__(model, *given, **options)
+        self.tail_shots = None if tail_shots is None else whole_number("tail_shots", tail_shots, 1)
+
+    def direction(self, x: Any, y: Tensor) -> tuple[Tensor, Adaptation]:
+        K, size = self.inner_steps, self.minibatch
+        if self.tail_shots is not None:
+            earlier, last = split_tail(x, y, self.tail_shots)
+            earlier = mini_batches(*earlier, K - 1, size)
+        else:
+            earlier = last = mini_batches(x, y, K, size)
+            if size is not None:
+                last = tree_map(lambda part: part[:, -size:], earlier)
+                earlier = tree_map(lambda part: part[:, :-size], earlier)
+        moments, taken = self.carried(len(y))
+        before = self.descend(self.start(x, y), *earlier, K - 1, size, moments, taken)
+        after = self.descend(before.params, *last, 1, None, before.state, taken + K - 1)
+        losses = torch.cat([before.losses, after.losses], dim=1)
+        return before.params - after.params, Adaptation(after.params, losses, after.state)
+
+
+def split_tail(x: Any, y: Tensor, shots: int) -> tuple[tuple[Any, Tensor], tuple[Any, Tensor]]:
+    """((x, y) of the rest, (x, y) of the last `shots` examples of every class), each [T, N, ...].
+
+    Targets that are not labels [T, S] count as one class. Raises ValueError where tasks differ in the number of their
+    classes, or where nothing is left.
+    """
+    labelled = y.dim() == 2 and not y.is_floating_point()
+    classes = y if labelled else torch.zeros(y.shape[:2], device=y.device)
+    followers = (classes[:, :, None] == classes[:, None, :]).triu(1).sum(2)  # [T, S] later ones of the same class
+    in_tail = followers < shots
+    sizes = in_tail.sum(1)
+    size = int(sizes[0])
+    if bool((sizes != size).any()) or size == y.shape[1]:
+        raise ValueError(
+            f"tail_shots={shots} takes {sizes.tolist()} of the {y.shape[1]} support examples of the tasks; it must take "
+            "as many of each, and leave some"
+        )
+    order = in_tail.long().argsort(dim=1, stable=True)
+    task = torch.arange(len(y), device=y.device)[:, None]
+    rest, tail = order[:, :-size], order[:, -size:]
+    return tree_map(lambda part: part[task, rest], (x, y)), tree_map(lambda part: part[task, tail], (x, y))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml.algorithms.learner import Learner
-from fastmaml.inner import SGD, Optimizer
+from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.losses import Loss
 from fastmaml.parameters import ParameterLayout
 
@@ -21,18 +21,18 @@ class MetaSGD(Learner):
     alpha has the shape of theta and no constraint on its sign (eq. 3 of the paper). Its gradient is -sum_k g_k * v[k+1]
     (ALGORITHMS 1.2): exact, for any number of inner steps, which all share it.
 
-        learner = MetaSGD(model, inner_lr=(0.005, 0.1))
+        learner = MetaSGD(model)
         optimizer = torch.optim.Adam(learner.parameters(), 1e-3)   # of the model and of "inner_lr.NAME"
 
-    inner_lr: where every rate starts, a number or a range (low, high) to draw from, with `seed` and without touching
-    torch's own generator. inner: an optimizer of fm.inner, whose lr the learned rates replace. The rest is Learner's;
-    parameters that are frozen or not adapted have no rate. Raises ValueError for a range that is not one.
+    inner_lr: where every rate starts, a number or a range (low, high) to draw from, by default (0.005, 0.1); drawn with
+    `seed`, without touching torch's own generator. Or `inner`, an optimizer of fm.inner whose lr says that. The rest is
+    Learner's; parameters that are frozen or not adapted have no rate. Raises ValueError for a range that is not one.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        inner_lr: float | tuple[float, float] = (0.005, 0.1),
+        inner_lr: float | tuple[float, float] | None = None,
         inner_steps: int = 1,
         loss: Loss = "cross_entropy",
         *,
@@ -41,18 +41,19 @@ class MetaSGD(Learner):
         adapted: str | Sequence[str] = "*",
         **options: Any,
     ):
+        start: Any = (0.005, 0.1) if inner_lr is None and inner is None else inner_lr
+        optimizer = optimizer_of(start, inner)
         generator = torch.Generator().manual_seed(seed)
         named = dict(model.named_parameters())
         rates = {
-            name: nn.Parameter(_start(inner_lr, named[name], generator))
+            name: nn.Parameter(_start(optimizer.lr, named[name], generator))
             for name in ParameterLayout(model).fitting([adapted] if isinstance(adapted, str) else adapted)
             if named[name].requires_grad
         }
-        optimizer = replace(SGD(0.0) if inner is None else inner, lr=rates)
-        super().__init__(model, None, inner_steps, loss, inner=optimizer, adapted=adapted, **options)
+        super().__init__(model, None, inner_steps, loss, inner=replace(optimizer, lr=rates), adapted=adapted, **options)
 
 
-def _start(inner_lr: float | tuple[float, float], like: Tensor, generator: torch.Generator) -> Tensor:
+def _start(inner_lr: Any, like: Tensor, generator: torch.Generator) -> Tensor:
     if isinstance(inner_lr, (int, float)):
         return torch.full_like(like, inner_lr)
     if not isinstance(inner_lr, (tuple, list)) or len(inner_lr) != 2 or not inner_lr[0] <= inner_lr[1]:

@@ -26,7 +26,7 @@ from fastmaml.tasks import TaskBatch
 from fastmaml.tasks.cache import cache_folder
 
 EXTRAS = {
-    "train": ("tqdm", "tensorboard", "safetensors"),
+    "train": ("tqdm", "tensorboard", "safetensors", "pyyaml"),
     "report": ("matplotlib",),
     "vision": ("pillow", "matplotlib"),
     "test": ("pytest", "hypothesis"),

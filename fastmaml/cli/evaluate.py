@@ -1,4 +1,4 @@
-"""fastmaml evaluate RUN: accuracy or error on held-out tasks after 0 to 10 inner steps, beside two baselines."""
+"""fastmaml evaluate RUN: accuracy or error on held-out tasks after 0 and more inner steps, beside two baselines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="evaluate a run on held-out tasks",
-        description="Evaluates the best checkpoint of a run on held-out test tasks after 0 to 10 inner steps, beside "
+        description="Evaluates the best checkpoint of a run on held-out test tasks after 0 and more inner steps, beside "
         "two baselines.",
     )
     parser.add_argument("run_dir", metavar="RUN", help="folder that `fastmaml train` wrote")
@@ -29,5 +29,9 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print the table."""
     results = evaluate_run(args.run_dir, args.eval_tasks, args.seed, args.out, args.quiet)
     print(evaluation_table(results))
-    print(f"\n{results['checkpoint']} checkpoint (step {results['step']}), evaluated in {duration(results['wall_s'])}")
+    if results["checkpoint"] == "ensemble":
+        origin = f"ensemble of the checkpoints of steps {', '.join(map(str, results['ensemble']))}"
+    else:
+        origin = f"{results['checkpoint']} checkpoint (step {results['step']})"
+    print(f"\n{origin}, evaluated in {duration(results['wall_s'])}")
     return 0

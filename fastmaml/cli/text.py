@@ -27,6 +27,11 @@ def size(count: float) -> str:
     return f"{count:.0f}"
 
 
+def rate(value: float | tuple[float, ...]) -> str:
+    """0.4, or 0.005 to 0.1 where rates are drawn between two."""
+    return " to ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def command(*arguments: object) -> str:
     """The line that runs fastmaml with these arguments, the way this process was started."""
     started = Path(sys.argv[0])
@@ -49,7 +54,8 @@ def _table(results: dict[str, Any], table: dict[str, Any]) -> str:
     ways, metric = results["ways"], results["metric"]
     kind = f"{ways}-way {table['shots']}-shot" if ways else f"{table['shots']} support points"
     quantity = "accuracy in %" if metric == "accuracy" else "mean squared error"
-    columns = [i for i, step in enumerate(results["inner_steps"]) if step in SHOWN_STEPS]
+    shown = {*SHOWN_STEPS, results["quoted_steps"], results["inner_steps"][-1]}
+    columns = [i for i, step in enumerate(results["inner_steps"]) if step in shown]
     lines = [["inner steps", *(str(results["inner_steps"][i]) for i in columns)]]
     for row in table["rows"]:
         adapts = len(row["mean"]) > 1

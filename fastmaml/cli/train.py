@@ -9,17 +9,20 @@ from typing import Any
 
 from fastmaml import checkpoint
 from fastmaml.cli.report import write_report
-from fastmaml.cli.text import command, duration, evaluation_table, size
+from fastmaml.cli.text import command, duration, evaluation_table, rate, size
+from fastmaml.config_file import read_option, read_settings, to_yaml
 from fastmaml.evaluation import evaluate_run
 from fastmaml.experiment import make_learner, make_tasks, read_config, seed_generators, write_config
 from fastmaml.metrics import show
-from fastmaml.presets import ALGORITHMS, PRESETS, RunConfig, checked, preset
+from fastmaml.presets import PRESETS, preset
+from fastmaml.run_config import ALGORITHMS, SCHEDULES, RunConfig, checked
 from fastmaml.trainer import Outcome, Trainer
 
 # Options that are settings of RunConfig, and `filters` of its network. Only the free may change when a run goes on.
-_TASK = ("ways", "shots", "query_shots", "meta_batch")
-_LEARNING = ("algorithm", "inner_lr", "inner_steps", "outer_lr", "schedule", "filters", "batch_norm", "seed")
-_FIXED = (*_TASK, *_LEARNING, "validate_every", "validation_tasks")
+_TASK = ("ways", "shots", "train_shots", "query_shots", "meta_batch")
+_INNER = ("algorithm", "options", "inner_lr", "inner_steps", "filters", "batch_norm")
+_OUTER = ("outer_lr", "schedule", "outer_lr_min", "clip_grad", "seed")
+_FIXED = (*_TASK, *_INNER, *_OUTER, "validate_every", "validation_tasks", "ensemble")
 _FREE = ("steps", "time_limit", "backend", "memory", "root", "eval_tasks")
 
 
@@ -29,20 +32,38 @@ def add_parser(subparsers: Any) -> None:
         "train",
         help="meta-train on a data set",
         description="Meta-trains a network, evaluates it on held-out tasks and writes a report. Where an option is not "
-        "given, the published setting of the data set holds.",
+        "given, the published setting of the algorithm and data set holds; --print-config shows it.",
     )
     parser.add_argument("dataset", nargs="?", choices=sorted(PRESETS), metavar="DATASET", help=", ".join(PRESETS))
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings in YAML or TOML, named as --print-config prints them; options win"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print all settings as YAML for --config, and stop")
     task = parser.add_argument_group("tasks")
     task.add_argument("--ways", type=int, metavar="N", help="classes in a task")
     task.add_argument("--shots", type=int, metavar="N", help="support examples a class (regression: a task)")
+    task.add_argument("--train-shots", type=int, metavar="N", help="the same in training, where it differs (Reptile)")
     task.add_argument("--query-shots", type=int, metavar="N", help="query examples a class (regression: a task)")
     task.add_argument("--root", metavar="DIR", help="folder of the data set's files")
     loops = parser.add_argument_group("learning")
-    loops.add_argument("--algorithm", choices=ALGORITHMS, help="default: maml")
+    loops.add_argument(
+        "--algorithm", choices=ALGORITHMS, metavar="NAME", help=f"{', '.join(ALGORITHMS)} (default: maml)"
+    )
+    loops.add_argument(
+        "--option",
+        action="append",
+        dest="options",
+        metavar="NAME=VALUE",
+        help="an argument of the algorithm's class, as lam=2.0, first_order=true, inner=adam; may be given again",
+    )
     loops.add_argument("--steps", type=int, metavar="N", help="outer steps")
     loops.add_argument("--meta-batch", type=int, metavar="N", help="tasks in an outer step")
-    loops.add_argument("--outer-lr", type=float, metavar="RATE", help="of Adam")
-    loops.add_argument("--schedule", choices=("constant", "cosine"), help="of the outer rate")
+    loops.add_argument("--outer-lr", type=float, metavar="RATE", help="of Adam; for Reptile of the outer step")
+    loops.add_argument("--schedule", choices=SCHEDULES, help="of the outer rate")
+    loops.add_argument("--outer-lr-min", type=float, metavar="RATE", help="where the schedule ends (default: 0)")
+    loops.add_argument(
+        "--clip-grad", type=float, metavar="LIMIT", help="of every entry of the network's meta-gradient (default: none)"
+    )
     loops.add_argument("--inner-steps", type=int, metavar="N", help="gradient steps on the support set")
     loops.add_argument("--inner-lr", type=float, metavar="RATE", help="of these steps, for the mean loss")
     loops.add_argument("--filters", type=int, metavar="N", help="of each convolution")
@@ -64,6 +85,9 @@ def add_parser(subparsers: Any) -> None:
     run_group.add_argument("--validate-every", type=int, metavar="N", help="outer steps between validations")
     run_group.add_argument("--validation-tasks", type=int, metavar="N", help="fixed tasks of every validation")
     run_group.add_argument(
+        "--ensemble", type=int, metavar="N", help="best checkpoints that answer together at test (default: 1)"
+    )
+    run_group.add_argument(
         "--eval-tasks", type=int, metavar="N", help="held-out tasks of the evaluation (default: 600)"
     )
     run_group.add_argument("--no-evaluate", action="store_true", help="stop after training")
@@ -74,6 +98,11 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, evaluate, report."""
     resumed = args.resume is not None
+    if args.options is not None:
+        args.options = dict(map(read_option, args.options))
+    if args.print_config:
+        print(to_yaml(_resumed_config(args) if resumed else _new_config(args)), end="")
+        return 0
     config, run_dir = _resumed(args) if resumed else _new(args)
     seed_generators(config.seed)
     learner = make_learner(config)
@@ -111,27 +140,37 @@ def _evaluate_and_report(config: RunConfig, run_dir: Path, quiet: bool) -> int:
 
 
 def _new(args: argparse.Namespace) -> tuple[RunConfig, Path]:
-    if args.dataset is None:
-        raise ValueError(f"train needs a data set ({', '.join(PRESETS)}) or --resume RUN")
-    config = preset(args.dataset, **{name: getattr(args, name) for name in _FIXED + _FREE})
+    config = _new_config(args)
     run_dir = Path(args.out) if args.out else _free_folder(config)
     if (run_dir / "config.json").exists():
         raise ValueError(f"{run_dir} already holds a run: go on with it by --resume {run_dir}, or choose another --out")
     return config, run_dir
 
 
+def _new_config(args: argparse.Namespace) -> RunConfig:
+    settings = read_settings(args.config) if args.config is not None else {}
+    dataset = args.dataset or settings.get("dataset")
+    if dataset is None:
+        raise ValueError(f"train needs a data set ({', '.join(PRESETS)}), a --config that names one, or --resume RUN")
+    return preset(dataset, settings, **{name: getattr(args, name) for name in _FIXED + _FREE})
+
+
 def _resumed(args: argparse.Namespace) -> tuple[RunConfig, Path]:
-    if args.dataset is not None or args.out is not None:
-        raise ValueError("--resume RUN goes on in RUN with its data set: leave out DATASET and --out")
-    changed = [name for name in _FIXED if getattr(args, name) is not None]
-    if changed:
-        raise ValueError(f"--{changed[0].replace('_', '-')} cannot change when a run goes on; start a new one")
-    run_dir = Path(args.resume)
-    config = read_config(run_dir)
+    config, run_dir = _resumed_config(args), Path(args.resume)
     if not checkpoint.exists(run_dir / "checkpoints", "last"):
         raise ValueError(f"{run_dir} has no checkpoint to go on from; train anew with another --out")
+    return config, run_dir
+
+
+def _resumed_config(args: argparse.Namespace) -> RunConfig:
+    if args.dataset is not None or args.out is not None or args.config is not None:
+        raise ValueError("--resume RUN goes on in RUN with its settings: leave out DATASET, --out and --config")
+    changed = [name for name in _FIXED if getattr(args, name) is not None]
+    if changed:
+        option = "option" if changed[0] == "options" else changed[0].replace("_", "-")
+        raise ValueError(f"--{option} cannot change when a run goes on; start a new one")
     given = {name: getattr(args, name) for name in _FREE if getattr(args, name) is not None}
-    return checked(replace(config, **given)), run_dir
+    return checked(replace(read_config(args.resume), **given))
 
 
 def _free_folder(config: RunConfig) -> Path:
@@ -151,8 +190,8 @@ def _headline(config: RunConfig, learner: Any, run_dir: Path, step: int) -> str:
     backend = engine.backend if engine.fused else f"{engine.backend} ({engine.why})"
     position = f", from step {step}" if step else ""
     return (
-        f"{config.dataset}: {config.algorithm.upper()}, {task}, {config.inner_steps} inner step(s) at "
-        f"{config.inner_lr}, {config.meta_batch} tasks a step, {config.steps} steps{position}\n"
+        f"{config.dataset}: {config.title}, {task}, {config.inner_steps} inner step(s) at "
+        f"{rate(config.inner_lr)}, {config.meta_batch} tasks a step, {config.steps} steps{position}\n"
         f"{config.model['name']} with {parameters} parameters on {backend}; run folder {run_dir}"
     )
 

@@ -213,7 +213,7 @@ def test_wrong_uses_are_one_sentence(tmp_path, capsys):
     expect_error(capsys, ["train"], "train needs a data set")
     expect_error(capsys, ["train", *SMALL, "--out", str(run_dir)], "already holds a run: go on with it by --resume")
     expect_error(capsys, [*resume, "--inner-lr", "1"], "--inner-lr cannot change when a run goes on")
-    expect_error(capsys, [*resume, "--out", str(tmp_path)], "leave out DATASET and --out")
+    expect_error(capsys, [*resume, "--out", str(tmp_path)], "leave out DATASET, --out and --config")
     expect_error(capsys, ["train", "--resume", str(tmp_path)], "is no run folder of fastmaml")
     expect_error(capsys, ["evaluate", str(tmp_path)], "is no run folder of fastmaml")
     expect_error(capsys, ["train", *SMALL, "--ways", "5"], "sinusoid is a regression")
@@ -249,3 +249,48 @@ def test_an_unknown_command_is_a_usage_error(capsys):
         main(["trian"])
     assert stopped.value.code == 2
     assert "invalid choice: 'trian'" in capsys.readouterr().err
+
+
+def printed_config(capsys, *arguments: str) -> str:
+    assert main(["train", *arguments, "--print-config"]) == 0
+    return capsys.readouterr().out
+
+
+def test_print_config_prints_what_config_takes_and_trains_nothing(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("yaml")
+    monkeypatch.chdir(tmp_path)
+    options = ["--algorithm", "fomaml", "--inner-lr", "1e-2", "--clip-grad", "5", "--option", "adapted=[4.*]"]
+    text = printed_config(capsys, *SMALL, *options)
+    for line in ("dataset: sinusoid", "algorithm: fomaml", "inner_lr: 0.01", "clip_grad: 5.0", "seed: 3"):
+        assert line in text.splitlines()
+    Path("run.yaml").write_text(text)
+    assert printed_config(capsys, "--config", "run.yaml") == text
+    assert {path.name for path in tmp_path.iterdir()} == {"run.yaml"}
+
+    assert main(["train", "--config", "run.yaml", "--steps", "2", "--inner-lr", "0.02", "--out", "run", *QUICK]) == 0
+    config = json.loads(Path("run/config.json").read_text())
+    assert (config["algorithm"], config["options"], config["seed"]) == ("fomaml", {"adapted": ["4.*"]}, 3)
+    assert (config["steps"], config["inner_lr"]) == (2, 0.02), "what the command line says wins"
+    capsys.readouterr()
+    assert "inner_lr: 0.02" in printed_config(capsys, "--resume", "run")
+
+
+def test_a_config_file_may_be_toml_and_mistakes_in_it_are_one_sentence(tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text('dataset = "sinusoid"\nsteps = 1\nmeta_batch = 2\nvalidation_tasks = 2\n')
+    assert main(["train", "--config", str(path), "--out", str(tmp_path / "run"), *QUICK]) == 0
+    capsys.readouterr()
+    path.write_text("inner_rate = 1")
+    expect_error(
+        capsys, ["train", "glyphs", "--config", str(path)], "no setting 'inner_rate'; the nearest is 'inner_lr'"
+    )
+    path.write_text("steps = 1")
+    expect_error(capsys, ["train", "--config", str(path)], "train needs a data set .*, a --config that names one")
+    resume = ["train", "--resume", str(tmp_path / "run")]
+    expect_error(capsys, [*resume, "--config", str(path)], "leave out DATASET, --out and --config")
+    expect_error(capsys, [*resume, "--option", "lam=2"], "--option cannot change when a run goes on")
+    expect_error(
+        capsys, ["train", "sinusoid", "--option", "lam=2"], "MAML with options {'lam': 2}: .*unexpected keyword"
+    )
+    expect_error(capsys, ["train", "sinusoid", "--option", "inner=rmsprop"], "'rmsprop' is not one of sgd, adam, adamw")
+    expect_error(capsys, ["train", "sinusoid", "--algorithm", "protomaml"], "sinusoid is a regression")

@@ -31,7 +31,7 @@ def test_theta_and_rates_have_their_exact_gradient(backend, name, steps):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rates_may_drive_another_optimizer(backend):
     model, given = network(), batch()
-    learner = fm.MetaSGD(model, 0.1, 3, inner=fm.inner.SGD(0.0, momentum=0.9), backend=backend)
+    learner = fm.MetaSGD(model, inner_steps=3, inner=fm.inner.SGD(0.1, momentum=0.9), backend=backend)
     learner(*given).loss.backward()
     rates = torch.full_like(theta_of(model), 0.1)[None]
     expected = inner_oracle.unrolled(loss_of(model), theta_of(model), given, rates, 3, {"momentum": 0.9})
@@ -64,6 +64,8 @@ def test_rates_start_in_their_range_and_follow_the_seed():
     for wrong in ((0.1, 0.005), (0.1,), "0.1"):
         with pytest.raises(ValueError, match="a number or a range"):
             rates(inner_lr=wrong)
+    with pytest.raises(TypeError, match="either inner_lr .* or inner"):
+        rates(inner_lr=0.1, inner=fm.inner.SGD(0.1))
 
 
 def test_only_what_moves_has_a_rate():

@@ -11,8 +11,8 @@ import torch
 
 from fastmaml import checkpoint, experiment
 from fastmaml.cli.text import command, duration, evaluation_table, size
-from fastmaml.evaluation import adapted_metric, adapted_outputs, evaluate_run
-from fastmaml.experiment import load_learner, make_learner, make_model, make_tasks, read_config, write_config
+from fastmaml.evaluation import adapted_outputs, ensemble_outputs, evaluate_run, evaluation_steps, quoted_steps
+from fastmaml.experiment import load_learners, make_learner, make_model, make_tasks, read_config, write_config
 from fastmaml.metrics import accuracy, mse
 from fastmaml.presets import preset
 from fastmaml.tasks import TaskBatch
@@ -62,26 +62,63 @@ def pictures(monkeypatch):
     monkeypatch.setitem(experiment._SOURCES, "glyphs", Pictures)
 
 
-def test_outputs_step_by_step_are_those_of_adapting_anew():
-    config = preset("sinusoid", **SMALL)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"inner": {"name": "sgd", "momentum": 0.9}}, {"inner": "adam"}, {"adapted": ["4.*"]}],
+    ids=["sgd", "momentum", "adam", "head alone"],
+)
+def test_outputs_step_by_step_are_those_of_adapting_anew(options):
+    config = preset("sinusoid", {"options": options}, **SMALL)
     learner, batch = make_learner(config), make_tasks(config, "test").sample(3)
-    for steps, output in enumerate(adapted_outputs(learner, batch, 4)):
+    found = list(adapted_outputs(learner, batch, (0, 1, 4)))
+    assert len(found) == 3
+    for steps, output in zip((0, 1, 4), found):
         expected = learner.adapt(batch.support_x, batch.support_y, inner_steps=steps).predict(batch.query_x)
         torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-7)
-    assert steps == 4
-    found = adapted_metric(learner, batch, mse, 4)
-    assert found.shape == (5, 3)
-    torch.testing.assert_close(found[4], mse(expected, batch.query_y), rtol=1e-5, atol=1e-7)
+
+
+def test_an_ensemble_answers_with_the_mean_output():
+    configs = [preset("sinusoid", seed=seed, **SMALL) for seed in (0, 1)]
+    learners, batch = [make_learner(config) for config in configs], make_tasks(configs[0], "test").sample(2)
+    parts = [list(adapted_outputs(learner, batch, (0, 2))) for learner in learners]
+    for i, output in enumerate(ensemble_outputs(learners, batch, (0, 2))):
+        torch.testing.assert_close(output, (parts[0][i] + parts[1][i]) / 2)
+
+
+def test_an_evaluation_looks_at_the_first_steps_the_last_and_those_it_quotes():
+    config = preset("sinusoid", **SMALL)
+    learner = make_learner(config)
+    assert quoted_steps(learner) == 1 and evaluation_steps(config, learner) == list(range(11))
+    learner.eval_steps = 50
+    assert quoted_steps(learner) == 50 and evaluation_steps(config, learner) == [*range(11), 20, 50]
+    assert evaluation_steps(replace(config, eval_inner_steps=3), make_learner(config)) == [0, 1, 2, 3]
+
+
+def test_an_ensemble_is_read_from_its_checkpoints_and_says_so(tmp_path):
+    config = preset("sinusoid", ensemble=2, **SMALL)
+    write_run(tmp_path, config)
+    folder = tmp_path / "checkpoints"
+    tensors, _ = checkpoint.load(folder, "best")
+    for step, scale in ((7, 1.0), (4, 1.5)):
+        checkpoint.save(folder, f"member-{step}", {k: scale * v for k, v in tensors.items()}, {"step": step})
+    checkpoint.save(folder, "last", tensors, {"step": 9, "members": [{"step": 7}, {"step": 4}]})
+    results = evaluate_run(tmp_path, tasks=5, quiet=True)
+    assert (results["checkpoint"], results["step"], results["ensemble"]) == ("ensemble", 7, [7, 4])
+    (first, second), _ = load_learners(tmp_path, config)
+    batch = make_tasks(config, "test", 5, 100).sample(5, step=0)
+    answers = [learner.adapt(*batch[:2], inner_steps=0).predict(batch.query_x) for learner in (first, second)]
+    expected = mse((answers[0] + answers[1]) / 2, batch.query_y).mean().item()
+    assert results["tables"][0]["rows"][0]["mean"][0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_query_normalised_by_the_support_set_reaches_the_evaluation(pictures):
     config = preset("glyphs", filters=2, batch_norm="support", **SMALL)
     learner, batch = make_learner(config), make_tasks(config, "test").sample(2)
-    *_, output = adapted_outputs(learner, batch, 1)
+    *_, output = adapted_outputs(learner, batch, (0, 1))
     adapted = learner.adapt(batch.support_x, batch.support_y, inner_steps=1)
     torch.testing.assert_close(output, adapted.predict(batch.query_x), rtol=1e-5, atol=1e-6)
     one = TaskBatch(*batch[:2], batch.query_x[:, :1], batch.query_y[:, :1])
-    *_, alone = adapted_outputs(learner, one, 1)
+    *_, alone = adapted_outputs(learner, one, (0, 1))
     torch.testing.assert_close(alone[:, 0], output[:, 0], rtol=1e-4, atol=1e-5)  # float32 sums in another order
 
 
@@ -117,7 +154,7 @@ def test_sinusoid_tables_share_curves_and_query_points(sinusoid_run):
 def test_the_results_are_those_of_the_tasks_one_by_one(sinusoid_run):
     run_dir, results = sinusoid_run
     config = read_config(run_dir)
-    learner, _ = load_learner(run_dir, config)
+    (learner,), _ = load_learners(run_dir, config)
     tasks = make_tasks(config, "test", shots=5, query_shots=100)
     parts = []
     for chunk, count in enumerate((25, 5)):
@@ -169,7 +206,7 @@ def test_image_results_and_examples_have_the_agreed_form(tmp_path, pictures):
         }
         np.testing.assert_allclose(found["probabilities_after"].sum(-1), 1, rtol=1e-5)
         np.testing.assert_array_equal(found["probabilities_after"].argmax(-1), found["predictions_after"])
-        learner, _ = load_learner(tmp_path, config)
+        (learner,), _ = load_learners(tmp_path, config)
         adapted = learner.adapt(torch.from_numpy(found["support_x"]), torch.from_numpy(found["support_y"]))
         expected = adapted.predict(torch.from_numpy(found["query_x"])).argmax(-1)
         np.testing.assert_array_equal(found["predictions_after"], expected.numpy())

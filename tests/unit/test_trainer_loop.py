@@ -16,9 +16,10 @@ from torch import nn
 from fastmaml import MAML, checkpoint
 from fastmaml.experiment import seed_generators
 from fastmaml.metrics import read_rows
-from fastmaml.presets import PRESETS, RunConfig, preset
+from fastmaml.presets import PRESETS
+from fastmaml.run_config import RunConfig
 from fastmaml.tasks import Sinusoid
-from fastmaml.trainer import Trainer, chunks
+from fastmaml.trainer import Trainer, chunks, member_name
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
@@ -33,6 +34,7 @@ CONFIG = replace(
     log_every=3,  # rows and checkpoints fall on different steps
     validate_every=4,
     validation_tasks=5,
+    ensemble=2,
     backend="autodiff",
 )
 
@@ -71,6 +73,12 @@ def expect_same_run(one, other) -> None:
             k: v for k, v in state_.items() if k not in ("elapsed_s", "sampling_s")
         }
     assert rows(one) == rows(other)
+    members = [member_name(member["step"]) for member in checkpoint.load(one / "checkpoints", "last")[1]["members"]]
+    for run in (one, other):
+        assert sorted(path.stem for path in (run / "checkpoints").glob("member-*.json")) == sorted(members)
+    for name in members:
+        for key, value in checkpoint.load(one / "checkpoints", name)[0].items():
+            assert torch.equal(value, checkpoint.load(other / "checkpoints", name)[0][key]), key
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +182,17 @@ def test_the_best_checkpoint_is_the_best_validation_row(straight):
         lowest = min(lowest, row["metric_after"])
 
 
+def test_the_members_of_the_ensemble_are_the_best_validation_rows(straight):
+    validation = [row for row in read_rows(straight / "metrics.jsonl") if row["kind"] == "validation"]
+    ordered = sorted(validation, key=lambda row: row["metric_after"])
+    _, state = checkpoint.load(straight / "checkpoints", "last")
+    assert [m["step"] for m in state["members"]] == [row["step"] for row in ordered[:2]]
+    best, member = (
+        checkpoint.load(straight / "checkpoints", name)[0] for name in ("best", member_name(ordered[0]["step"]))
+    )
+    assert all(torch.equal(member[key], value) for key, value in best.items())
+
+
 def test_validation_meets_the_same_tasks_every_time(tmp_path):
     trainer = make_trainer(tmp_path, replace(CONFIG, outer_lr=1e-30, steps=8))
     trainer.train()
@@ -191,13 +210,58 @@ def test_validation_runs_without_dropout_and_training_with_it(tmp_path):
     assert trainer.learner.training
 
 
-def test_the_cosine_schedule_ends_at_zero(tmp_path):
-    trainer = make_trainer(tmp_path)
+@pytest.mark.parametrize(
+    ("schedule", "least", "expected"),
+    [
+        ("constant", 0.0, [1e-2, 1e-2, 1e-2]),
+        ("cosine", 0.0, [1e-2, 8.536e-3, 0.0]),
+        ("cosine", 2e-3, [1e-2, 8.828e-3, 2e-3]),
+        ("linear", 0.0, [1e-2, 7.5e-3, 0.0]),
+    ],
+)
+def test_the_schedule_goes_from_the_outer_rate_to_its_end(tmp_path, schedule, least, expected):
+    trainer = make_trainer(tmp_path, replace(CONFIG, schedule=schedule, outer_lr_min=least))
     rates = []
-    for trainer.step in (0, 10, 20):
+    for trainer.step in (0, 5, 20):
         trainer._set_outer_lr()
         rates.append(trainer.optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([1e-2, 5e-3, 0.0])
+    assert rates == pytest.approx(expected, rel=1e-4)
+
+
+def test_clipping_limits_every_entry_of_the_networks_gradient_and_no_learned_rate(tmp_path):
+    config = replace(CONFIG, clip_grad=0.1, steps=1)
+    trainer = make_trainer(tmp_path, config)
+    rate = nn.Parameter(torch.tensor(0.01))
+    learner = MAML(trainer.learner.model, rate, 1, loss="mse", backend="autodiff")
+    Trainer(learner, trainer.train_tasks, trainer.validation_tasks, config, tmp_path, quiet=True).train()
+    grads = torch.cat([p.grad.reshape(-1) for p in learner.model.parameters()])
+    assert grads.abs().max().item() == pytest.approx(0.1) and (grads.abs() < 0.1).any()
+    assert rate.grad.abs().item() > 0.1
+
+
+def test_the_learner_is_told_every_step_and_brings_its_optimizer(tmp_path):
+    told = []
+
+    class Told(MAML):
+        def at_step(self, step):
+            told.append(step)
+
+        def outer_optimizer(self, lr):
+            return torch.optim.SGD(self.parameters(), lr=lr)
+
+    def trainer():
+        made = make_trainer(tmp_path)
+        learner = Told(made.learner.model, 0.01, 1, loss="mse", backend="autodiff")
+        return Trainer(learner, made.train_tasks, made.validation_tasks, CONFIG, tmp_path, quiet=True)
+
+    first = trainer()
+    first.train(until=3)
+    assert isinstance(first.optimizer, torch.optim.SGD) and told == [0, 1, 2]
+    told.clear()
+    resumed = trainer()
+    resumed.resume()
+    resumed.train(until=5)
+    assert told == [2, 3, 4], "a resumed learner stands where the last step left it"
 
 
 def test_training_learns(tmp_path):
@@ -247,29 +311,6 @@ def test_resuming_on_other_tasks_is_refused(tmp_path):
 def test_resuming_nothing_is_refused(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="there is no checkpoint"):
         make_trainer(tmp_path).resume()
-
-
-def test_presets_take_changes_and_check_them():
-    config = preset("omniglot", ways=20, filters=8, steps=None)
-    assert (config.ways, config.model["filters"], config.steps) == (20, 8, PRESETS["omniglot"].steps)
-    assert RunConfig.from_json(config.to_json()) == config
-    assert preset("sinusoid", shots=7).eval_shots == (5, 7, 10, 20)
-    for wrong, sentence in [
-        ({"ways": 1}, "ways is 1, it must be at least 2"),
-        ({"meta_batch": 0}, "meta_batch is 0"),
-        ({"outer_lr": 0.0}, "outer_lr is 0.0, it must be above 0"),
-        ({"inner_steps": -1}, "inner_steps is -1"),
-        ({"time_limit": -1.0}, "time_limit is -1.0 seconds"),
-        ({"algorithm": "sgd"}, "'sgd' is not one of maml, fomaml"),
-    ]:
-        with pytest.raises(ValueError, match=sentence):
-            preset("omniglot", **wrong)
-    with pytest.raises(ValueError, match="no classes"):
-        preset("sinusoid", ways=5)
-    with pytest.raises(ValueError, match="has no filters"):
-        preset("sinusoid", filters=5)
-    with pytest.raises(ValueError, match="unknown data set 'mnist'"):
-        preset("mnist")
 
 
 def test_chunks_cover_all_tasks():

@@ -1,0 +1,179 @@
+"""Meta-Curvature: the inner gradient passes through learned matrices, one for every mode (Park & Oliva 2019).
+
+    MC(G) = G x_out M_out x_in M_in x_kernel M_kernel                (equations 7 and 8; of a linear weight M_out G M_in^T)
+    phi[k+1] = phi[k] - inner_lr * MC(g[k])
+    v[k] = v[k+1] - H_k MC^T(inner_lr * v[k+1])                                                   (ALGORITHMS 1.2, 2.9)
+
+The matrices' gradients come from the same adjoint and g[k], mode by mode.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
+from fastmaml.losses import Loss
+from fastmaml.parameters import InnerLr, ParameterLayout, expand_rates
+from fastmaml.update_rules import UpdateRule, rule_for
+
+AXES = {"out": 1, "in": 2, "kernel": 3}
+
+
+class MetaCurvature(Learner):
+    """MAML whose inner gradients pass through learned curvature matrices, which start as the identity.
+
+        learner = MetaCurvature(model, inner_lr=0.05, inner_steps=5)
+        optimizer = torch.optim.Adam(learner.parameters(), 1e-3)   # of the model and of "curvature.NAME.MODE"
+
+    A weight [out, in, ...] has a matrix over its outputs and one over its inputs, a convolution's a third over its
+    kernel's positions; a bias or a norm's parameter is scaled entry by entry. Parameters that are frozen or not
+    adapted have none. With `inner` an optimizer of fm.inner, that sees the transformed gradients. All arguments are
+    Learner's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner_lr: InnerLr | None = None,
+        inner_steps: int = 1,
+        loss: Loss = "cross_entropy",
+        **options: Any,
+    ):
+        super().__init__(model, inner_lr, inner_steps, loss, **options)
+        adapted = self.engine.layout.fitting(self.adapted or ["*"])
+        self.curvature = nn.ParameterDict()
+        for name, parameter in model.named_parameters():
+            if name in adapted and parameter.requires_grad:
+                for mode, matrix in identities(parameter).items():
+                    self.curvature[f"{name}.{mode}".replace(".", "/")] = nn.Parameter(matrix)
+
+    def leaves(self) -> dict[str, Tensor]:
+        return super().leaves() | {f"curvature.{name}": matrix for name, matrix in self._matrices().items()}
+
+    @torch.no_grad()
+    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
+        theta = self.start(*batch[:2])
+        rule = self._rule(theta, self.inner_steps, len(batch[1]), task_weights)
+        result = self.engine.meta_gradient(
+            theta,
+            batch,
+            inner=self.inner,
+            inner_steps=self.inner_steps,
+            task_weights=task_weights,
+            inner_lr_grad=any(rate.requires_grad for rate in self.learnable_rates().values()),
+            rule=rule,
+            **self.sweep_options(),
+        )
+        curvature = {f"curvature.{name}": grad for name, grad in rule.grads.items()}
+        return self.as_step(result, self.model_grads(result.grad) | curvature, task_weights)
+
+    @torch.no_grad()
+    def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
+        steps = self.inner_steps if inner_steps is None else inner_steps
+        theta = self.start(support_x, support_y)
+        rule = self._rule(theta, steps, len(support_y))
+        result = self.engine.adapt_with(
+            theta, support_x, support_y, inner=self.inner, inner_steps=steps, rule=rule, **self.adapt_options()
+        )
+        return Adapted(self.engine, result.params, result.losses, support_x)
+
+    def _matrices(self) -> dict[str, Tensor]:
+        """{"NAME.MODE": matrix}"""
+        return {name.replace("/", "."): matrix for name, matrix in self.curvature.items()}
+
+    def _rule(self, theta: Tensor, steps: int, tasks: int, task_weights: Tensor | None = None) -> CurvatureRule:
+        layout = self.engine.layout
+        mask = layout.trainable(self.model, theta)
+        if self.adapted is not None:
+            chosen = layout.matching(self.adapted, theta)
+            mask = chosen if mask is None else mask * chosen
+        rates = expand_rates(self.inner.lr, layout, mask, theta, steps)
+        of_task = theta.new_full((tasks,), 1.0 / tasks) if task_weights is None else task_weights.detach()
+        return CurvatureRule(rule_for(self.inner, rates, mask), layout, self._matrices(), of_task)
+
+
+class CurvatureRule:
+    """An update rule that sees MC(g) for g, and gathers the gradients of the matrices (update_rules.UpdateRule)."""
+
+    needs_gradient = True
+
+    def __init__(self, rule: UpdateRule, layout: ParameterLayout, matrices: dict[str, Tensor], of_task: Tensor):
+        self.rule, self.layout, self.of_task = rule, layout, of_task
+        self.matrices = {name: matrix.detach() for name, matrix in matrices.items()}
+        self.grads = {name: torch.zeros_like(matrix) for name, matrix in matrices.items()}
+
+    def update(self, k: int, phi: Tensor, g: Tensor) -> Tensor:
+        return self.rule.update(k, phi, self.transformed(g))
+
+    def adjoint(self, k: int, v: Tensor, phi: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert g is not None
+        v, y = self.rule.adjoint(k, v, phi, self.transformed(g) if self.rule.needs_gradient else None)
+        return v, self.pulled_back(y, g)
+
+    def rate_grad(self, k: int, v: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+        return self.rule.rate_grad(k, v, phi, self.transformed(g))
+
+    def transformed(self, g: Tensor) -> Tensor:
+        """MC(g) [T, P]."""
+        pieces = [transformed(self._modes(name), piece) for name, piece in self.layout.split(g).items()]
+        return torch.cat([piece.reshape(len(g), -1) for piece in pieces], dim=1)
+
+    def pulled_back(self, y: Tensor, g: Tensor) -> Tensor:
+        """MC^T(y) [T, P] for the adjoint y of MC(g); adds what it says of the matrices to their gradients."""
+        given, pieces = self.layout.split(g), []
+        for name, piece in self.layout.split(y).items():
+            piece, grads = pulled_back(self._modes(name), piece, given[name], self.of_task)
+            pieces.append(piece.reshape(len(g), -1))
+            for mode, grad in grads.items():
+                self.grads[f"{name}.{mode}"] += grad
+        return torch.cat(pieces, dim=1)
+
+    def _modes(self, name: str) -> dict[str, Tensor]:
+        named = {mode: self.matrices.get(f"{name}.{mode}") for mode in (*AXES, "scale")}
+        return {mode: matrix for mode, matrix in named.items() if matrix is not None}
+
+
+# ---------------------------------------------------------------- one parameter: G [T, *shape]
+
+
+def identities(parameter: Tensor) -> dict[str, Tensor]:
+    """The matrices that leave the gradient of a parameter as it is."""
+    if parameter.dim() < 2:
+        return {"scale": torch.ones_like(parameter)}
+    sizes = (*parameter.shape[:2], *([parameter[0, 0].numel()] if parameter.dim() > 2 else []))
+    return {mode: torch.eye(size).to(parameter) for mode, size in zip(AXES, sizes)}
+
+
+def transformed(modes: dict[str, Tensor], G: Tensor) -> Tensor:
+    """The gradient G multiplied by its matrices; in the shape [T, out, in, kernel] where it has a kernel."""
+    if "scale" in modes:
+        return G * modes["scale"]
+    G = G.flatten(3) if G.dim() > 3 else G
+    for mode, matrix in modes.items():
+        G = along(AXES[mode], matrix, G)
+    return G
+
+
+def pulled_back(modes: dict[str, Tensor], Y: Tensor, G: Tensor, of_task: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the adjoint of G, the gradients of the matrices summed over tasks with weights of_task) for Y, that of MC(G)."""
+    if "scale" in modes:
+        return Y * modes["scale"], {"scale": torch.tensordot(of_task, Y * G, 1)}
+    Y, G = (X.flatten(3) if X.dim() > 3 else X for X in (Y, G))
+    stages = [G]
+    for mode, matrix in modes.items():
+        stages.append(along(AXES[mode], matrix, stages[-1]))
+    grads = {}
+    for (mode, matrix), before in zip(reversed(modes.items()), reversed(stages[:-1])):
+        axis = AXES[mode]
+        weighted = torch.einsum("t...,t->t...", Y, of_task)
+        grads[mode] = weighted.movedim(axis, 0).flatten(1) @ before.movedim(axis, 0).flatten(1).T
+        Y = along(axis, matrix.T, Y)
+    return Y, grads
+
+
+def along(axis: int, matrix: Tensor, G: Tensor) -> Tensor:
+    """The mode product G x_axis matrix: every vector of G along the axis is multiplied by the matrix."""
+    return (G.movedim(axis, -1) @ matrix.T).movedim(-1, axis)

@@ -1,0 +1,161 @@
+"""fm.check: is this meta-gradient right? A learner's, another library's or a hand-written one, told in plain words.
+
+print(fm.check(maml, batch))
+print(fm.check(my_meta_loss, batch, model=model, loss="mse", inner_lr=0.1, inner_steps=2))
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastmaml.algorithms.learner import Learner
+from fastmaml.algorithms.maml import MAML
+from fastmaml.checking import subject as subjects
+from fastmaml.checking.compare import relative
+from fastmaml.checking.examine import Examination
+from fastmaml.checking.intent import Intent
+from fastmaml.checking.learners import check_learner
+from fastmaml.checking.oracle import Oracle
+from fastmaml.checking.report import Report, Row
+from fastmaml.checking.subject import Batch, MetaLoss
+from fastmaml.checks import shape
+from fastmaml.inner import Optimizer, optimizer_of
+from fastmaml.losses import Loss
+from fastmaml.parameters import InnerLr
+
+__all__ = ["Report", "Row", "check"]
+
+
+def check(
+    subject: Learner | nn.Module | MetaLoss,
+    batch: Sequence[Any] | None = None,
+    *,
+    model: nn.Module | None = None,
+    loss: Loss | None = None,
+    inner_lr: InnerLr | None = None,
+    inner_steps: int | None = None,
+    inner: Optimizer | None = None,
+    first_order: bool | None = None,
+    truncate: int | None = None,
+    adapted: str | Sequence[str] | None = None,
+    batch_norm: str | None = None,
+    label_smoothing: float | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+    directions: int = 3,
+    seed: int = 0,
+) -> Report:
+    """Compares a meta-gradient with unrolled autograd in float64 and with finite differences; the Report says what it is.
+
+    subject: a learner of fastmaml; or a model, for fastmaml's own meta-gradient of it; or a function (model, batch) ->
+        scalar loss whose backward() fills the .grad of model.parameters() (it may call backward() itself), with the
+        `model` it is to be called with. A function is called several times on that model in float64; weights,
+        gradients and buffers are put back afterwards.
+    batch: (support_x, support_y, query_x, query_y), each [tasks, examples, ...]; x may be a tuple or dict of inputs.
+    What it is meant to compute, for a model or a function (a learner knows): loss "cross_entropy" (default), "mse" or a
+        function (output, target); inner_lr, inner_steps (default 1), inner, first_order, truncate, adapted, batch_norm
+        and label_smoothing as in fm.MAML; reduction of the tasks' losses, "mean" or "sum". Rates that require a
+        gradient are compared too.
+    backend: of the engine, where subject is a model.
+    directions: of the finite differences, besides one for each parameter; 0: none are taken.
+
+    Raises ValueError or TypeError, in one sentence, where the input does not fit or the function raises.
+    """
+    data = _checked_batch(batch)
+    meant = {
+        "loss": loss,
+        "inner_lr": inner_lr,
+        "inner_steps": inner_steps,
+        "inner": inner,
+        "first_order": first_order,
+        "truncate": truncate,
+        "adapted": [adapted] if isinstance(adapted, str) else adapted,
+        "batch_norm": batch_norm,
+        "label_smoothing": label_smoothing,
+    }
+    given: dict[str, Any] = {name: value for name, value in meant.items() if value is not None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if model is not None:
+            if not callable(subject):
+                raise TypeError(f"with model= the first argument is a function, not {type(subject).__name__}")
+            intent = _intent(given, reduction).checked(model)
+            return _of_function(subject, model, data, intent, directions, seed)
+        if not isinstance(subject, nn.Module):
+            if callable(subject):
+                raise TypeError("a function is called as function(model, batch): give the model with model=")
+            raise TypeError(f"subject must be a learner, a module or a function, not {type(subject).__name__}")
+        if reduction != "mean":
+            raise ValueError("reduction='sum' belongs to a function; fastmaml's own loss is the mean over tasks")
+        if not isinstance(subject, Learner):
+            subject = MAML(copy.deepcopy(subject).double(), backend=backend or "auto", **given)
+        elif given:
+            raise TypeError(f"a learner knows what it computes; leave out {', '.join(given)}")
+        return check_learner(subject, data, _sizes(data), directions, seed)
+
+
+def _intent(given: dict[str, Any], reduction: str) -> Intent:
+    given = dict(given)
+    optimizer = optimizer_of(given.pop("inner_lr", None), given.pop("inner", None))
+    loss, steps = given.pop("loss", "cross_entropy"), given.pop("inner_steps", 1)
+    return Intent(loss, optimizer, steps, reduction=reduction, **given)
+
+
+def _of_function(
+    function: MetaLoss, model: nn.Module, batch: Batch, intent: Intent, directions: int, seed: int
+) -> Report:
+    oracle = Oracle(model, intent, batch)
+    name = getattr(function, "__name__", type(function).__name__)
+    title = f"{name}, compared with {intent.words()} ({_sizes(batch)})"
+    rates = subjects.rate_leaves(intent.inner.lr)
+    with ExitStack() as stack:
+        subject = stack.enter_context(subjects.of_function(function, model, batch, rates))
+        try:
+            subject.run()
+        except ValueError as error:
+            refusal = str(error)
+        else:
+            return Examination(subject, oracle, title, directions, seed).report()
+    with subjects.of_function(function, model, batch, rates, double=False) as subject:
+        subject.run()  # raises what the function raises of itself
+        tolerance = _float32_tolerance(oracle, Oracle(model, intent, batch, subject.dtype))
+        return Examination(subject, oracle, title, directions, seed, tolerance, refusal).report()
+
+
+def _float32_tolerance(double: Oracle, single: Oracle) -> float:
+    """Ten times what plain torch itself loses in float32 on this very problem, plus 64 rounding errors."""
+    exact, rounded = double.answer().total(), single.answer().total()
+    lost = relative({name: grad.double() for name, grad in rounded.items()}, exact)
+    return 10 * lost + 64 * torch.finfo(torch.float32).eps
+
+
+def _checked_batch(batch: Any) -> Batch:
+    names = ("support_x", "support_y", "query_x", "query_y")
+    if batch is None or isinstance(batch, Tensor) or not isinstance(batch, Sequence) or len(batch) != 4:
+        raise TypeError(f"batch must be ({', '.join(names)}), each a tensor [tasks, examples, ...]")
+    for name, given in zip(names, batch):
+        labels = batch[1] if name.startswith("support") else batch[3]
+        for part in tree_leaves(given) if name.endswith("x") else [given]:
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{name} must be a tensor [tasks, examples, ...], not {type(part).__name__}")
+            if part.dim() < 2 or 0 in part.shape[:2]:
+                raise ValueError(f"{name} {shape(part)} must be [tasks, examples, ...] with at least one of each")
+            if isinstance(labels, Tensor) and part.shape[:2] != labels.shape[:2]:
+                raise ValueError(
+                    f"{name} {shape(part)} and {name[:-1]}y {shape(labels)} hold different numbers of tasks or examples"
+                )
+    if len(batch[1]) != len(batch[3]):
+        raise ValueError(f"support_y {shape(batch[1])} and query_y {shape(batch[3])} hold different numbers of tasks")
+    return batch  # type: ignore[return-value]
+
+
+def _sizes(batch: Batch) -> str:
+    tasks, support = batch[1].shape[:2]
+    return f"{tasks} {'task' if tasks == 1 else 'tasks'}, {support} support and {batch[3].shape[1]} query examples each"

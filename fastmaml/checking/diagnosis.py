@@ -1,0 +1,189 @@
+"""What is wrong with a gradient: one of the usual mistakes, a factor, weights of the tasks, or parts of it by themselves."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from fastmaml.checking import mistakes
+from fastmaml.checking.compare import Named, agrees, agrees_in, cosine, inner, pick, relative, size, zero
+from fastmaml.checking.mistakes import Mistake
+from fastmaml.checking.oracle import Answer, Oracle, Slip
+from fastmaml.checking.report import listed, share
+
+
+class Diagnosis(NamedTuple):
+    sentences: list[str]
+    verdicts: dict[str, str]  # for the table, by the names of wrong parameters
+
+
+def diagnose(
+    given: Named, wanted: Named, loss: float | None, exact: Answer, oracle: Oracle, tolerance: float
+) -> Diagnosis:
+    """given and wanted: the gradients of the model's parameters, which differ. loss: the one that was returned, if any."""
+    off = f"It is {share(relative(given, wanted))} off the exact meta-gradient (cosine {cosine(given, wanted):.4f})."
+
+    def all_are(verdict: str) -> dict[str, str]:
+        return dict.fromkeys(_wrong(given, wanted, tolerance), verdict)
+
+    tried: list[Mistake] = []
+    for mistake in mistakes.usual(oracle):
+        if agrees(given, mistake.grad, tolerance):
+            return Diagnosis([mistake.sentence, off], all_are(mistake.verdict))
+        tried.append(mistake)
+    factor = _factor(given, wanted, tolerance)
+    if factor is not None:
+        sentence = f"The direction is exact, but the gradient is {_reason(factor, oracle, tolerance)}."
+        return Diagnosis([sentence], all_are(f"{factor:.4g} times"))
+    for mistake in tried:
+        factor = _factor(given, mistake.grad, tolerance)
+        if factor is not None:
+            beyond = f"Beyond that it is {_reason(factor, oracle, tolerance)}."
+            return Diagnosis([mistake.sentence, beyond, off], all_are(mistake.verdict))
+    weights = _task_weights(given, exact, oracle, tolerance)
+    if weights is not None:
+        return Diagnosis([_of_tasks(weights), off], all_are("wrong"))
+    rate = _other_rate(given, loss, oracle, tolerance)
+    if rate is not None:
+        return Diagnosis([rate, off], all_are("inner rate"))
+    sentences, verdicts = _part_by_part(given, wanted, tried, tolerance)
+    return Diagnosis([*sentences, off, *_about_loss(loss, exact, tried, oracle, tolerance)], verdicts)
+
+
+def _wrong(given: Named, wanted: Named, tolerance: float) -> list[str]:
+    whole = size(wanted)
+    names = [*wanted, *(name for name in given if name not in wanted)]
+    return [name for name in names if not agrees_in(name, given, wanted, tolerance, whole)]
+
+
+# ---------------------------------------------------------------- factors
+
+
+def _factor(given: Named, expected: Named, tolerance: float) -> float | None:
+    """c with given = c * expected; None if there is none."""
+    length = inner(expected, expected)
+    factor = inner(given, expected) / length if length else 0.0
+    if not factor or not math.isfinite(factor):
+        return None
+    return factor if agrees(given, {n: factor * e for n, e in expected.items()}, tolerance) else None
+
+
+def _reason(factor: float, oracle: Oracle, tolerance: float) -> str:
+    tasks, queries = oracle.tasks, oracle.sets["query"][1].shape[1]
+    mean = oracle.intent.reduction == "mean"
+    reasons = [
+        (-1.0, "its sign is the other one"),
+        (tasks, f"the sum over the {tasks} tasks instead of their mean (if that is meant: reduction='sum')")
+        if mean
+        else (1 / tasks, f"the mean over the {tasks} tasks instead of their sum"),
+        (queries, f"the query loss is summed over its {queries} examples instead of averaged"),
+        (tasks * queries, f"summed over the {tasks} tasks and their {queries} query examples instead of averaged"),
+        (1 / tasks, f"divided by the {tasks} tasks twice"),
+        (1 / queries, f"the query loss is divided by its {queries} examples twice"),
+    ]
+    for known, reason in reasons:
+        if abs(factor - known) <= max(10 * tolerance, 1e-7) * abs(known):
+            return f"{factor:.6g} times as large: {reason}"
+    return f"{factor:.6g} times as large"
+
+
+# ---------------------------------------------------------------- tasks and rates
+
+
+def _task_weights(given: Named, exact: Answer, oracle: Oracle, tolerance: float) -> list[float] | None:
+    """The weights of the tasks' gradients in the given one, where 1 is right for each; None if there are none."""
+    by_task = {name: rows for name, rows in exact.grads.items() if rows is not None and name in oracle.theta}
+    rows = torch.cat([of_tasks.flatten(1) for of_tasks in by_task.values()], dim=1)
+    if rows.shape[0] < 2 or rows.shape[0] >= rows.shape[1]:
+        return None
+    flat = torch.cat([given.get(name, torch.zeros_like(of_tasks[0])).flatten() for name, of_tasks in by_task.items()])
+    weights = torch.linalg.lstsq(rows.T, flat.unsqueeze(1)).solution.squeeze(1)
+    if not float((rows.T @ weights - flat).norm()) <= 10 * tolerance * float(flat.norm()):
+        return None
+    return [float(w) for w in weights]
+
+
+def _of_tasks(weights: list[float]) -> str:
+    shown = ", ".join(f"{w:.3g}" if abs(w) > 1e-6 else "0" for w in weights[:8]) + (", ..." if len(weights) > 8 else "")
+    counted = [task for task, w in enumerate(weights) if abs(w) > 1e-6]
+    only = ""
+    if len(counted) == 1:
+        only = f": only task {counted[0] + 1} of {len(weights)} counts (zero_grad() or '=' instead of '+=' in the loop)"
+    return f"The tasks do not count the same: their gradients enter with the weights {shown} instead of 1 each{only}."
+
+
+def _other_rate(given: Named, loss: float | None, oracle: Oracle, tolerance: float) -> str | None:
+    """A sentence when the gradient is the exact one of another inner learning rate, found by the loss it gives."""
+    rate = oracle.intent.inner.lr
+    if loss is None or not oracle.intent.inner_steps or not isinstance(rate, (int, float)):
+        return None
+    for start in (1.0, 0.5, 2.0, 0.1, 10.0):
+        last, factor = start, 0.95 * start
+        last_miss = oracle.loss(Slip(rate_factor=last)) - loss
+        for _ in range(15):  # the secant method
+            miss = oracle.loss(Slip(rate_factor=factor)) - loss
+            if abs(miss) <= 1e-13 * abs(loss) or miss == last_miss or not math.isfinite(miss):
+                break
+            last, last_miss, factor = factor, miss, factor - miss * (factor - last) / (miss - last_miss)
+        if not math.isfinite(factor) or abs(factor) > 1e3:
+            continue
+        grads = mistakes.of_parameters(oracle.answer(Slip(rate_factor=factor)).total(), oracle)
+        if agrees(given, grads, max(100 * tolerance, 1e-6)):  # the root is known to about 1e-10
+            return (
+                f"The inner learning rate is {factor * rate:.6g}, not {rate:g}: with that rate the gradient is exact."
+            )
+    return None
+
+
+# ---------------------------------------------------------------- part by part
+
+
+def _part_by_part(given: Named, wanted: Named, tried: list[Mistake], tolerance: float) -> Diagnosis:
+    """Each wrong parameter by itself: detached, one of the usual mistakes there, or just wrong."""
+    whole, wrong = size(wanted), _wrong(given, wanted, tolerance)
+    verdicts, kinds = dict[str, str](), dict[str, list[str]]()
+    for name in wrong:
+        kind = "wrong"
+        if name not in given or zero({name: given[name]}):
+            kind = "detached"
+        elif given[name].numel() > 1:  # one number is met by chance
+            fitting = (m for m in tried if agrees_in(name, given, m.grad, tolerance, whole))
+            kind = next((m.verdict for m in fitting), "wrong")
+        verdicts[name] = kind
+        kinds.setdefault(kind, []).append(name)
+    sentences = []
+    if "detached" in kinds:
+        sentences.append(f"Detached: no gradient reaches {listed(kinds.pop('detached'))}, where there should be one.")
+    unknown = kinds.pop("wrong", [])
+    for kind, names in kinds.items():
+        mistake = next(m for m in tried if m.verdict == kind)
+        sentences.append(f"In {listed(names)} the gradient is that of this mistake: {mistake.sentence}")
+    if unknown:
+        by_error = sorted(unknown, key=lambda name: -relative(pick(given, [name]), pick(wanted, [name])))
+        worst = share(relative(pick(given, by_error[:1]), pick(wanted, by_error[:1])))
+        sentences.append(
+            f"Wrong in {listed(by_error)}; worst is '{by_error[0]}', wrong by {worst}. None of the usual mistakes gives this."
+        )
+    right = [name for name in wanted if name not in wrong]
+    if right:
+        sentences.append(f"Right in {listed(right)}.")
+    return Diagnosis(sentences, verdicts)
+
+
+def _about_loss(loss: float | None, exact: Answer, tried: list[Mistake], oracle: Oracle, tolerance: float) -> list[str]:
+    def is_that(other: float) -> bool:
+        return loss is not None and abs(loss - other) <= max(tolerance, 1e-9) * abs(other)
+
+    if loss is None:
+        return []
+    if is_that(exact.loss):
+        return ["Its loss is right, so the mistake is in the backward pass."]
+    mistake = next((m for m in tried if is_that(m.loss)), None)
+    if mistake is not None:
+        return [f"Its loss is that of this mistake, although its gradient is not: {mistake.sentence}"]
+    return [
+        f"Its loss is {loss:.6g}, the oracle's {exact.loss:.6g}: it computes another meta-loss than the one it was compared "
+        f"with ({oracle.intent.words()})."
+    ]
