@@ -13,7 +13,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastmaml import algorithms, inner, models
-from fastmaml.algorithms import ANIL, BOIL, FOMAML, FOML, IMAML, MAML, MAMLPlusPlus, MetaCurvature, MetaSGD, Reptile
+from fastmaml.algorithms import (
+    ANIL,
+    BOIL,
+    FOMAML,
+    FOML,
+    IMAML,
+    MAML,
+    MAMLPlusPlus,
+    MetaCurvature,
+    MetaSGD,
+    ProtoMAML,
+    Reptile,
+)
 from fastmaml.engine import Engine, MetaGradient, Solution
 
 if TYPE_CHECKING:
@@ -33,6 +45,7 @@ __all__ = [  # noqa: RUF022  in the order one learns them
     "MetaSGD",
     "IMAML",
     "MetaCurvature",
+    "ProtoMAML",
     "models",
     "inner",
     "tasks",

@@ -9,6 +9,7 @@ from fastmaml.algorithms.maml import MAML
 from fastmaml.algorithms.mamlpp import MAMLPlusPlus
 from fastmaml.algorithms.meta_curvature import MetaCurvature
 from fastmaml.algorithms.meta_sgd import MetaSGD
+from fastmaml.algorithms.proto_maml import ProtoMAML
 from fastmaml.algorithms.reptile import Reptile
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "MAMLPlusPlus",
     "MetaCurvature",
     "MetaSGD",
+    "ProtoMAML",
     "Reptile",
 ]
