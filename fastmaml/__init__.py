@@ -16,6 +16,7 @@ from fastmaml import algorithms, inner, models
 from fastmaml.algorithms import (
     ANIL,
     BOIL,
+    CAVIA,
     FOMAML,
     FOML,
     IMAML,
@@ -46,6 +47,7 @@ __all__ = [  # noqa: RUF022  in the order one learns them
     "IMAML",
     "MetaCurvature",
     "ProtoMAML",
+    "CAVIA",
     "models",
     "inner",
     "tasks",

@@ -1,10 +1,12 @@
-"""Small networks of the few-shot papers as plain torch modules: mlp, sinusoid_mlp, conv4."""
+"""Small networks of the few-shot papers as plain torch modules: mlp, sinusoid_mlp, conv4, and CAVIA's two."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -83,6 +85,70 @@ def conv4(
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
     head = nn.Linear(filters * size * size, ways)
     return nn.Sequential(*layers, nn.Flatten(), _initialised(head, "xavier", 0.0))
+
+
+# ---------------------------------------------------------------- networks with context parameters (CAVIA)
+
+
+class ContextInput(nn.Module):
+    """`net` on its input with the context parameters [context] beside it: x [N, D] -> net([N, D + context])."""
+
+    def __init__(self, net: nn.Module, context: int):
+        super().__init__()
+        self.context = nn.Parameter(torch.zeros(context))
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(torch.cat([x, self.context.expand(x.shape[0], -1)], dim=1))
+
+
+class ContextFiLM(nn.Module):
+    """`after(gamma * before(x) + beta)` with gamma, beta [channels] a linear function of the context parameters."""
+
+    def __init__(self, before: nn.Module, after: nn.Module, channels: int, context: int):
+        super().__init__()
+        self.context = nn.Parameter(torch.zeros(context))
+        self.before, self.after = before, after
+        self.film = nn.Linear(context, 2 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gamma, beta = self.film(self.context).view(2, 1, -1, 1, 1)
+        return self.after(gamma * self.before(x) + beta)
+
+
+def context_mlp(sizes: Sequence[int], context: int = 5, **options: Any) -> ContextInput:
+    """An mlp that has `context` parameters more as input, for CAVIA: context_mlp([1, 40, 40, 1]) maps [N, 1] to [N, 1].
+
+    The options are mlp's. Zintgraf et al. 2019, section 5.1: 5 context parameters on the sinusoid.
+    """
+    _at_least_one("context", context)
+    return ContextInput(mlp([sizes[0] + context, *sizes[1:]], **options), context)
+
+
+def context_conv4(context: int = 100, activation: str = "relu", **options: Any) -> ContextFiLM:
+    """conv4 with a FiLM layer from `context` parameters behind its third convolution, norm and pooling, for CAVIA.
+
+    The options are conv4's. Zintgraf et al. 2019, section 5.2, with 100 context parameters; as in its released code
+    gamma is the linear layer's own output, not 1 plus that.
+    """
+    _at_least_one("context", context)
+    layers = list(conv4(activation=activation, **options))
+    _, _, third, fourth = (i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d))
+    block = layers[third:fourth]
+    scores = [layer for layer in block if not isinstance(layer, ACTIVATIONS[activation])]  # type: ignore[arg-type]
+    convolution = layers[third]
+    assert isinstance(convolution, nn.Conv2d)
+    before = nn.Sequential(*layers[:third], *scores)
+    after = nn.Sequential(ACTIVATIONS[activation](), *layers[fourth:])
+    return ContextFiLM(before, after, convolution.out_channels, context)
+
+
+def _at_least_one(what: str, number: int) -> None:
+    if number < 1:
+        raise ValueError(f"{what} is {number}; it must be at least 1")
+
+
+# ---------------------------------------------------------------- parts
 
 
 def _norm(name: str, channels: int, size: int, eps: float) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from fastmaml.algorithms.anil import ANIL
 from fastmaml.algorithms.boil import BOIL
+from fastmaml.algorithms.cavia import CAVIA
 from fastmaml.algorithms.fomaml import FOMAML, FOML
 from fastmaml.algorithms.imaml import IMAML
 from fastmaml.algorithms.learner import Adapted, Learner, LearnerOutput
@@ -15,6 +16,7 @@ from fastmaml.algorithms.reptile import Reptile
 __all__ = [
     "ANIL",
     "BOIL",
+    "CAVIA",
     "FOMAML",
     "FOML",
     "IMAML",

@@ -1,0 +1,61 @@
+"""CAVIA: only a few context parameters are adapted, the network around them is learned (Zintgraf et al. 2019, eq. 2-3).
+
+    context[0] = 0,    context[k+1] = context[k] - inner_lr * grad_context L_support(context[k], theta)
+    the outer loop follows the gradient of L_query(context[K], theta) by theta
+
+theta acts on the query loss and on every inner gradient: both parts come out of one adjoint sweep, with tangents on the
+context alone (ALGORITHMS 1.2 and 2.11).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastmaml.algorithms.learner import Learner
+from fastmaml.losses import Loss
+from fastmaml.parameters import InnerLr, ParameterLayout
+
+
+class CAVIA(Learner):
+    """Adapts the parameters of `model` that are called context, from zero in every task; learns the others.
+
+        learner = CAVIA(fm.models.context_mlp([1, 40, 40, 1], context=5), inner_lr=1.0, loss="mse")
+
+    context: a name pattern, or several, of the context parameters. Whatever they hold counts for nothing, and their
+    gradient is zero. The other arguments are Learner's.
+
+    A module that reads a parameter of its own in forward, as fm.models.context_mlp and context_conv4 do, is not fused:
+    it runs on autodiff, and `engine.why` names the place.
+
+    Raises ValueError for a pattern that fits no parameter, or a frozen one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner_lr: InnerLr | None = None,
+        inner_steps: int = 1,
+        loss: Loss = "cross_entropy",
+        *,
+        context: str = "*context*",
+        **options: Any,
+    ):
+        names = ParameterLayout(model).fitting([context])
+        for name in names:
+            if not model.get_parameter(name).requires_grad:
+                raise ValueError(f"the context parameter '{name}' is frozen, so nothing would adapt")
+        if inner_lr is None and options.get("inner") is None:
+            inner_lr = 1.0
+        super().__init__(model, inner_lr, inner_steps, loss, adapted=names, **options)
+        self.context_names = names
+
+    def start(self, support_x: Tensor, support_y: Tensor) -> Tensor:
+        """theta with the context at zero."""
+        theta = super().start(support_x, support_y)
+        return theta.index_fill(0, self.engine.layout.positions(self.context_names).to(theta.device), 0.0)
+
+    def model_grads(self, flat: Tensor) -> dict[str, Tensor]:
+        grads = super().model_grads(flat)
+        return {leaf: grad for leaf, grad in grads.items() if leaf.removeprefix("model.") not in self.context_names}
