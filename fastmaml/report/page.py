@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from html import escape
 from typing import Any
 
 import numpy as np
+
+from fastmaml.run_config import ALGORITHMS
 
 from . import examples as image_tasks
 from . import plots, tables
@@ -49,13 +52,7 @@ def title(run: Run) -> str:
     """MAML on Glyphs, 5-way 1-shot"""
     config = run.config
     algorithm = str(config.get("algorithm", "meta-learning"))
-    algorithm = {
-        "maml": "MAML",
-        "fomaml": "First-order MAML",
-        "maml++": "MAML++",
-        "imaml": "iMAML",
-        "anil": "ANIL",
-    }.get(algorithm.lower(), algorithm)
+    algorithm = ALGORITHMS.get(algorithm.lower(), algorithm)
     data = str(config.get("dataset", "tasks"))
     ways, shots = _ways(run), config.get("shots")
     kind = f", {ways}-way {shots}-shot" if ways and shots else (f", {shots}-shot" if shots else "")
@@ -153,9 +150,14 @@ def main_table(run: Run, evaluation: Evaluation) -> Table:
 
 
 def trained_index(run: Run, evaluation: Evaluation) -> int:
-    """Where in `inner_steps` the number of steps stands that was trained; the last place if it was not evaluated."""
-    wanted = run.config.get("inner_steps")
+    """Where in `inner_steps` the quoted number of steps stands; the last place if it was not evaluated."""
+    wanted = _quoted_steps(run, evaluation)
     return evaluation.inner_steps.index(wanted) if wanted in evaluation.inner_steps else len(evaluation.inner_steps) - 1
+
+
+def _quoted_steps(run: Run, evaluation: Evaluation) -> Any:
+    """The number of inner steps that a result is quoted at: what the algorithm takes at test, else what was trained."""
+    return evaluation.facts.get("quoted_steps", run.config.get("inner_steps"))
 
 
 def _stats(run: Run) -> str:
@@ -228,15 +230,16 @@ def _result(run: Run) -> str:
         grid = _beside(figures[0], marks)
     else:
         grid = f"<div class='figures three'>{''.join(_figure(svg) for svg in figures)}</div>{plots.legend(marks)}"
-    trained = run.config.get("inner_steps")
-    shown = [k for k in evaluation.inner_steps if k in TABLE_STEPS or k == trained]
-    table = tables.evaluation_table(evaluation, shown, trained)
-    every = tables.evaluation_table(evaluation, evaluation.inner_steps, trained)
-    middle = tables.evaluation_table(evaluation, evaluation.inner_steps, trained, median=True)
+    quoted = _quoted_steps(run, evaluation)
+    shown = [k for k in evaluation.inner_steps if k in TABLE_STEPS or k == quoted]
+    table = tables.evaluation_table(evaluation, shown, quoted)
+    every = tables.evaluation_table(evaluation, evaluation.inner_steps, quoted)
+    middle = tables.evaluation_table(evaluation, evaluation.inner_steps, quoted, median=True)
     wall = evaluation.facts.get("wall_s")
     origin = _origin(evaluation.facts)
     cost = f" Evaluating took {tables.duration(float(wall))}." if isinstance(wall, (int, float)) else ""
-    tint = f" The tinted column is the number of inner steps used in training, {trained}." if trained in shown else ""
+    where = "in training" if quoted == run.config.get("inner_steps") else "by this algorithm at test"
+    tint = f" The tinted column is the number of inner steps used {where}, {quoted}." if quoted in shown else ""
     text = (
         f"Every learner gets the same {_tasks_seen(evaluation)}, adapts on the support set and is judged on the query "
         f"set; bands and ± are 95 % intervals.{tint}{origin}{cost}"
@@ -248,6 +251,10 @@ def _result(run: Run) -> str:
 
 def _origin(facts: dict[str, Any]) -> str:
     """Which parameters were evaluated."""
+    members = facts.get("ensemble")
+    if isinstance(members, list):
+        steps = _and([plots.grouped(step) for step in sorted(members)])
+        return f" Evaluated is the mean output of the best checkpoints by validation, outer steps {steps}."
     name = {"best": "the best checkpoint by validation", "last": "the last checkpoint"}.get(
         str(facts.get("checkpoint"))
     )
@@ -432,10 +439,11 @@ def _setup(run: Run) -> str:
 
 
 # Settings in config.json that are options of `fastmaml train`. `root` is left out: it is a place on one machine.
-_TASK = ("ways", "shots", "query_shots")
-_LEARNING = ("algorithm", "inner_steps", "inner_lr", "meta_batch", "outer_lr", "schedule", "filters", "batch_norm")
-_RUN = ("steps", "time_limit", "validate_every", "eval_tasks", "backend", "memory", "seed")
-_OPTIONS = _TASK + _LEARNING + _RUN
+_TASK = ("ways", "shots", "train_shots", "query_shots")
+_INNER = ("algorithm", "inner_steps", "inner_lr", "filters", "batch_norm")
+_OUTER = ("meta_batch", "outer_lr", "schedule", "outer_lr_min", "clip_grad")
+_RUN = ("steps", "time_limit", "validate_every", "ensemble", "eval_tasks", "backend", "memory", "seed")
+_OPTIONS = _TASK + _INNER + _OUTER + _RUN
 
 
 def command(run: Run, width: int = 96) -> str:
@@ -447,6 +455,9 @@ def command(run: Run, width: int = 96) -> str:
         value = settings.get(name)
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             words.append(f"--{name.replace('_', '-')} {value}")
+    options = settings.get("options")
+    for name, value in options.items() if isinstance(options, dict) else ():
+        words.append(f"--option {shlex.quote(f'{name}={json.dumps(value)}')}")
     lines = [""]
     for word in [*words, f"--out {run.place}"]:
         if len(lines[-1]) + len(word) > width:

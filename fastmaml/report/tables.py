@@ -124,11 +124,13 @@ def config_cards(config: dict[str, Any]) -> str:
     model = config.get("model") or {}
     if not isinstance(model, dict):
         model = {"name": model}
+    options = config.get("options") if isinstance(config.get("options"), dict) else {}
     known: dict[str, list[tuple[str, Any]]] = {
         "Task": [
             ("data", config.get("dataset")),
             ("ways", config.get("ways")),
             ("shots", config.get("shots")),
+            ("shots in training", config.get("train_shots")),
             (
                 "query examples per task" if not config.get("ways") else "query examples per class",
                 config.get("query_shots"),
@@ -140,13 +142,16 @@ def config_cards(config: dict[str, Any]) -> str:
             ("algorithm", config.get("algorithm")),
             ("steps", config.get("inner_steps")),
             ("learning rate", config.get("inner_lr")),
-            ("first order", config.get("first_order")),
+            *((key.replace("_", " "), _in_words(value)) for key, value in options.items()),
         ],
         "Outer loop": [
             ("steps", config.get("steps")),
             ("tasks a step", config.get("meta_batch")),
             ("learning rate", config.get("outer_lr")),
             ("schedule", config.get("schedule")),
+            ("learning rate at the end", config.get("outer_lr_min") or None),
+            ("gradient clipped at", config.get("clip_grad")),
+            ("checkpoints that answer", None if config.get("ensemble") == 1 else config.get("ensemble")),
             ("time limit, s", config.get("time_limit")),
             ("seed", config.get("seed")),
         ],
@@ -157,6 +162,13 @@ def config_cards(config: dict[str, Any]) -> str:
         if any(v is not None for _, v in pairs)
     ]
     return f"<div class='cards'>{''.join(cards)}</div>"
+
+
+def _in_words(value: Any) -> Any:
+    """A mapping as its parts: adam, betas 0, 0.999."""
+    if not isinstance(value, dict):
+        return value
+    return ", ".join(number(part) if key == "name" else f"{key} {number(part)}" for key, part in value.items())
 
 
 def _plain(value: Any) -> bool:

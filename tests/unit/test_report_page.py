@@ -11,7 +11,7 @@ import pytest
 import report_runs
 
 from fastmaml import report
-from fastmaml.report import page, run_folder
+from fastmaml.report import page, run_folder, tables
 
 VOID = {"meta", "img", "br", "input", "link"}
 
@@ -226,6 +226,41 @@ def test_the_command_trains_the_same_run(runs: dict[str, Path], name: str) -> No
         assert given[setting] == expected, setting
     assert given["dataset"] == name and given["out"] == name and given["root"] is None
     assert max(map(len, page.command(run).splitlines())) <= 100
+
+
+def test_the_command_and_the_cards_name_what_an_algorithm_adds(runs: dict[str, Path]) -> None:
+    import shlex
+
+    from fastmaml.cli.main import make_parser
+    from fastmaml.config_file import read_option
+
+    pytest.importorskip("yaml")
+    run = run_folder.read(runs["glyphs"])
+    options = {"inner": {"name": "adam", "betas": [0.0, 0.999]}, "minibatch": 10, "head": None}
+    added = {"algorithm": "reptile", "train_shots": 10, "clip_grad": 10.0, "ensemble": 3, "outer_lr_min": 0.1}
+    run.config.update(added, schedule="linear", options=options)
+    given = vars(make_parser().parse_args(shlex.split(page.command(run).replace("\\\n", " "))[1:]))
+    assert {name: given[name] for name in added} == added
+    assert dict(map(read_option, given["options"])) == options
+    assert page.title(run) == "Reptile on Glyphs, 5-way 1-shot"
+    cards = tables.config_cards(run.config)
+    for name, value in {
+        "shots in training": "10",
+        "inner": "adam, betas 0, 0.999",
+        "gradient clipped at": "10",
+        "checkpoints that answer": "3",
+    }.items():
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in cards
+
+
+def test_a_result_is_quoted_where_the_evaluation_says(runs: dict[str, Path]) -> None:
+    run = run_folder.read(runs["glyphs"])
+    assert run.evaluation is not None
+    run.evaluation.facts.update(quoted_steps=5, ensemble=[400, 200], checkpoint="ensemble", step=400)
+    text = page.html(run)
+    assert "After 5 gradient steps on 1 picture of each class" in text
+    assert "The tinted column is the number of inner steps used by this algorithm at test, 5." in text
+    assert "the mean output of the best checkpoints by validation, outer steps 200 and 400." in text
 
 
 def test_commands_name_a_relative_folder_as_it_was_given(
