@@ -20,7 +20,7 @@ from torch import Tensor
 from fastmaml import checkpoint
 from fastmaml.algorithms import Learner
 from fastmaml.baselines import WITHOUT_NETWORK
-from fastmaml.experiment import load_learners, make_learner, make_tasks, read_config
+from fastmaml.experiment import load_learners, make_learner, make_tasks, read_config, seeded
 from fastmaml.inner import SGD
 from fastmaml.metrics import METRICS, summarise
 from fastmaml.progress import progress
@@ -28,7 +28,7 @@ from fastmaml.run_config import RunConfig, checked
 from fastmaml.tasks import Sinusoid, TaskBatch
 from fastmaml.trainer import CHUNK, chunks
 
-SEEN_STEPS = (*range(11), 20, 50, 100)  # the numbers of inner steps that an evaluation looks at, up to its last
+SEEN_STEPS = (0, 1, 2, 3, 5, 10, 20, 50, 100)  # the numbers of inner steps that every evaluation looks at
 EXAMPLE_TASKS = 6
 GRID_POINTS = 201
 
@@ -67,7 +67,7 @@ def evaluate_run(
     seen = evaluation_steps(config, trained[0])
     shots_list = config.eval_shots or (config.shots,)
     tables = []
-    with progress(len(shots_list) * config.eval_tasks, "evaluation", "task", quiet=quiet) as bar:
+    with seeded(seed), progress(len(shots_list) * config.eval_tasks, "evaluation", "task", quiet=quiet) as bar:
         for shots in shots_list:
             source = make_tasks(config, "test", shots, config.eval_query_shots, seed)
             batches = (source.sample(count, step=i) for i, count in enumerate(chunks(config.eval_tasks, CHUNK)))
@@ -91,7 +91,9 @@ def evaluate_run(
     }
     folder = Path(out or run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "examples.npz", _archive(examples(config, trained, seed)))
+    with seeded(seed):
+        arrays = examples(config, trained, seed)
+    _write(folder / "examples.npz", _archive(arrays))
     _write(folder / "evaluation.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     return results
 
@@ -102,10 +104,11 @@ def quoted_steps(learner: Learner) -> int:
 
 
 def evaluation_steps(config: RunConfig, learner: Learner) -> list[int]:
-    """The numbers of inner steps that an evaluation looks at."""
+    """The numbers of inner steps that an evaluation looks at: the first ones all, where each goes on from the last."""
     quoted = quoted_steps(learner)
     last = max(config.eval_inner_steps, quoted)
-    return sorted({quoted, last, *(k for k in SEEN_STEPS if k <= last)})
+    seen = {*SEEN_STEPS, *range(11)} if _goes_on(learner) else {*SEEN_STEPS}
+    return sorted({quoted, last, *(k for k in seen if k <= last)})
 
 
 def adapted_outputs(learner: Learner, batch: TaskBatch, steps: Sequence[int]) -> Iterator[Tensor]:

@@ -26,6 +26,7 @@ _LEARNERS = {
     "maml": "MAML",
     "fomaml": "FOMAML",
     "reptile": "Reptile",
+    "foml": "FOML",
     "maml++": "MAMLPlusPlus",
     "imaml": "IMAML",
     "metasgd": "MetaSGD",
@@ -56,7 +57,7 @@ def make_tasks(
 
 def make_model(config: RunConfig) -> nn.Module:
     """The network of a run with its random initialisation, which the run's seed decides."""
-    with _seeded(config.seed):
+    with seeded(config.seed):
         return _model(config)
 
 
@@ -64,19 +65,19 @@ def make_learner(config: RunConfig) -> Any:
     """The learner of a run around a freshly initialised network. Raises ValueError for options that it does not take."""
     options = dict(config.options)
     described = options.pop("inner", None)
-    rate: dict[str, Any] = {"inner_lr": config.inner_lr}
+    given: dict[str, Any] = {"inner_lr": config.inner_lr}
     if described is not None:
-        rate = {"inner": inner_optimizer(described, config.inner_lr)}
+        given = {"inner": inner_optimizer(described, config.inner_lr)}
     if options.get("solver") == "newton_cg":
-        rate = {}  # it finds its own step lengths
+        given = {}  # it finds its own step lengths
     if config.algorithm == "metasgd":
-        rate["seed"] = config.seed  # of the first rates
+        given["seed"] = config.seed  # of the first rates
     engine = {"backend": config.backend, "memory": config.memory, "batch_norm": config.batch_norm}
-    with _seeded(config.seed):
+    with seeded(config.seed):
         model = _model(config)
         try:
             return _learner_class(config)(
-                model, inner_steps=config.inner_steps, loss=config.loss, **rate, **engine, **options
+                model, inner_steps=config.inner_steps, loss=config.loss, **given, **engine, **options
             )
         except TypeError as error:
             raise ValueError(f"{config.title} with options {config.options}: {error}") from error
@@ -138,19 +139,19 @@ def _learner_class(config: RunConfig) -> Any:
     return getattr(algorithms, name)
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """torch's generator starts from `seed` inside and is where it was afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 def seed_generators(seed: int) -> None:
     """Seed the generators of torch, numpy and Python, for dropout and a user's code; tasks have their own streams."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's generator starts from `seed` inside and is where it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def write_config(run_dir: str | Path, config: RunConfig, engine: Any) -> None:

@@ -73,26 +73,28 @@ _REPTILE_IMAGES: Changes = {
         "eval_minibatch": 5,
     },
 }
+_REPTILE: dict[str, Changes] = {
+    "sinusoid": {
+        "model": {"name": "mlp", "sizes": [1, 64, 64, 1], "activation": "tanh", "init": "torch"},
+        "train_shots": 50,
+        "meta_batch": 1,
+        "steps": 30_000,
+        "inner_lr": 0.02,
+        "inner_steps": 5,
+        "outer_lr": 0.1,
+        "schedule": "linear",
+        "options": {"inner": {"name": "sgd"}, "minibatch": 10, "eval_steps": 32, "eval_minibatch": None},
+    },
+    "glyphs": _REPTILE_IMAGES,
+    "omniglot": _REPTILE_IMAGES | {"meta_batch": 5, "steps": 100_000},
+}
 
 # What each algorithm changes, by data set. Where its authors have no such data set, the inner loop is that of the
 # nearest one they have, and the rest is MAML's.
 ALGORITHM_PRESETS: dict[str, dict[str, Changes]] = {
     "fomaml": {},  # its authors change nothing else (ALGORITHMS 2.1)
-    "reptile": {
-        "sinusoid": {
-            "model": {"name": "mlp", "sizes": [1, 64, 64, 1], "activation": "tanh", "init": "torch"},
-            "train_shots": 50,
-            "meta_batch": 1,
-            "steps": 30_000,
-            "inner_lr": 0.02,
-            "inner_steps": 5,
-            "outer_lr": 0.1,
-            "schedule": "linear",
-            "options": {"inner": {"name": "sgd"}, "minibatch": 10, "eval_steps": 32, "eval_minibatch": None},
-        },
-        "glyphs": _REPTILE_IMAGES,
-        "omniglot": _REPTILE_IMAGES | {"meta_batch": 5, "steps": 100_000},
-    },
+    "reptile": _REPTILE,
+    "foml": _REPTILE,  # a switch of the same code (ALGORITHMS 2.2 b)
     # ALGORITHMS 2.4: 100 epochs of 500 iterations, 5 steps, rates 0.1, cosine to 1e-5, multi-step loss for 10 epochs,
     # the mean logits of the 5 best epochs by 600 validation tasks.
     "maml++": {

@@ -12,6 +12,7 @@ ALGORITHMS = {
     "maml": "MAML",
     "fomaml": "FOMAML",
     "reptile": "Reptile",
+    "foml": "FOML",
     "maml++": "MAML++",
     "imaml": "iMAML",
     "metasgd": "Meta-SGD",
