@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastmaml.algorithms.learner import Learner
+from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
+from fastmaml.linear_head import LinearHead
 from fastmaml.losses import Loss
 from fastmaml.parameters import InnerLr, ParameterLayout
 
@@ -18,6 +19,9 @@ class ANIL(Learner):
         v[k] = v[k+1] - H_k (m * alpha * v[k+1]),   m = 1 on the head, 0 on the body    (ALGORITHMS 1.2)
 
     The product with the Hessian has the body's rows as well, so the body learns features for a head that adapts.
+    Where the network is an nn.Sequential that ends in the head, a linear layer, the body is run and differentiated
+    once, whatever the number of inner steps (linear_head.py): the same numbers in less time.
+
     head: name patterns of the adapted parameters ("head.*"), by default the last layer with parameters. The rest is
     Learner's. Raises ValueError for a pattern that fits no parameter.
     """
@@ -32,7 +36,25 @@ class ANIL(Learner):
         head: str | Sequence[str] | None = None,
         **options: Any,
     ):
-        super().__init__(model, inner_lr, inner_steps, loss, adapted=head_of(model, head), **options)
+        own = head_of(model, head)
+        super().__init__(model, inner_lr, inner_steps, loss, adapted=own, **options)
+        splits = LinearHead.splits(self.engine, own)
+        self.linear_head = LinearHead(self.engine, options.get("backend", "auto")) if splits else None
+
+    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
+        if self.linear_head is None or not LinearHead.takes(self.inner):
+            return super().meta_step(batch, task_weights)
+        by_rates = any(rate.requires_grad for rate in self.learnable_rates().values())
+        how = (self.inner, self.inner_steps, task_weights, by_rates, self.first_order, self.truncate)
+        result = self.linear_head.meta_gradient(batch, *how)
+        return self.as_step(result, self.model_grads(result.grad), task_weights)
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
+        if self.linear_head is None or not LinearHead.takes(self.inner):
+            return super().adapt(support_x, support_y, inner_steps)
+        steps = self.inner_steps if inner_steps is None else inner_steps
+        done = self.linear_head.adapt(support_x, support_y, self.inner, steps)
+        return Adapted(self.engine, done.params, done.losses, support_x)
 
 
 def head_of(model: nn.Module, head: str | Sequence[str] | None = None) -> list[str]:

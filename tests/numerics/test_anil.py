@@ -1,6 +1,9 @@
 # ANIL against unrolled float64 autograd, and its identities (ALGORITHMS 9.7).
 from __future__ import annotations
 
+import copy
+import pickle
+
 import inner_oracle
 import pytest
 import torch
@@ -65,6 +68,117 @@ def test_is_maml_with_rate_zero_on_the_body(name):
     expect_close(anil, grad_of(model), 1e-11, "masked rates")
 
 
+@pytest.mark.parametrize("rates", ["number", "scalar", "per step", "dict", "vector"])
+@pytest.mark.parametrize("backend", ("autodiff", "cpu"))
+def test_learned_rates_of_every_form(backend, rates):
+    """The features are computed once (cpu) where the rates can be told apart by parameter; the numbers are the same."""
+    model, given = network("conv"), batch("conv")
+    head, full = mask_of(model, "4."), torch.full_like(theta_of(model), 0.4)
+    learned = {
+        "number": 0.4,
+        "scalar": nn.Parameter(full[0].clone()),
+        "per step": nn.Parameter(full[:3, None].clone()),
+        "dict": {n: nn.Parameter(torch.full_like(p, 0.4)) for n, p in model.named_parameters()},
+        "vector": nn.Parameter(full.clone()),
+    }[rates]
+    learner = fm.ANIL(model, learned, 3, backend=backend)
+    learner(*given).loss.backward()
+    expected = inner_oracle.unrolled(loss_of(model), theta_of(model), given, full.expand(3, -1), 3, moved=head)
+    expect_close(grad_of(model), expected.grad, RTOL, "theta")
+    by_rate = expected.rate_grad
+    if rates == "scalar":
+        expect_close(learned.grad, by_rate.sum(), RTOL, "rate")
+    elif rates == "per step":
+        expect_close(learned.grad, by_rate.sum(1, keepdim=True), RTOL, "rates")
+    elif rates == "vector":
+        expect_close(learned.grad, by_rate.sum(0), RTOL, "rates")
+    elif rates == "dict":
+        expect_close(torch.cat([r.grad.flatten() for r in learned.values()]), by_rate.sum(0), RTOL, "rates")
+
+
+@pytest.mark.parametrize("frozen", [["0.weight", "4.bias"], ["0.weight", "0.bias", "1.weight", "1.bias"]], ids=str)
+def test_frozen_parameters(frozen):
+    model, given = network("conv"), batch("conv")
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    fm.ANIL(model, 0.4, 2, backend="cpu")(*given).loss.backward()
+    still = mask_of(model, *frozen)
+    moved = mask_of(model, "4.") * (1 - still)
+    rates = torch.full_like(moved, 0.4)[None]
+    expected = inner_oracle.unrolled(loss_of(model), theta_of(model), given, rates, 2, moved=moved)
+    got = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+    expect_close(got, expected.grad * (1 - still), RTOL, "theta")
+
+
+def test_the_body_runs_once_for_each_set(monkeypatch):
+    learner, given = fm.ANIL(network("conv"), 0.4, 5, backend="cpu"), batch("conv")
+    calls = []
+    forward, vjp = learner.linear_head.body.forward, learner.linear_head.body.vjp
+    monkeypatch.setattr(learner.linear_head.body, "forward", lambda *a: calls.append("forward") or forward(*a))
+    monkeypatch.setattr(learner.linear_head.body, "vjp", lambda *a: calls.append("vjp") or vjp(*a))
+    learner(*given)
+    assert sorted(calls) == ["forward", "forward", "vjp", "vjp"]
+    calls.clear()
+    learner.adapt(*given[:2], inner_steps=10)
+    assert calls == ["forward"]
+
+
+def test_other_networks_take_the_plain_sweep():
+    def splits(model, **how):
+        return fm.ANIL(model.double(), 0.4, **how).linear_head is not None
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.body(x)))
+
+    tied = nn.Linear(3, 3)
+    assert splits(network()) and splits(network("conv"), batch_norm="frozen")
+    assert not splits(Own()) and not splits(network(), head="2.bias") and not splits(network(), backend="autodiff")
+    assert not splits(nn.Sequential(tied, nn.Tanh(), tied)) and not splits(network("conv"), batch_norm="support")
+    assert not splits(nn.Sequential(nn.Tanh(), nn.Linear(3, 3))) and not splits(
+        nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    )
+
+
+@pytest.mark.parametrize("how", [{"batch_norm": "frozen"}, {"label_smoothing": 0.1}], ids=str)
+def test_engine_options_reach_body_and_head(how):
+    model, given = network("conv"), batch("conv")
+    model[1].running_mean.normal_()
+    fm.ANIL(model, 0.4, 2, backend="cpu", **how)(*given).loss.backward()
+    split = grad_of(model)
+    model.zero_grad()
+    fm.MAML(model, 0.4, 2, backend="cpu", adapted="4.*", **how)(*given).loss.backward()
+    expect_close(split, grad_of(model), 1e-11, "plain sweep")
+
+
+def test_regression_and_steps_0():
+    model, (x, _, qx, _) = network(), batch()
+    given = (x, torch.tanh(x), qx, torch.tanh(qx))
+    for steps in (0, 2):
+        model.zero_grad()
+        fm.ANIL(model, 0.4, steps, "mse", backend="cpu")(*given).loss.backward()
+        split = grad_of(model)
+        model.zero_grad()
+        fm.MAML(model, 0.4, steps, "mse", backend="cpu", adapted="2.*")(*given).loss.backward()
+        expect_close(split, grad_of(model), 1e-11, f"{steps} steps")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_has_a_body_and_head_of_its_own(copied):
+    learner, given = fm.ANIL(network(), 0.4, 2, backend="cpu"), batch()
+    again = copied(learner)
+    learner(*given).loss.backward()
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.zero_()
+    again(*given).loss.backward()
+    assert torch.equal(grad_of(again.model), grad_of(learner.model))
+
+
 def test_adapts_the_head_alone():
     model, given = network("conv"), batch("conv")
     learner = fm.ANIL(model, 0.4, 3)
@@ -72,6 +186,9 @@ def test_adapts_the_head_alone():
     adapted = learner.adapt(given.support_x, given.support_y)
     moved = (adapted.params != theta_of(model)).any(0)
     assert torch.equal(moved, mask_of(model, "4.").bool())
+    plain = fm.MAML(model, 0.4, 3, adapted="4.*").adapt(given.support_x, given.support_y)
+    expect_close(adapted.params, plain.params, 1e-11, "plain loop")
+    expect_close(adapted.losses, plain.losses, 1e-11, "support losses")
     assert bool((adapted.losses[:, -1] < adapted.losses[:, 0]).all())
 
 
