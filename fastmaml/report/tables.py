@@ -124,7 +124,8 @@ def config_cards(config: dict[str, Any]) -> str:
     model = config.get("model") or {}
     if not isinstance(model, dict):
         model = {"name": model}
-    options = config.get("options") if isinstance(config.get("options"), dict) else {}
+    options = config.get("options")
+    options = options if isinstance(options, dict) else {}
     known: dict[str, list[tuple[str, Any]]] = {
         "Task": [
             ("data", config.get("dataset")),

@@ -64,7 +64,7 @@ def test_a_regression_is_also_tested_with_the_shots_that_it_was_trained_with():
         ({"train_shots": 0}, "train_shots is 0, it must be at least 1"),
         ({"ensemble": 0}, "ensemble is 0, it must be at least 1"),
         ({"time_limit": -1.0}, "time_limit is -1.0 seconds"),
-        ({"algorithm": "sgd"}, "algorithm 'sgd' is not one of maml, fomaml, reptile, maml++"),
+        ({"algorithm": "sgd"}, "algorithm 'sgd' is not one of maml, fomaml, reptile, foml, maml++"),
         ({"schedule": "step"}, "schedule 'step' is not one of constant, cosine, linear"),
         ({"options": {"inner_steps": 3}}, "inner_steps is a setting of its own, not one of the options"),
     ],
