@@ -22,20 +22,21 @@ from fastmaml.tasks.source import TaskSource
 from fastmaml.trainer import member_name, model_tensors
 
 _SOURCES = {"sinusoid": tasks.Sinusoid, "glyphs": tasks.Glyphs, "omniglot": tasks.Omniglot}
-_LEARNERS = {
-    "maml": "MAML",
-    "fomaml": "FOMAML",
-    "reptile": "Reptile",
-    "foml": "FOML",
-    "maml++": "MAMLPlusPlus",
-    "imaml": "IMAML",
-    "metasgd": "MetaSGD",
-    "anil": "ANIL",
-    "boil": "BOIL",
-    "protomaml": "ProtoMAML",
-    "metacurvature": "MetaCurvature",
-    "cavia": "CAVIA",
+_LEARNERS: dict[str, Any] = {
+    "maml": algorithms.MAML,
+    "fomaml": algorithms.FOMAML,
+    "reptile": algorithms.Reptile,
+    "foml": algorithms.FOML,
+    "maml++": algorithms.MAMLPlusPlus,
+    "imaml": algorithms.IMAML,
+    "metasgd": algorithms.MetaSGD,
+    "anil": algorithms.ANIL,
+    "boil": algorithms.BOIL,
+    "protomaml": algorithms.ProtoMAML,
+    "metacurvature": algorithms.MetaCurvature,
+    "cavia": algorithms.CAVIA,
 }
+_VECTOR_MODELS, _IMAGE_MODELS = ("mlp", "context_mlp"), ("conv4", "context_conv4")
 _INNER = {"sgd": inner.SGD, "adam": inner.Adam, "adamw": inner.AdamW}
 
 
@@ -76,7 +77,7 @@ def make_learner(config: RunConfig) -> Any:
     with seeded(config.seed):
         model = _model(config)
         try:
-            return _learner_class(config)(
+            return _LEARNERS[config.algorithm](
                 model, inner_steps=config.inner_steps, loss=config.loss, **given, **engine, **options
             )
         except TypeError as error:
@@ -122,21 +123,18 @@ def load_learners(run_dir: str | Path, config: RunConfig) -> tuple[list[Any], di
 def _model(config: RunConfig) -> nn.Module:
     settings = {key: value for key, value in config.model.items() if key != "name"}
     name = config.model.get("name")
+    if name in _IMAGE_MODELS and config.ways is not None:
+        settings["ways"] = config.ways
+    elif name not in _VECTOR_MODELS:
+        raise ValueError(
+            f"there is no model {name!r} for {config.dataset}; there are {', '.join(_VECTOR_MODELS)} and, for images, "
+            f"{', '.join(_IMAGE_MODELS)}"
+        )
     try:
-        if name == "mlp":
-            return models.mlp(**settings)
-        if name == "conv4" and config.ways is not None:
-            return models.conv4(ways=config.ways, **settings)
+        model: nn.Module = getattr(models, name)(**settings)
     except TypeError as error:
         raise ValueError(f"the model {config.model}: {error}") from error
-    raise ValueError(f"there is no model {name!r} for {config.dataset}; there are mlp, and conv4 for classification")
-
-
-def _learner_class(config: RunConfig) -> Any:
-    name = _LEARNERS[config.algorithm]
-    if not hasattr(algorithms, name):
-        raise ValueError(f"{config.title} is not part of this version yet: fastmaml.algorithms has no {name}")
-    return getattr(algorithms, name)
+    return model
 
 
 def seed_generators(seed: int) -> None:

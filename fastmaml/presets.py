@@ -148,9 +148,18 @@ ALGORITHM_PRESETS: dict[str, dict[str, Changes]] = {
     # ALGORITHMS 2.11: rate 1; on the sinusoid 5 context parameters and one step, on images (its miniImageNet) 100
     # that scale and shift the third convolution, two steps, 16 tasks.
     "cavia": {
-        "sinusoid": {"inner_lr": 1.0},
-        "glyphs": {"inner_lr": 1.0, "inner_steps": 2},
-        "omniglot": {"inner_lr": 1.0, "inner_steps": 2, "meta_batch": 16},
+        "sinusoid": {"model": {"name": "context_mlp", "sizes": [1, 40, 40, 1], "context": 5}, "inner_lr": 1.0},
+        "glyphs": {
+            "model": {"name": "context_conv4", "filters": 32, "context": 100},
+            "inner_lr": 1.0,
+            "inner_steps": 2,
+        },
+        "omniglot": {
+            "model": {"name": "context_conv4", "filters": 64, "context": 100},
+            "inner_lr": 1.0,
+            "inner_steps": 2,
+            "meta_batch": 16,
+        },
     },
 }
 

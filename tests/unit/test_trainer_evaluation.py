@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pictures import Pictures
 
 from fastmaml import checkpoint, experiment
 from fastmaml.cli.text import command, duration, evaluation_table, size
@@ -16,25 +17,11 @@ from fastmaml.experiment import load_learners, make_learner, make_model, make_ta
 from fastmaml.metrics import accuracy, mse
 from fastmaml.presets import preset
 from fastmaml.tasks import TaskBatch
-from fastmaml.tasks.image_tasks import ImageTasks
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
 
 SMALL = {"steps": 1, "backend": "autodiff", "eval_tasks": 30}
-
-
-class Pictures(ImageTasks):
-    """Twelve classes of random pictures with a little noise: image tasks that need no fonts."""
-
-    name = "glyphs"
-
-    def __init__(self, ways=5, shots=1, query_shots=5, split="train", seed=0, root=None):
-        random = np.random.default_rng(len(split))
-        images = random.integers(0, 200, (12, 1, 1, 28, 28)) + random.integers(0, 56, (12, 8, 1, 28, 28))
-        super().__init__(
-            images.astype(np.uint8), [f"made/{i}" for i in range(12)], ways, shots, query_shots, split, False, seed
-        )
 
 
 def write_run(run_dir, config):
