@@ -138,7 +138,8 @@ class Compiled:
                 _scalar(loop, tensors.lam, theta),
                 tensors.mask,
             )
-        return Reduced(*result)
+        found = Reduced(*result)
+        return found if tensors.rows is None else found._replace(rows_grad=_of_given_rows(found, tensors.rows, loop))
 
     @contextmanager
     def _loss_of(self, support: Given | Examples, query: Given | Examples | None = None) -> Iterator[None]:
@@ -168,11 +169,22 @@ def _contiguous(at: Given | Examples) -> tuple[Tensor | None, ...]:
 
 def _with_first_row(theta: Tensor, rows: Rows | None, steps: int) -> tuple[Tensor, Tensor | None]:
     """theta with the first step's row in its places, and a row for each of the steps, the last one reused."""
-    if rows is None or steps == 0:
+    if rows is None:
         return theta, None
-    index = torch.arange(steps, device=theta.device).clamp(max=len(rows.values) - 1)
     first = rows.values[0].expand(*theta.shape[:-1], -1)
-    return theta.index_copy(-1, rows.places, first), rows.values[index].contiguous()
+    return theta.index_copy(-1, rows.places, first), rows.values[_row_of_step(rows, steps)].contiguous()
+
+
+def _of_given_rows(found: Reduced, rows: Rows, loop: InnerLoop) -> Tensor:
+    """The gradient of each step's row as that of the rows that were given [rows, R] (or [T, rows, R])."""
+    given = found.grad.new_zeros((*found.grad.shape[:-1], *rows.values.shape))
+    if loop.steps == 0:  # the operator returns none
+        return given
+    return given.index_add(-2, _row_of_step(rows, loop.steps), found.rows_grad)
+
+
+def _row_of_step(rows: Rows, steps: int) -> Tensor:
+    return torch.arange(steps, device=rows.values.device).clamp(max=len(rows.values) - 1)
 
 
 def _scalar(loop: InnerLoop, lam: float, like: Tensor) -> Tensor | None:

@@ -110,7 +110,7 @@ def meta_gradient(
     weight = [1.0] * (K + 1) if loss_weights is None else loss_weights
 
     # phi[0] .. phi[K]
-    phi, losses = [theta], []
+    phi, losses = [theta if rows is None else rows.put(theta, 0)], []
     gradients: list[Tensor | None] = []
     for k in range(K):
         if rows is not None:

@@ -202,6 +202,26 @@ def test_further_steps_reuse_the_last_rate_and_row(backend):
     expect_close(at_once.params[0][places], rows[0], 1e-15, "without a step, row 0")
 
 
+@pytest.mark.parametrize("per_task", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_the_engine_takes_more_or_fewer_rows_than_steps(steps, rows, per_task):
+    model, given = network("conv"), batch("conv")
+    generator = torch.Generator().manual_seed(5)
+    values = {n: torch.randn(rows, 3, generator=generator, dtype=F64) for n in NORM}
+    got, expected = (
+        fm.Engine(model, backend=backend).meta_gradient(
+            theta_of(model), given, 0.3, steps, step_rows=values, per_task=per_task
+        )
+        for backend in ("cpu", "autodiff")
+    )
+    expect_close(got.loss, expected.loss, 1e-11, "loss")
+    expect_close(got.grad, expected.grad, 1e-10, "grad")
+    for name in NORM:
+        assert got.step_rows_grad[name].shape == (*([TASKS] if per_task else []), rows, 3)
+        expect_close(got.step_rows_grad[name], expected.step_rows_grad[name], 1e-10, name)
+
+
 def test_validation_judges_the_last_step_alone():
     model, given = network("conv"), batch("conv")
     learner = fm.MAMLPlusPlus(model, 0.3, 3)
