@@ -107,7 +107,8 @@ def load_learners(run_dir: str | Path, config: RunConfig) -> tuple[list[Any], di
     folder = Path(run_dir) / "checkpoints"
     names = ["best" if checkpoint.exists(folder, "best") else "last"]
     if config.ensemble > 1 and checkpoint.exists(folder, "last"):
-        names = [member_name(member["step"]) for member in checkpoint.load(folder, "last")[1]["members"]] or names
+        members = checkpoint.load(folder, "last")[1].get("members", [])
+        names = [member_name(member["step"]) for member in members] or names
     learners, steps = [], []
     for name in names:
         tensors, state = checkpoint.load(folder, name)

@@ -56,20 +56,21 @@ def conv4(
     """Four blocks of 3x3 convolution, norm, activation and halving, then a linear head: [N, C, H, W] -> [N, ways].
 
     pooling "max" halves by 2x2 max pooling and flattens (miniImageNet); "stride" halves by the convolution's stride
-    and takes the spatial mean (Omniglot in Finn's code). Convolutions start Xavier uniform with bias 0. The head
+    and takes the spatial mean (Omniglot in Finn's code); "stride_flat" halves by stride and flattens (Omniglot in the
+    code of Reptile and of iMAML). Convolutions start Xavier uniform with bias 0. The head
     starts N(0, 1) for "stride", as Finn's Omniglot head, else Xavier uniform. eps of the norm: 1e-3 in Finn's code,
     1e-5 in torch. Raises ValueError for an image that four halvings leave nothing of, or for a name that is not
     known.
     """
-    _known("pooling", pooling, ("max", "stride"))
+    _known("pooling", pooling, ("max", "stride", "stride_flat"))
     _known("norm", norm, NORMS)
     _known("activation", activation, ACTIVATIONS)
     layers: list[nn.Module] = []
     channels, size = in_channels, image_size
     for _ in range(4):
-        stride = 2 if pooling == "stride" else 1
+        stride = 1 if pooling == "max" else 2
         layers.append(_initialised(nn.Conv2d(channels, filters, 3, stride=stride, padding=1), "xavier", 0.0))
-        size = (size + 1) // 2 if pooling == "stride" else size
+        size = size if pooling == "max" else (size + 1) // 2
         layers += _norm(norm, filters, size, eps)
         layers.append(ACTIVATIONS[activation]())
         if pooling == "max":

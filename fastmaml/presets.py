@@ -86,7 +86,12 @@ _REPTILE: dict[str, Changes] = {
         "options": {"inner": {"name": "sgd"}, "minibatch": 10, "eval_steps": 32, "eval_minibatch": None},
     },
     "glyphs": _REPTILE_IMAGES,
-    "omniglot": _REPTILE_IMAGES | {"meta_batch": 5, "steps": 100_000},
+    "omniglot": _REPTILE_IMAGES
+    | {
+        "model": {"name": "conv4", "filters": 64, "pooling": "stride_flat"},
+        "meta_batch": 5,
+        "steps": 100_000,
+    },
 }
 
 # What each algorithm changes, by data set. Where its authors have no such data set, the inner loop is that of the
@@ -130,7 +135,7 @@ ALGORITHM_PRESETS: dict[str, dict[str, Changes]] = {
         "sinusoid": {"inner_steps": 16, "options": {"lam": 2.0, "cg_steps": 5}, "eval_inner_steps": 16},
         "glyphs": {"inner_lr": 0.1, "inner_steps": 16, "options": {"lam": 2.0, "cg_steps": 5}, "eval_inner_steps": 16},
         "omniglot": {
-            "model": {"name": "conv4", "filters": 64, "pooling": "stride"},
+            "model": {"name": "conv4", "filters": 64, "pooling": "stride_flat"},
             "steps": 20_000,
             "inner_lr": 0.1,
             "inner_steps": 16,

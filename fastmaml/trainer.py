@@ -85,7 +85,7 @@ class Trainer:
         self.learner.load_state_dict(model_tensors(tensors))
         checkpoint.unpack_optimizer(self.optimizer, tensors, state["optimizer"])
         checkpoint.unpack_rng(tensors, state["rng"])
-        self.step, self.best, self.members = state["step"], state["best"], state["members"]
+        self.step, self.best, self.members = state["step"], state["best"], state.get("members", [])
         if self.step:
             self.learner.at_step(self.step - 1)
         self.elapsed_s, self.sampling_s = state["elapsed_s"], state["sampling_s"]

@@ -18,9 +18,13 @@ def test_conv4_sizes_of_the_papers():
     assert count(conv4(3, 5, 32, 84)) == 32_901  # miniImageNet: flatten to 800
     assert conv4(3, 5, 32, 84)[-1].in_features == 800
     assert conv4(pooling="stride")[-1].in_features == 64
+    assert conv4(pooling="stride_flat")[-1].in_features == 256
 
 
-@pytest.mark.parametrize("options", [{}, {"pooling": "stride"}, {"norm": "group"}, {"norm": "layer"}, {"norm": "none"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pooling": "stride"}, {"pooling": "stride_flat"}, {"norm": "group"}, {"norm": "layer"}, {"norm": "none"}],
+)
 def test_conv4_maps_images_to_scores(options):
     assert conv4(ways=7, filters=8, **options)(torch.randn(3, 1, 28, 28)).shape == (3, 7)
 
@@ -59,7 +63,7 @@ def test_mlp_options():
         (lambda: mlp([3, 0, 2]), r"sizes \[3, 0, 2\] must hold"),
         (lambda: mlp([3, 2], "swish"), "activation 'swish' is not one of relu, leaky_relu"),
         (lambda: mlp([3, 2], init="he"), "init 'he' is not one of torch, xavier, truncated_normal"),
-        (lambda: conv4(pooling="mean"), "pooling 'mean' is not one of max, stride"),
+        (lambda: conv4(pooling="mean"), "pooling 'mean' is not one of max, stride, stride_flat"),
         (lambda: conv4(norm="instance"), "norm 'instance' is not one of batch, layer, group, none"),
         (lambda: conv4(image_size=12), "image_size 12 is too small for four halvings"),
     ],
