@@ -359,7 +359,7 @@ class Engine(Backend):
         if program is not None and rule is None:
             tensors = LoopTensors(rates, rows, lam, mask)
             result: Any = self._compiled(program).meta_gradient(
-                theta, support, query, loop, tensors, loss_weights, task_weights
+                theta, support, query, loop, tensors, loss_weights, None if per_task else task_weights
             )
             grad, rate_grad, rows_grad = result.grad, result.rate_grad, result.rows_grad
         else:
@@ -392,6 +392,15 @@ class Engine(Backend):
             of_rates = collapse_rates(reduced, optimizer.lr, self.layout, mask, theta, loop.steps)
         output = self._as_returned(result.output) if program is None else result.output
         return MetaGradient(result.loss, grad, output, of_rates, result.support_losses, by_name, result.query_losses)
+
+    @_without_graph
+    def check_batch(self, batch: Sequence[Tensor]) -> None:
+        """Raises ValueError or TypeError, as meta_gradient does, where support and query sets do not fit the model."""
+        theta = self.flatten()
+        support_x = self._one_tensor("support_x", batch[0], theta)
+        self._examples("support_x", support_x, "support_y", batch[1], "support_weights", None, theta)
+        query_x = self._one_tensor("query_x", batch[2], theta, as_before=True)
+        self._examples("query_x", query_x, "query_y", batch[3], "query_weights", None, theta, support_x)
 
     # ---------------------------------------------------------------- what an inner loop consists of
 
