@@ -111,7 +111,7 @@ class IMAML(Learner):
             self.lam = nn.Parameter(torch.tensor(start, dtype=like.dtype, device=like.device))
         self.eval_lam = eval_lam
         self.last: ImplicitSolve | None = None
-        self._warned = False
+        self._warned: set[str] = set()
 
     def outer_optimizer(self, lr: float) -> torch.optim.Optimizer:
         optimizer = super().outer_optimizer(lr)
@@ -175,17 +175,20 @@ class IMAML(Learner):
             return Solved(v, unknown, none, none > 0, unknown.unsqueeze(1))
         solved = conjugate_gradients(operator, v, self.cg_steps, self.cg_stop)
         negative, idle = int(solved.negative_curvature.sum()), int((solved.iterations == 0).sum())
-        if negative or idle:
+        if negative:
             self._warn(
-                f"conjugate gradients met p.Ap <= 0 in {negative} of {len(v)} tasks and took no step in {idle}, whose "
-                f"gradient is zero: I + H/lam is not positive definite there, and lam={self._strength():.3g} is too small"
+                f"p.Ap <= 0 in {negative} of {len(v)} tasks, which keep the x they had: I + H/lam is not positive definite "
+                f"there, as lam={self._strength():.3g} is too small or the inner loop far from its minimum"
             )
+        if idle:
+            self._warn(f"conjugate gradients took no step in {idle} of {len(v)} tasks, whose gradient is zero")
         return solved
 
     def _warn(self, sentence: str) -> None:
-        if not self._warned:
+        kind = sentence.split(" in ")[0]
+        if kind not in self._warned:
             logger.warning("IMAML: %s", sentence)
-        self._warned = True
+        self._warned.add(kind)
 
     def _strength(self) -> float:
         return float(self.lam.detach() if isinstance(self.lam, Tensor) else self.lam)
