@@ -109,8 +109,8 @@ class LinearHead:
         grad[self.head_places] = result.grad
         grad[self.body_places] = self._by_body(of_body, query_x, by_query, weights)
         if steps.adjoints and not first_order and truncate != 0:
-            by_support = sum(self._by_features(support, support_y, phi, y) for phi, y in steps.adjoints)
-            assert isinstance(by_support, Tensor)
+            points, adjoints = (torch.stack(of_steps) for of_steps in zip(*steps.adjoints))  # [K, T, P]
+            by_support = self._by_features(support, support_y, points, adjoints)
             grad[self.body_places] += self._by_body(of_body, support_x, by_support, weights)
         rate_grad = result.inner_lr_grad
         if isinstance(inner.lr, Mapping) and rate_grad is not None:
@@ -129,21 +129,25 @@ class LinearHead:
         self.whole._examples(f"{which}_x", x, f"{which}_y", y, "weights", None, theta, support_x)
 
     def _by_features(self, features: Tensor, y: Tensor, phi: Tensor, direction: Tensor | None = None) -> Tensor:
-        """The gradient by the features [T, N, D] of the mean loss at phi [T, P]; or of <its gradient by phi, direction>."""
+        """The gradient by the features [T, N, D] of the mean loss at phi [T, P].
+
+        With phi and direction [K, T, P]: the sum over K of the gradients of <the loss's gradient by phi, direction>.
+        """
         weight, bias = self._weight_and_bias(phi)
-        z = (features @ weight.mT + bias).requires_grad_()
+        z = (features @ weight.mT + bias).requires_grad_()  # [T, N, C] or [K, T, N, C]
+        targets = y.expand(*z.shape[:-3], *y.shape)
         with torch.enable_grad():
-            loss = self.loss(z.flatten(0, 1), y.flatten(0, 1)).sum() / features.shape[1]
+            loss = self.loss(z.flatten(0, -2), targets.flatten(0, z.dim() - 2)).sum() / features.shape[1]
             (dz,) = torch.autograd.grad(loss, z, create_graph=direction is not None)
         if direction is None:
             return dz @ weight
         weight_dot, bias_dot = self._weight_and_bias(direction)
         (dz_dot,) = torch.autograd.grad(dz, z, features @ weight_dot.mT + bias_dot)
-        return dz_dot @ weight + dz.detach() @ weight_dot
+        return (dz_dot @ weight + dz.detach() @ weight_dot).flatten(0, -4).sum(0)
 
     def _weight_and_bias(self, phi: Tensor) -> tuple[Tensor, Tensor]:
-        weight, *bias = self.head.layout.split(phi).values()  # [T, C, D], [T, C]
-        return weight, bias[0][:, None] if bias else weight.new_zeros(1)
+        weight, *bias = self.head.layout.split(phi).values()  # [.., C, D], [.., C]
+        return weight, bias[0][..., None, :] if bias else weight.new_zeros(1)
 
     def _by_body(self, of_body: Tensor, x: Tensor, by_features: Tensor, weights: Tensor) -> Tensor:
         return self.body.vjp(of_body, x, weights[:, None, None] * by_features)[1].sum(0)
