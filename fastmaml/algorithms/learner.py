@@ -185,6 +185,8 @@ class Learner(nn.Module):
         is their weighted sum instead of the mean. Under no_grad or inference_mode no meta-gradient is computed.
         """
         batch = (support_x, support_y, query_x, query_y)
+        if type(self).meta_step is not Learner.meta_step:  # its own calls would name the parts of a batch otherwise
+            self.engine.check_batch(batch)
         leaves = self.leaves()
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves.values()):
             step = self.meta_step(batch, task_weights)
