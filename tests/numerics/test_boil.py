@@ -50,3 +50,22 @@ def test_the_head_may_be_named_and_must_leave_a_body():
         fm.BOIL(nn.Linear(3, 3), 0.4)
     with pytest.raises(ValueError, match="'head.*' fits no parameter of the model"):
         fm.BOIL(model, 0.4, head="head.*")
+
+
+def test_a_loss_function_and_a_layer_that_is_not_fused():
+    model, given = nn.Sequential(nn.Linear(3, 7), nn.Softsign(), nn.Linear(7, 3)).double(), batch()
+    learner = fm.BOIL(model, 0.4, 2, lambda z, y: nn.functional.cross_entropy(z, y, reduction="none"))
+    learner(*given).loss.backward()
+    body = mask_of(model, "0.")
+    rates = torch.full_like(body, 0.4)[None]
+    expected = inner_oracle.unrolled(loss_of(model), theta_of(model), given, rates, 2, moved=body)
+    expect_close(grad_of(model), expected.grad, RTOL, "theta")
+    with pytest.raises(ValueError, match=r"support_y \[2, 6\] .* \[3, 6, 3\]"):
+        learner(given.support_x, given.support_y[:2], *given[2:])
+
+
+def test_state_dict_is_the_models():
+    one, two = fm.BOIL(network(), 0.4), fm.BOIL(network(seed=3), 0.4)
+    assert list(one.state_dict()) == list(network().state_dict())
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(two(*batch()).loss, one(*batch()).loss)

@@ -159,3 +159,21 @@ def test_directions_agree_with_their_expansion_in_the_inner_rate():
     for name, direction in got.items():  # what is left is of order a^2; the first-order term is about 1e-4
         expect_close(direction, expected[name], 1e-6, name)
         assert float((direction - (sum(g) if name == "reptile" else g[2])).abs().max()) > 1e-5
+
+
+@pytest.mark.parametrize("kind", [fm.FOMAML, fm.FOML])
+def test_a_loss_function_and_a_layer_that_is_not_fused(kind):
+    model, given = nn.Sequential(nn.Linear(3, 7), nn.Softsign(), nn.Linear(7, 3)).double(), batch()
+    named = {"inner_lr": 0.2, "inner_steps": 2} | ({"minibatch": None} if kind is fm.FOML else {})
+    kind(model, **named, loss=lambda z, y: nn.functional.cross_entropy(z, y, reduction="none"))(*given).loss.backward()
+    expected = torch.zeros_like(theta_of(model))
+    for task in zip(*given):
+        phi = theta_of(model)
+        for k in range(3):
+            at = task[2:] if k == 2 and kind is fm.FOMAML else task[:2]
+            phi.requires_grad_()
+            (g,) = torch.autograd.grad(loss_of(model)(phi, *at), phi)
+            last = 2 if kind is fm.FOMAML else 1
+            expected += g / TASKS * (0.2 if kind is fm.FOML else 1.0) if k == last else 0.0
+            phi = (phi - 0.2 * g).detach()
+    expect_close(grad_of(model), expected, RTOL, "theta")

@@ -98,3 +98,15 @@ def test_learns_and_moves_its_rates():
         losses.append(float(out.loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
     assert float(learner.inner_lr["0.weight"].detach().std()) > 0
+
+
+def test_a_loss_function_and_a_layer_that_is_not_fused():
+    model, given = nn.Sequential(nn.Linear(3, 7), nn.Softsign(), nn.Linear(7, 3)).double(), batch()
+    learner = fm.MetaSGD(model, 0.3, 2, lambda z, y: nn.functional.cross_entropy(z, y, reduction="none"))
+    learner(*given).loss.backward()
+    rates = torch.full_like(theta_of(model), 0.3)[None]
+    expected = inner_oracle.unrolled(loss_of(model), theta_of(model), given, rates, 2)
+    expect_close(grad_of(model), expected.grad, RTOL, "theta")
+    expect_close(per_parameter(model, lambda n: learner.inner_lr[n].grad), expected.rate_grad[0], RTOL, "rates")
+    with pytest.raises(ValueError, match=r"support_y \[2, 6\] .* \[3, 6, 3\]"):
+        learner(given.support_x, given.support_y[:2], *given[2:])
