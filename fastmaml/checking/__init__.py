@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from fastmaml.checking.intent import Intent
 from fastmaml.checking.learners import check_learner
 from fastmaml.checking.oracle import Oracle
 from fastmaml.checking.report import Report, Row
-from fastmaml.checking.subject import Batch, MetaLoss
+from fastmaml.checking.subject import Batch, MetaLoss, SubjectError
 from fastmaml.checks import shape
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.losses import Loss
@@ -115,16 +114,13 @@ def _of_function(
     name = getattr(function, "__name__", type(function).__name__)
     title = f"{name}, compared with {intent.words()} ({_sizes(batch)})"
     rates = subjects.rate_leaves(intent.inner.lr)
-    with ExitStack() as stack:
-        subject = stack.enter_context(subjects.of_function(function, model, batch, rates))
+    with subjects.of_function(function, model, batch, rates) as subject:
         try:
-            subject.run()
-        except ValueError as error:
-            refusal = str(error)
-        else:
             return Examination(subject, oracle, title, directions, seed).report()
+        except SubjectError as error:
+            refusal = str(error)
     with subjects.of_function(function, model, batch, rates, double=False) as subject:
-        subject.run()  # raises what the function raises of itself
+        subject.run()  # raises what the function raises whatever the type
         tolerance = _float32_tolerance(oracle, Oracle(model, intent, batch, subject.dtype))
         return Examination(subject, oracle, title, directions, seed, tolerance, refusal).report()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,24 +25,28 @@ def diagnose(
 ) -> Diagnosis:
     """given and wanted: the gradients of the model's parameters, which differ. loss: the one that was returned, if any."""
     off = f"It is {share(relative(given, wanted))} off the exact meta-gradient (cosine {cosine(given, wanted):.4f})."
+    factors = _known_factors(oracle)
 
     def all_are(verdict: str) -> dict[str, str]:
         return dict.fromkeys(_wrong(given, wanted, tolerance), verdict)
 
-    tried: list[Mistake] = []
-    for mistake in mistakes.usual(oracle):
-        if agrees(given, mistake.grad, tolerance):
-            return Diagnosis([mistake.sentence, off], all_are(mistake.verdict))
-        tried.append(mistake)
     factor = _factor(given, wanted, tolerance)
-    if factor is not None:
-        sentence = f"The direction is exact, but the gradient is {_reason(factor, oracle, tolerance)}."
+    if factor is not None and _is_known(factor, factors, tolerance):
+        sentence = f"The direction is exact, but the gradient is {_reason(factor, factors)}."
         return Diagnosis([sentence], all_are(f"{factor:.4g} times"))
-    for mistake in tried:
-        factor = _factor(given, mistake.grad, tolerance)
-        if factor is not None:
-            beyond = f"Beyond that it is {_reason(factor, oracle, tolerance)}."
-            return Diagnosis([mistake.sentence, beyond, off], all_are(mistake.verdict))
+    tried: list[Mistake] = []
+    candidates = _candidates(loss, exact, oracle, factors, tolerance)
+    for mistake, besides in candidates:
+        for known in (1.0, *factors):
+            if agrees(given, {name: known * grad for name, grad in mistake.grad.items()}, tolerance):
+                beyond = "" if known == 1.0 else f"Beyond that it is {_reason(known, factors)}."
+                said = [sentence for sentence in (mistake.sentence, besides, beyond, off) if sentence]
+                return Diagnosis(said, all_are(mistake.verdict))
+        tried.append(mistake)
+    if factor is not None:
+        return Diagnosis(
+            [f"The direction is exact, but the gradient is {factor:.6g} times as large."], all_are("scaled")
+        )
     weights = _task_weights(given, exact, oracle, tolerance)
     if weights is not None:
         return Diagnosis([_of_tasks(weights), off], all_are("wrong"))
@@ -50,6 +55,34 @@ def diagnose(
         return Diagnosis([rate, off], all_are("inner rate"))
     sentences, verdicts = _part_by_part(given, wanted, tried, tolerance)
     return Diagnosis([*sentences, off, *_about_loss(loss, exact, tried, oracle, tolerance)], verdicts)
+
+
+def _candidates(
+    loss: float | None, exact: Answer, oracle: Oracle, factors: dict[float, str], tolerance: float
+) -> Iterator[tuple[Mistake, str]]:
+    """The mistakes that the returned loss allows, computed; each forward one also together with first order.
+
+    Where no loss was returned, or it fits nothing, all of them. With each comes a sentence on what is done besides.
+    """
+
+    def fits(other: float) -> bool:
+        near = max(tolerance, 1e-9)
+        return loss is not None and any(abs(loss - f * other) <= near * abs(f * other) for f in (1.0, *factors))
+
+    ideas = list(mistakes.ideas(oracle))
+    if loss is not None:
+        backward = fits(exact.loss)
+        chosen = [i for i in ideas if (backward if i.slip.backward_only else fits(mistakes.loss_of(i, oracle)))]
+        ideas = chosen or ideas
+    for idea in ideas:
+        mistake = mistakes.computed(idea, oracle)
+        if mistake is not None:
+            yield mistake, ""
+    for idea in ideas:
+        if not idea.slip.backward_only and not oracle.intent.first_order:
+            mistake = mistakes.computed(mistakes.with_first_order(idea, oracle), oracle)
+            if mistake is not None:
+                yield mistake, f"And besides: {mistakes.FIRST_ORDER}"
 
 
 def _wrong(given: Named, wanted: Named, tolerance: float) -> list[str]:
@@ -70,23 +103,32 @@ def _factor(given: Named, expected: Named, tolerance: float) -> float | None:
     return factor if agrees(given, {n: factor * e for n, e in expected.items()}, tolerance) else None
 
 
-def _reason(factor: float, oracle: Oracle, tolerance: float) -> str:
+def _known_factors(oracle: Oracle) -> dict[float, str]:
+    """Factors that come of sums for means, and what to say of each."""
     tasks, queries = oracle.tasks, oracle.sets["query"][1].shape[1]
-    mean = oracle.intent.reduction == "mean"
-    reasons = [
-        (-1.0, "its sign is the other one"),
-        (tasks, f"the sum over the {tasks} tasks instead of their mean (if that is meant: reduction='sum')")
-        if mean
-        else (1 / tasks, f"the mean over the {tasks} tasks instead of their sum"),
-        (queries, f"the query loss is summed over its {queries} examples instead of averaged"),
-        (tasks * queries, f"summed over the {tasks} tasks and their {queries} query examples instead of averaged"),
-        (1 / tasks, f"divided by the {tasks} tasks twice"),
-        (1 / queries, f"the query loss is divided by its {queries} examples twice"),
-    ]
-    for known, reason in reasons:
-        if abs(factor - known) <= max(10 * tolerance, 1e-7) * abs(known):
-            return f"{factor:.6g} times as large: {reason}"
-    return f"{factor:.6g} times as large"
+    said = {
+        1 / queries: f"the query loss is divided by its {queries} examples twice",
+        1 / tasks: f"divided by the {tasks} tasks twice",
+        tasks * queries: f"summed over the {tasks} tasks and their {queries} query examples instead of averaged",
+        queries: f"the query loss is summed over its {queries} examples instead of averaged",
+        tasks: f"the sum over the {tasks} tasks instead of their mean (if that is meant: reduction='sum')",
+        -1.0: "its sign is the other one",
+    }
+    if oracle.intent.reduction == "sum":
+        said |= {
+            1 / tasks: f"the mean over the {tasks} tasks instead of their sum",
+            tasks: f"times the {tasks} tasks twice",
+        }
+    return {float(factor): reason for factor, reason in said.items() if factor != 1}
+
+
+def _is_known(factor: float, factors: dict[float, str], tolerance: float) -> bool:
+    return any(abs(factor - known) <= max(10 * tolerance, 1e-7) * abs(known) for known in factors)
+
+
+def _reason(factor: float, factors: dict[float, str]) -> str:
+    near = min(factors, key=lambda known: abs(factor - known))
+    return f"{factor:.6g} times as large: {factors[near]}"
 
 
 # ---------------------------------------------------------------- tasks and rates
@@ -119,10 +161,10 @@ def _other_rate(given: Named, loss: float | None, oracle: Oracle, tolerance: flo
     rate = oracle.intent.inner.lr
     if loss is None or not oracle.intent.inner_steps or not isinstance(rate, (int, float)):
         return None
-    for start in (1.0, 0.5, 2.0, 0.1, 10.0):
+    for start in (1.0, 0.5, 2.0):
         last, factor = start, 0.95 * start
         last_miss = oracle.loss(Slip(rate_factor=last)) - loss
-        for _ in range(15):  # the secant method
+        for _ in range(10):  # the secant method
             miss = oracle.loss(Slip(rate_factor=factor)) - loss
             if abs(miss) <= 1e-13 * abs(loss) or miss == last_miss or not math.isfinite(miss):
                 break

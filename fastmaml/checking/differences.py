@@ -29,7 +29,7 @@ class Slope(NamedTuple):
         return size({name: grad[name] for name in self.direction if name in grad})
 
     def at_kink(self, grad: Named) -> bool:
-        return not self.noise <= 1e-4 * self._scale(grad)
+        return not self.noise <= 1e-5 * self._scale(grad)
 
     def miss(self, grad: Named, scale: Named) -> float:
         """How far the gradient's slope is from this one, as a share of `scale` there."""
@@ -43,15 +43,18 @@ class Slope(NamedTuple):
         return self.reach(grad) or size(grad) or 1.0
 
 
-def directions(grad: Named, count: int, seed: int, silent: Named | None = None) -> list[Named]:
-    """`count` unit directions over all parameters and one for each whose gradient is more than rounding.
+def directions(grad: Named, count: int, seed: int, most: int, silent: Named | None = None) -> list[Named]:
+    """`count` unit directions over all parameters, and one for each whose gradient is more than rounding.
 
-    Each is the gradient's own, turned by a random part of half its length: so the slope is of the gradient's size.
+    If there are more than `most` of those, neighbours share a direction. Each is the gradient's own, turned by a random
+    part of half its length: so the slope is of the gradient's size.
     silent: parameters without a gradient, each of which gets a random direction.
     """
     random = torch.Generator().manual_seed(seed)
     moved = [name for name in grad if float(grad[name].norm()) > 1e-8 * size(grad)]
-    blocks = [moved] * count + ([[name] for name in moved] if len(moved) > 1 else [])
+    share = -(-len(moved) // most)
+    parts = [moved[i : i + share] for i in range(0, len(moved), share or 1)]
+    blocks = [moved] * count + (parts if len(parts) > 1 else [])
     along = [_unit({name: grad[name] for name in block}, random) for block in blocks if block]
     return along + [_unit({name: torch.zeros_like(leaf)}, random) for name, leaf in (silent or {}).items()]
 

@@ -20,6 +20,9 @@ from fastmaml.checking.subject import Outcome, Subject
 # or wrong is of the size of the inner rate. 1e-8 is far from both.
 TOLERANCE = 1e-8
 
+# Of the parameters, each with its own finite differences; more of them share one, so that large models take no longer.
+MOST_PARTS = 10
+
 
 class Examination:
     """One subject against one oracle; `report()` does everything.
@@ -142,7 +145,7 @@ class Examination:
             kind = "first-order" if intent.first_order else "truncated"
             self._say(f"Finite differences were not taken: they give the whole gradient, not the {kind} one.")
             return
-        along = differences.directions(wanted, self.directions, self.seed)
+        along = differences.directions(wanted, self.directions, self.seed, MOST_PARTS)
         if outcome.loss is not None and not self.refusal:
             found = differences.slopes(self.subject.loss, self.subject.leaves, along)
             whose = "the loss it returns"
@@ -179,7 +182,7 @@ def by_differences(subject: Subject, title: str, reason: str, directions: int, s
         return Report(False, title, sentences)
     given = {name: grad for name, grad in outcome.grads.items() if grad is not None}
     silent = {n: x for n, x in subject.leaves.items() if x.requires_grad and zero(pick(given, [n]))}
-    along = differences.directions(given, max(directions, 1), seed, silent)
+    along = differences.directions(given, max(directions, 1), seed, len(given), silent)
     found = differences.slopes(subject.loss, subject.leaves, along)
     sure = [slope for slope in found if not slope.at_kink(given)]
     misses = {tuple(s.direction): s.miss(given, given) for s in sure}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml import batch_norm as batch_norm_modes
+from fastmaml.algorithms.anil import ANIL
 from fastmaml.algorithms.learner import Learner
 from fastmaml.algorithms.mamlpp import MAMLPlusPlus
 from fastmaml.checks import whole_number
@@ -88,7 +89,8 @@ class Intent:
 def of_learner(learner: Learner) -> Intent | str:
     """What a learner is meant to compute, or the reason why the oracle cannot unroll it."""
     name, kind = type(learner).__name__, type(learner)
-    if kind.meta_step not in (Learner.meta_step, MAMLPlusPlus.meta_step) or kind.start is not Learner.start:
+    own_sweep = kind.meta_step not in [known.meta_step for known in (Learner, MAMLPlusPlus, ANIL)]
+    if own_sweep or kind.start is not Learner.start:
         return f"{name} has a gradient of its own kind"
     options = learner.sweep_options()
     more = [option for option, value in options.items() if option not in _UNROLLED and value is not None]

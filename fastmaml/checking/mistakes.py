@@ -1,8 +1,10 @@
-"""The usual mistakes of meta-gradients: each is computed, and what is checked is compared with it."""
+"""The usual mistakes of meta-gradients, in words and as slips that the oracle makes on purpose."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -10,6 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fastmaml.checking.compare import Named
 from fastmaml.checking.oracle import Oracle, Slip
+
+FIRST_ORDER = (
+    "First order only: the Hessian terms are missing; the inner gradient is taken without create_graph=True (or "
+    "detached), or the gradient is that of the adapted copy instead of the start."
+)
 
 
 class Idea(NamedTuple):
@@ -29,14 +36,27 @@ class Mistake(NamedTuple):
     loss: float
 
 
-def usual(oracle: Oracle) -> Iterator[Mistake]:
-    """The usual mistakes, the likeliest first; each is computed when it is asked for."""
-    for verdict, sentence, slip in _ideas(oracle):
-        try:
-            answer = oracle.answer(slip)
-        except ValueError:  # a batch norm without a batch: no program can make this mistake here
-            continue
-        yield Mistake(verdict, sentence, of_parameters(answer.total(), oracle), answer.loss)
+def computed(idea: Idea, oracle: Oracle) -> Mistake | None:
+    """What a program with this mistake computes; None where no program can make it (a batch norm without a batch)."""
+    try:
+        answer = oracle.answer(idea.slip)
+    except ValueError:
+        return None
+    return Mistake(idea.verdict, idea.sentence, of_parameters(answer.total(), oracle), answer.loss)
+
+
+def loss_of(idea: Idea, oracle: Oracle) -> float:
+    """The loss alone, which costs less; NaN where no program can make the mistake."""
+    try:
+        return oracle.loss(idea.slip)
+    except ValueError:
+        return math.nan
+
+
+def with_first_order(idea: Idea, oracle: Oracle) -> Idea:
+    """A mistake of the forward pass, made by a program that drops the Hessian terms besides."""
+    every = frozenset(range(oracle.intent.inner_steps if idea.slip.steps is None else idea.slip.steps))
+    return idea._replace(slip=replace(idea.slip, cut_gradient=every))
 
 
 def of_parameters(grads: Named, oracle: Oracle) -> Named:
@@ -44,7 +64,8 @@ def of_parameters(grads: Named, oracle: Oracle) -> Named:
     return {name: grad for name, grad in grads.items() if name in oracle.theta}
 
 
-def _ideas(oracle: Oracle) -> Iterator[Idea]:
+def ideas(oracle: Oracle) -> Iterator[Idea]:
+    """The usual mistakes, the likeliest first."""
     intent = oracle.intent
     steps = intent.inner_steps
     if intent.first_order or intent.truncate is not None:
@@ -55,12 +76,7 @@ def _ideas(oracle: Oracle) -> Iterator[Idea]:
             Slip(whole=True),
         )
     if steps and not intent.first_order:
-        yield Idea(
-            "first order",
-            "First order only: the Hessian terms are missing; the inner gradient is taken without create_graph=True (or "
-            "detached), or the gradient is that of the adapted copy instead of the start.",
-            Slip(cut_gradient=frozenset(range(steps))),
-        )
+        yield Idea("first order", FIRST_ORDER, Slip(cut_gradient=frozenset(range(steps))))
         yield Idea(
             "no query gradient",
             "The query gradient at the adapted parameters is missing: only the Hessian terms are left; the adjoint "

@@ -45,6 +45,13 @@ class Slip:
     inner_norm: str | None = None  # batch | running | carried
     query_norm: str | None = None  # batch | support | running | updated by this task's passes | carried on by all
 
+    @property
+    def backward_only(self) -> bool:
+        """Whether the loss stays right."""
+        return replace(
+            self, whole=False, only_hessian=False, cut_gradient=NONE, cut_params=NONE, hessian_term=""
+        ) == Slip(hessian_term="")
+
 
 class Answer(NamedTuple):
     """loss: of all tasks together. grads: by name, a row for each task [T, *shape], already weighted; None: unused."""

@@ -18,6 +18,10 @@ MetaLoss = Callable[[nn.Module, Any], Any]
 Batch = tuple[Any, Tensor, Any, Tensor]  # support_x, support_y, query_x, query_y; x may be a tuple or dict of inputs
 
 
+class SubjectError(ValueError):
+    """What the meta-loss itself raised, in one sentence."""
+
+
 class Outcome(NamedTuple):
     """What one call left: the loss where it returned one, and `.grad` of every leaf (None where nothing arrived)."""
 
@@ -49,7 +53,7 @@ class Subject:
     def run(self) -> Outcome:
         """Calls the meta-loss and, unless it has done so itself, its backward. Leaves no gradients behind.
 
-        Raises ValueError with the first line of whatever the meta-loss raised.
+        Raises SubjectError with the first line of whatever the meta-loss raised.
         """
         self._forget()
         with self._kept(), torch.enable_grad():
@@ -58,7 +62,7 @@ class Subject:
                 try:
                     loss.backward()
                 except RuntimeError as error:
-                    raise ValueError(f"backward() of the meta-loss raised: {_first_line(error)}") from error
+                    raise SubjectError(f"backward() of the meta-loss raised: {_first_line(error)}") from error
         grads = {n: None if x.grad is None else x.grad.detach().clone() for n, x in self.leaves.items()}
         self._forget()
         return Outcome(_number(loss), grads)
@@ -93,7 +97,7 @@ class Subject:
         try:
             return self.call()
         except Exception as error:
-            raise ValueError(f"the meta-loss raised {type(error).__name__}: {_first_line(error)}") from error
+            raise SubjectError(f"the meta-loss raised {type(error).__name__}: {_first_line(error)}") from error
 
     def _reached(self) -> bool:
         return any(leaf.grad is not None for leaf in self.leaves.values())

@@ -384,6 +384,17 @@ def test_two_mistakes_at_once():
     says(report, FIRST_ORDER, "Beyond that it is 4 times as large: the sum over the 4 tasks instead of their mean")
 
 
+def test_a_mistake_of_the_forward_pass_and_first_order():
+    report = examine(unrolled(1, create_graph=False), inner_steps=2, directions=1)
+    says(report, "This is the meta-gradient of 1 inner step, not of 2.", f"And besides: {FIRST_ORDER}")
+    report = examine(by_task(before_inner=nn.Module.eval, create_graph=False), norm_net(), IMAGES, "cross_entropy")
+    says(
+        report,
+        "The batch norm '1' uses its running statistics in the inner loop and the query pass",
+        f"And besides: {FIRST_ORDER}",
+    )
+
+
 def test_one_task_only():
     says(
         examine(unrolled(total=lambda losses: losses[-1])),
