@@ -97,6 +97,8 @@ class Subject:
         try:
             return self.call()
         except Exception as error:
+            if isinstance(self.owner, Learner) and isinstance(error, (ValueError, TypeError)):
+                raise  # a sentence of fastmaml's own
             raise SubjectError(f"the meta-loss raised {type(error).__name__}: {_first_line(error)}") from error
 
     def _reached(self) -> bool:

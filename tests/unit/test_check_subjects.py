@@ -83,6 +83,7 @@ def test_maml_with_every_form_of_rates(rates):
 LEARNERS = {
     "FOMAML": lambda: fm.FOMAML(net(), 0.3, 3),
     "truncated": lambda: fm.MAML(net(), 0.3, 3, truncate=1),
+    "support batch norm": lambda: fm.MAML(net(), 0.3, 2, batch_norm="support"),
     "frozen batch norm": lambda: fm.MAML(net(), 0.3, 2, batch_norm="frozen"),
     "label smoothing": lambda: fm.MAML(net(), 0.3, 2, label_smoothing=0.1),
     "own loss": lambda: fm.MAML(net(), 0.3, 2, loss=lambda z, y: nn.functional.cross_entropy(z, y, reduction="none")),
@@ -119,6 +120,30 @@ def test_imaml_is_compared_at_the_inner_minimum():
     assert report.sentences[0].startswith("Exact as far as finite differences of its loss can tell: along ")
     assert "As it is set, with 5 and 3, its gradient is " in report.sentences[1]
     assert verdicts(report)["lam"] == "agrees"
+
+
+def balanced():
+    batch = classes()
+    return batch._replace(support_y=torch.arange(3).repeat(3, 2))
+
+
+def sines():
+    return [t.float() for t in BATCH]
+
+
+@pytest.mark.parametrize(
+    ("make", "batch"),
+    [
+        (lambda: fm.MetaCurvature(net(), 0.3, 2), classes),
+        (lambda: fm.ProtoMAML(net(), 0.1, 2, batch_norm="frozen"), balanced),
+        (lambda: fm.CAVIA(fm.models.context_mlp([1, 5, 1], 2, activation="tanh"), 0.5, 2, "mse"), sines),
+    ],
+    ids=["MetaCurvature", "ProtoMAML", "CAVIA"],
+)
+def test_learners_against_finite_differences(make, batch):
+    report = exact(check(make(), batch(), directions=1))
+    assert report.sentences[0].startswith("Exact as far as finite differences of its loss can tell: along ")
+    assert " has a gradient of its own kind." in report.sentences[1]
 
 
 def test_a_learner_of_ones_own_is_compared_with_finite_differences():
