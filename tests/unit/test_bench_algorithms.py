@@ -151,6 +151,8 @@ def test_the_table_shows_results_failures_and_notes():
 @pytest.mark.parametrize(("after", "clear"), [(0.9, True), (0.22, False), (0.1, False), (None, False)])
 def test_a_result_counts_only_clear_of_the_interval_before_adaptation(after, clear):
     assert algorithms.above_baseline(row(after=after)) is clear
+    made = row("protomaml", before=0.9, after=after)  # its baseline is the untrained network at 0.3
+    assert algorithms.above_baseline(made) is (after == 0.9)
     if after is not None:
         error = row(before=1.2 - 0.2, after=1.2 - after, metric="mse")
         assert algorithms.above_baseline(error) is clear
