@@ -74,6 +74,8 @@ def make_learner(config: RunConfig) -> Any:
     if config.algorithm == "metasgd":
         given["seed"] = config.seed  # of the first rates
     engine = {"backend": config.backend, "memory": config.memory, "batch_norm": config.batch_norm}
+    if config.algorithm == "maml++" and config.batch_norm == "per_step":
+        engine["batch_norm"], given["bn_stats"] = "transductive", "running_per_step"
     with seeded(config.seed):
         model = _model(config)
         try:

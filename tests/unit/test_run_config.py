@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from fastmaml.config_file import read_option, read_settings, to_yaml
+from fastmaml.experiment import make_learner
+from fastmaml.inner import AdamW
 from fastmaml.presets import ALGORITHM_PRESETS, PRESETS, preset
 from fastmaml.run_config import ALGORITHMS, NEEDS_CLASSES, RunConfig
 
@@ -179,3 +182,16 @@ def test_an_option_that_cannot_be_read_is_one_sentence(text):
     with pytest.raises(ValueError, match="--option") as error:
         read_option(text)
     assert "\n" not in str(error.value)
+
+
+def test_settings_reach_the_learner_in_its_own_words():
+    assert make_learner(preset("sinusoid", algorithm="imaml", options={"solver": "newton_cg"})).solver == "newton_cg"
+    learner = make_learner(preset("glyphs", algorithm="maml++", filters=2, batch_norm="per_step"))
+    assert learner.keeps_statistics
+    inner = make_learner(preset("sinusoid", options={"inner": {"name": "adamw", "betas": [0, 0.9]}})).inner
+    assert (type(inner), inner.lr, inner.betas) == (AdamW, 0.01, (0, 0.9))
+    first, again, other = (
+        make_learner(preset("sinusoid", algorithm="metasgd", seed=seed)).state_dict() for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["inner_lr.0.weight"], other["inner_lr.0.weight"])
