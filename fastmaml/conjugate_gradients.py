@@ -21,10 +21,13 @@ class Solved(NamedTuple):
     curve: Tensor  # [T, 1 + steps of the slowest task] the residual before the first step and after each
 
 
-def conjugate_gradients(operator: Callable[[Tensor], Tensor], v: Tensor, steps: int, stop: float = STOP) -> Solved:
+def conjugate_gradients(
+    operator: Callable[[Tensor], Tensor], v: Tensor, steps: int, stop: float | Tensor = STOP
+) -> Solved:
     """Solves A s = v from s = 0 with at most `steps` products; v [T, P].
 
-    A task stops at |r|^2 < stop, or where p.Ap <= 0 (A is not positive definite there), and keeps its current s.
+    A task stops at |r|^2 < stop (a number, or one for each task [T]), or where p.Ap <= 0 (A is not positive definite
+    there), and keeps its current s.
     """
     s = torch.zeros_like(v)
     r, p = v.clone(), v.clone()

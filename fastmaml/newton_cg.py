@@ -7,6 +7,7 @@ Every task has its own system and its own t (Nocedal & Wright 2006, algorithms 3
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -38,7 +39,8 @@ def newton_cg(f: Objective, phi: Tensor, steps: int, cg_steps: int) -> Tensor:
     """
     for _ in range(steps):
         value, g = f.grad(phi)
-        solved = conjugate_gradients(lambda p, at=phi: f.hvp(at, p), -g, cg_steps, stop=0.0)  # type: ignore[misc]
+        rounding = torch.finfo(g.dtype).eps ** 2 * (g * g).sum(1)
+        solved = conjugate_gradients(partial(f.hvp, phi), -g, cg_steps, stop=rounding)
         d = torch.where((solved.iterations > 0).unsqueeze(1), solved.solution, -g)
         phi = armijo(f, phi, d, value, (g * d).sum(1))
     return phi
