@@ -31,6 +31,7 @@ from fastmaml.engine import Engine, MetaGradient, Solution
 
 if TYPE_CHECKING:
     from fastmaml import tasks
+    from fastmaml.checking import check
     from fastmaml.tasks import TaskBatch
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [  # noqa: RUF022  in the order one learns them
     "inner",
     "tasks",
     "TaskBatch",
+    "check",
     "Engine",
     "MetaGradient",
     "Solution",
@@ -65,4 +67,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("fastmaml.tasks")
     if name == "TaskBatch":
         return importlib.import_module("fastmaml.tasks").TaskBatch
+    if name == "check":
+        return importlib.import_module("fastmaml.checking").check
     raise AttributeError(f"module 'fastmaml' has no attribute '{name}'")
