@@ -278,7 +278,7 @@ def test_a_head_in_the_middle_a_scaled_output_and_a_frozen_head():
         ProtoMAML(model, 0.3)(sx, sy, qx, qy)
     with pytest.raises(ValueError, match=r"without its head '0' returns \[3, 6, 2\], not the 4 features"):
         odd = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).double()
-        ProtoMAML(odd, 0.3, head="0")(torch.randn(3, 6, 4).double(), sy % 2, qx, qy)
+        ProtoMAML(odd, 0.3, head="0").adapt(torch.randn(3, 6, 4).double(), sy % 2)
 
 
 def test_it_learns():
