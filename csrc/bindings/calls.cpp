@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient
   const Tensor query_losses = how.loss_weights ? arrays.values(Arg::query_losses, queries) : arrays.values(Arg::loss, 1);
   const Tensor loss = arrays.values(Arg::loss), output = arrays.outputs(Arg::output, how.query_examples);
   const Tensor support_losses = arrays.values(Arg::support_losses, K);
-  Tensor by_rates = torch::stable::new_zeros(theta, {0}), by_rows = by_rates;
+  Tensor by_rates = torch::stable::new_zeros(theta, {0}), by_rows = torch::stable::new_zeros(theta, {0});
   if (loop.per_task) {
     if (loop.rate_grad) by_rates = torch::stable::new_zeros(theta, {arrays.tasks(), rate_rows, P});
     if (rate_grad) by_rates = arrays.params(Arg::rate_grad, rate_rows);

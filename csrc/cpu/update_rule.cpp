@@ -88,7 +88,7 @@ void adam_adjoint(const Call& call) {
       using V = decltype(lane);
       const V adjoint = load<V>(lambda + i), v = load<V>(rate + i) * adjoint, mh = load<V>(m + i) * over1;
       const V root = square_root<V>(load<V>(s + i) * over2), over = T(1) / (root + eps), step = mh * over;
-      if (da) store(da + i, load<V>(da + i) - (step + decay * load<V>(phi + i)) * adjoint);
+      if (da) store(da + i, load<V>(da + i) - (step + decay * load_or<V>(phi, i, T(0))) * adjoint);
       const V of_m = load<V>(p + i) + v * over1 * over;
       // Divided in turn, for root^2 and D^2 leave float32's range; where root is 0 there is no gradient to pass on.
       const V of_s = load<V>(r + i) - (root != V{} ? v * (mh / root) * over * over * half2 : V{});

@@ -115,8 +115,9 @@ Operand UpdateRule::before_hessian(int k, Operand lambda) {
   if (!asked) return {};
   if (again_) trace.raw = out_.arena(size_);
   const Operand rate = of_step(rates_, k), g = adam() ? entered(trace) : Operand{}, u = trace.u = out_.arena(size_);
+  const Operand decayed = loop_.decoupled && loop_.weight_decay > 0 ? trace.phi : Operand{};
   if (adam())
-    out_.step(Op::adam_adjoint, adam(k), 1, {u, lambda, p_, r_, of_step(rate_grad_, k), trace.phi, g, rate, trace.m, trace.s});
+    out_.step(Op::adam_adjoint, adam(k), 1, {u, lambda, p_, r_, of_step(rate_grad_, k), decayed, g, rate, trace.m, trace.s});
   else if (loop_.momentum != 0)
     out_.step(Op::momentum_adjoint, momentum(k), 1, {u, p_, rate, lambda});
   else

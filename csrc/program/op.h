@@ -84,7 +84,7 @@ namespace fastmaml {
   X(momentum_adjoint, "u p rate lambda") /* p in place */                                                                          \
   /* m, s: the running averages of g and g^2, after the step in the adjoint; p, r: less their adjoints */                          \
   X(adam_update, "phi_next m_next s_next phi g rate [m] [s] [step_count]")                                                         \
-  X(adam_adjoint, "u lambda p r [rate_grad] phi g rate m s") /* lambda, p, r, rate_grad in place */                                \
+  X(adam_adjoint, "u lambda p r [rate_grad] [phi] g rate m s") /* lambda, p, r, rate_grad in place */                              \
   /* conjugate gradients on ((1 + damping) I + H / lam) s = v; settings = [lam, damping], state = [r.r, v.v, active] */            \
   X(cg_start, "s r p state v")                                                                                                     \
   X(cg_step, "s r p state hp settings")                                                                                            \

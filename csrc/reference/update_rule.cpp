@@ -59,7 +59,7 @@ void adam_update(const Call& call) {
 
 // With v = rate lambda, D = sqrt(sh) + eps:
 //   rate_grad -= (mh / D + decay phi) lambda;  p += v / (c1 D);  r -= v mh / (2 sqrt(sh) D^2 c2), nothing where sh is 0;
-//   u = (1 - beta1) p + (1 - beta2) 2 g r;  lambda -= decay v;  p *= beta1;  r *= beta2
+//   u = (1 - beta1) p + (1 - beta2) 2 g r;  lambda -= decay v;  p *= beta1;  r *= beta2.     phi may be absent where decay is 0
 void adam_adjoint(const Call& call) {
   const Adam& rule = call.shape<Adam>();
   const double t = static_cast<double>(rule.step + 1), c1 = 1 - std::pow(rule.beta1, t), c2 = 1 - std::pow(rule.beta2, t);
@@ -69,7 +69,7 @@ void adam_adjoint(const Call& call) {
     const Real m = real(call, 8, task), s = real(call, 9, task);
     for (int64_t i = 0; i < rule.size; ++i) {
       const double v = rate[i] * lambda[i], mh = m[i] / c1, root = std::sqrt(s[i] / c2), D = root + rule.eps;
-      if (rate_grad) rate_grad[i] -= (mh / D + rule.decay * phi[i]) * lambda[i];
+      if (rate_grad) rate_grad[i] -= (mh / D + rule.decay * value_or(phi, i, 0.0)) * lambda[i];
       p[i] += v / (c1 * D);
       if (root != 0) r[i] -= v * (mh / root) / D / D / (2 * c2);
       u[i] = (1 - rule.beta1) * p[i] + (1 - rule.beta2) * 2 * g[i] * r[i];

@@ -130,6 +130,10 @@ def arena_bytes(loop: str, memory: str = "low") -> int:
         ("rule=adam clip_norm=1 rate_grad=1", 4),
         ("order=0", 0),
         ("order=0 momentum=0.9", 0),
+        ("order=0 rule=adam", 0),
+        ("order=0 rate_grad=1", 1),  # the gradient
+        ("order=0 momentum=0.9 nesterov=1 rate_grad=1", 1),
+        ("order=0 rule=adam rate_grad=1", 3),  # m, s, g
         ("order=3", 0),  # only the last three steps are kept
     ],
 )
