@@ -89,7 +89,7 @@ void take(InnerLoop& loop, const Word& word, bool& has_order) {
   } else if (key == "beta2") {
     loop.beta2 = word.below_one();
   } else if (key == "eps") {
-    loop.eps = word.number(0, true);
+    loop.eps = word.number(0, false);
   } else if (key == "decoupled") {
     loop.decoupled = word.flag();
   } else if (key == "weight_decay") {
