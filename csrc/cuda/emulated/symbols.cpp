@@ -1,0 +1,136 @@
+// What the symbol table of this program or library says: kernels by address, and where their __shared__ variables lie.
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <elf.h>
+#include <link.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <unordered_map>
+
+#include "cuda/emulated/state.h"
+
+namespace fastmaml::emu {
+namespace {
+
+// Its place in a thread's own memory tells where that of the whole module begins.
+thread_local char anchor asm("fastmaml_emu_anchor");
+
+struct Module {
+  struct SharedVariable {
+    std::string name;
+    uint64_t offset;
+    size_t bytes;
+    std::string kernel;  // which declares it; empty: a device function, that any kernel may call
+  };
+  uintptr_t base = 0;
+  std::string path;
+  std::unordered_map<uint64_t, std::string> kernels;  // by offset from base
+  std::vector<SharedVariable> shared;
+  uint64_t anchor_offset = 0;
+
+  Module() {
+    Dl_info info{};
+    dladdr(reinterpret_cast<const void*>(&kernel_symbol), &info);
+    path = info.dli_fname ? info.dli_fname : "";
+    link_map* map = nullptr;
+    dladdr1(reinterpret_cast<const void*>(&kernel_symbol), &info, reinterpret_cast<void**>(&map), RTLD_DL_LINKMAP);
+    if (map) base = map->l_addr;
+    if (map && !*map->l_name) path = "/proc/self/exe";
+    std::ifstream file(path, std::ios::binary);
+    const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+    if (bytes.size() > sizeof(ElfW(Ehdr))) read(bytes.data());
+    for (SharedVariable& v : shared)
+      for (const auto& [offset, kernel] : kernels)
+        if (v.name.rfind("_ZZ" + kernel.substr(2) + "E", 0) == 0) v.kernel = kernel;
+  }
+
+  void read(const char* file) {
+    const auto* header = reinterpret_cast<const ElfW(Ehdr)*>(file);
+    const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(file + header->e_shoff);
+    for (int s = 0; s < header->e_shnum; ++s) {
+      if (sections[s].sh_type != SHT_SYMTAB) continue;
+      const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(file + sections[s].sh_offset);
+      const char* names = file + sections[sections[s].sh_link].sh_offset;
+      for (size_t i = 0; i < sections[s].sh_size / sizeof *symbols; ++i) add(names + symbols[i].st_name, symbols[i]);
+    }
+  }
+
+  void add(const std::string& name, const ElfW(Sym) & symbol) {
+    const int type = symbol.st_info & 15, binding = symbol.st_info >> 4;  // ELF32_ST_TYPE and _BIND, the same in ELF64
+    if (type == STT_TLS && name == "fastmaml_emu_anchor") anchor_offset = symbol.st_value;
+    if (name.find("13cuda_emulated") == std::string::npos) return;
+    if (type == STT_FUNC && binding != STB_LOCAL && symbol.st_shndx != SHN_UNDEF) kernels[symbol.st_value] = name;
+    if (type == STT_TLS && name.rfind("_ZZ", 0) == 0) shared.push_back({name, symbol.st_value, symbol.st_size, ""});
+  }
+};
+
+const Module& module() {
+  static const Module it;
+  return it;
+}
+
+}  // namespace
+
+std::string kernel_symbol(const void* kernel) {
+  const auto found = module().kernels.find(reinterpret_cast<uintptr_t>(kernel) - module().base);
+  if (found != module().kernels.end()) return found->second;
+  char text[48];
+  std::snprintf(text, sizeof text, "the kernel at %p", kernel);
+  return text;
+}
+
+std::vector<std::string> compiled_kernels() {
+  std::vector<std::string> names;
+  for (const auto& [offset, name] : module().kernels) names.push_back(name);
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+const std::vector<Range>& static_shared(const void* kernel) {
+  thread_local std::unordered_map<const void*, std::vector<Range>> known;
+  const auto [found, fresh] = known.try_emplace(kernel);
+  if (!fresh) return found->second;
+  unsigned char* first = reinterpret_cast<unsigned char*>(&anchor) - module().anchor_offset;
+  const std::string own = kernel_symbol(kernel);
+  for (const Module::SharedVariable& v : module().shared)
+    if (v.kernel.empty() || v.kernel == own) found->second.push_back({first + v.offset, v.bytes});
+  return found->second;
+}
+
+std::string readable(const std::string& symbol) {
+  int status = 0;
+  char* text = abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &status);
+  if (!text) return symbol;
+  std::string name = text;
+  std::free(text);
+  const std::string space = "fastmaml::cuda_emulated::";
+  if (const size_t at = name.find(space); at != std::string::npos) name = name.substr(at + space.size());
+  int depth = 0;  // of template brackets: the parameters begin at the first ( outside them
+  for (size_t i = 0; i < name.size(); ++i) {
+    depth += (name[i] == '<') - (name[i] == '>');
+    if (name[i] == '(' && depth == 0) return name.substr(0, i);
+  }
+  return name;
+}
+
+std::string code_position(const void* address) {
+  char text[4352];
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(address) - module().base;
+  std::snprintf(text, sizeof text, "0x%zx", size_t(offset));
+  std::string position = text;
+  std::snprintf(text, sizeof text, "addr2line -e '%s' 0x%zx 2> /dev/null", module().path.c_str(), size_t(offset));
+  if (FILE* pipe = popen(text, "r")) {
+    std::string line = std::fgets(text, sizeof text, pipe) ? text : "";
+    pclose(pipe);
+    line = line.substr(line.rfind('/') + 1);
+    line = line.substr(0, line.find_first_of(" \n"));
+    if (!line.empty() && line[0] != '?') position = line;
+  }
+  return position;
+}
+
+}  // namespace fastmaml::emu
