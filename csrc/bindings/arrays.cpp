@@ -241,7 +241,7 @@ Tensor Arrays::reduced_params(Arg arg, int64_t rows, const std::optional<Tensor>
   }
   const int64_t size = rows * program_->param_count;
   void* sum = place_->take(size_t(size) * element_bytes());
-  table_->tree_reduce(sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size);
+  table_->tree_reduce(sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size, 0);
   return to_torch(sum, rows);
 }
 

@@ -64,7 +64,7 @@ struct OpTable {
   OpFn run[kOps] = {};           // null: this backend lacks the op
   ScratchFn scratch[kOps] = {};  // null: no scratch
   // out[i] = sum_t w[t] x[t][i] (w null: the mean) by a fixed binary tree over t; x [T, size] is overwritten.
-  void (*tree_reduce)(void* out, void* x, const void* w, int64_t tasks, int64_t size) = nullptr;
+  void (*tree_reduce)(void* out, void* x, const void* w, int64_t tasks, int64_t size, uintptr_t stream) = nullptr;
 
   bool supports(Op op) const { return run[static_cast<int>(op)] != nullptr; }
 };
