@@ -35,7 +35,9 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
   const void* symbol = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 * 1024)  // more than every device gives without being asked
     check(cudaFuncSetAttribute(symbol, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), symbol);
-  kernel<<<grid, block, shared_bytes, reinterpret_cast<cudaStream_t>(stream)> > >(static_cast<Params>(args)...);
+  // clang-format off
+  kernel<<<grid, block, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
+  // clang-format on
   check(cudaGetLastError(), symbol);
 }
 
