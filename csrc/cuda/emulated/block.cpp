@@ -14,6 +14,7 @@ namespace fastmaml::emu {
 
 Block block;
 Stacks stacks;
+Watcher* watcher = nullptr;
 
 namespace {
 
@@ -118,18 +119,19 @@ void begin_block(size_t warps) {
     t.group = 0;
     stacks.prepare(t.fiber, i, thread_main);
   }
+  if (watcher) watcher->begin_block();
 }
 
 void open_barrier() {
   const Thread& first = block.threads.front();
-  for (Thread& t : block.threads) {
-    if (t.where.line() != first.where.line() || std::string(t.where.file_name()) != first.where.file_name())
+  for (const Thread& t : block.threads)
+    if (t.where.line() != first.where.line() || std::strcmp(t.where.file_name(), first.where.file_name()))
       fail("divergent barrier: " + at(first) + ", but " + at(t));
-    t.waits = nullptr;
-  }
+  for (Thread& t : block.threads) t.waits = nullptr;
   block.result = block.votes;
   block.at_barrier = block.votes = 0;
   for (Warp& warp : block.warps) warp.ready = warp.lanes;
+  if (watcher) watcher->pass_barrier();
 }
 
 // All threads wait or have returned, and not all of them wait at the barrier.
@@ -181,6 +183,11 @@ std::string to_string(const Where& where) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
 }
 
+std::string Position::text() const {
+  if (bits & kWhere) return to_string(std::bit_cast<Where>(bits & ~kWhere));
+  return code_position(reinterpret_cast<const void*>(bits - 1));  // of the call, not of where it returns to
+}
+
 void fail(const std::string& sentence) {
   if (!block.running) throw std::runtime_error(headline() + sentence);
   block.failure = headline() + sentence;
@@ -230,6 +237,7 @@ void launch(const Launch& launch) {
   block.running = nullptr;
   block.failure.clear();
   block.faulted = false;
+  block.bytes_read = block.bytes_written = 0;
   blockIdx = {0, 0, 0};
   check_launch(launch);
   blockDim = launch.block;
@@ -237,6 +245,8 @@ void launch(const Launch& launch) {
   const size_t threads = size_t(blockDim.x) * blockDim.y * blockDim.z;
   stacks.reserve(threads);
   block.threads.resize(threads);
+
+  if (watcher) watcher->begin_launch();
 
   const FaultHandler handler;
   std::vector<int64_t> blocks(size_t(gridDim.x) * gridDim.y * gridDim.z), warps((threads + 31) / 32);
@@ -251,6 +261,8 @@ void launch(const Launch& launch) {
   ++kernel.launches;
   kernel.blocks += int64_t(blocks.size());
   kernel.threads += int64_t(blocks.size() * threads);
+  kernel.bytes_read += block.bytes_read;
+  kernel.bytes_written += block.bytes_written;
 }
 
 void set_order(Order order, uint64_t seed) {

@@ -115,8 +115,7 @@ T shuffle(Shuffle how, uint32_t mask, T value, int argument, int width, Where wh
   return value;
 }
 
-// Told to the race build: an access that no thread tears.
-void atomic_access(const void* address, size_t bytes);
+void atomic_access(const void* address, size_t bytes, Where where);  // told to the race build
 
 }  // namespace fastmaml::emu
 
@@ -162,19 +161,18 @@ FASTMAML_REDUCE(unsigned, and, bit_and)
 FASTMAML_REDUCE(unsigned, or, bit_or)
 FASTMAML_REDUCE(unsigned, xor, bit_xor)
 #undef FASTMAML_REDUCE
-#undef FASTMAML_WHERE
 
 // ---------------------------------------------------------------- memory
 // Atomics on integers alone: sums of floats would depend on the order of threads.
 
-#define FASTMAML_ATOMIC(name, expression)                             \
-  template <class T>                                                  \
-  FASTMAML_UNSEEN T name(T* address, std::type_identity_t<T> value) { \
-    static_assert(std::is_integral_v<T>, "atomics are for integers"); \
-    ::fastmaml::emu::atomic_access(address, sizeof(T));               \
-    const T old = *address;                                           \
-    *address = expression;                                            \
-    return old;                                                       \
+#define FASTMAML_ATOMIC(name, expression)                                             \
+  template <class T>                                                                  \
+  FASTMAML_UNSEEN T name(T* address, std::type_identity_t<T> value, FASTMAML_WHERE) { \
+    static_assert(std::is_integral_v<T>, "atomics are for integers");                 \
+    ::fastmaml::emu::atomic_access(address, sizeof(T), where);                        \
+    const T old = *address;                                                           \
+    *address = expression;                                                            \
+    return old;                                                                       \
   }
 FASTMAML_ATOMIC(atomicAdd, T(old + value))
 FASTMAML_ATOMIC(atomicSub, T(old - value))
@@ -186,13 +184,15 @@ FASTMAML_ATOMIC(atomicOr, T(old | value))
 FASTMAML_ATOMIC(atomicXor, T(old ^ value))
 #undef FASTMAML_ATOMIC
 template <class T>
-FASTMAML_UNSEEN T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+FASTMAML_UNSEEN T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value, FASTMAML_WHERE) {
   static_assert(std::is_integral_v<T>, "atomics are for integers");
-  ::fastmaml::emu::atomic_access(address, sizeof(T));
+  ::fastmaml::emu::atomic_access(address, sizeof(T), where);
   const T old = *address;
   if (old == expected) *address = value;
   return old;
 }
+
+#undef FASTMAML_WHERE
 
 template <class T>
 inline T __ldg(const T* from) {

@@ -1,6 +1,7 @@
 // Fibers: a stack each, switched by hand. On x86-64 a switch is eight instructions, elsewhere it is ucontext's.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <vector>
 #ifndef __x86_64__
@@ -31,6 +32,9 @@ class Stacks {
   void reserve(size_t count);
   const Range& operator[](size_t i) const { return stacks_[i]; }
   size_t size() const { return stacks_.size(); }
+  bool hold(const void* address) const {
+    return std::any_of(stacks_.begin(), stacks_.end(), [=](const Range& range) { return range.holds(address); });
+  }
   // `fiber` will begin with entry(), which never returns, on stack i.
   void prepare(Fiber& fiber, size_t i, void (*entry)()) const;
 

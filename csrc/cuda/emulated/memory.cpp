@@ -86,6 +86,13 @@ void free(void* buffer) {
   buffers().erase(found);
 }
 
+Range buffer_near(const void* address, const Range& whole_page) {
+  const std::lock_guard<std::mutex> lock(buffers_lock);
+  for (const auto& [data, buffer] : buffers())
+    if (buffer.near(address)) return {buffer.data, buffer.bytes, "a buffer of " + std::to_string(buffer.bytes) + " bytes"};
+  return whole_page;
+}
+
 void check_guards() {
   if (!shared().clean()) fail("a thread has written beside the " + std::to_string(shared().bytes) + " bytes of dynamic shared memory");
   const std::lock_guard<std::mutex> lock(buffers_lock);
@@ -105,7 +112,22 @@ void poison_shared(size_t dynamic_bytes) {
   Guarded& dynamic = shared();
   std::memset(dynamic.data, kPoison, round_up(dynamic.bytes, 16));  // of the block before
   dynamic.resize(dynamic_bytes);
-  for (const Range& variable : static_shared(block.launch->kernel)) std::memset(variable.low, kPoison, variable.bytes);
+  for (const Range& variable : static_shared(block.launch->kernel))
+    std::memset(const_cast<unsigned char*>(variable.low), kPoison, variable.bytes);
+}
+
+const Range* shared_near(const void* address) {
+  static Range dynamic{nullptr, 0, "dynamic shared memory"};
+  if (shared().near(address)) {
+    dynamic.low = shared().data;
+    dynamic.bytes = shared().bytes;
+    return &dynamic;
+  }
+  if (!in_static_shared(address)) return nullptr;
+  static const Range none{nullptr, 0, "shared memory"};
+  for (const Range& variable : static_shared(block.launch->kernel))
+    if (variable.holds(address)) return &variable;
+  return &none;
 }
 
 // ---------------------------------------------------------------- copies to shared memory
@@ -117,6 +139,9 @@ void async_copy(void* to, const void* from, int bytes, bool valid, Where where) 
   if (valid) static_cast<void>(*static_cast<const volatile char*>(from));  // a fault belongs here, not to the wait
   Thread& self = *block.running;
   self.copies.push_back({to, from, bytes, valid, self.group, where});
+  if (!watcher) return;
+  if (valid) watcher->access(Access::read, from, size_t(bytes), Position::of(where));
+  watcher->access(Access::copy, to, size_t(bytes), Position::of(where));
 }
 
 void async_commit() { ++block.running->group; }
@@ -130,6 +155,7 @@ void async_wait(int left) {
       std::memcpy(c.to, c.from, size_t(c.bytes));
     else
       std::memset(c.to, 0, size_t(c.bytes));
+    if (watcher) watcher->access(Access::land, c.to, size_t(c.bytes), Position::of(c.where));
   }
   std::erase_if(self.copies, done);
 }
@@ -139,7 +165,9 @@ void finish_copies() {
   if (!self.copies.empty()) fail("it returns, but never waited for its cp.async at " + to_string(self.copies.front().where));
 }
 
-void atomic_access(const void*, size_t) {}
+void atomic_access(const void* address, size_t bytes, Where where) {
+  if (watcher) watcher->access(Access::atomic, address, bytes, Position::of(where));
+}
 
 // ---------------------------------------------------------------- faults
 

@@ -1,6 +1,7 @@
 // The block that runs, as the files of the emulator share it. One launch at a time, so one of everything.
 #pragma once
 
+#include <bit>
 #include <string>
 #include <vector>
 
@@ -48,10 +49,12 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Thread* running = nullptr;  // null: the scheduler
-  size_t alive = 0, at_barrier = 0, votes = 0, result = 0;
+  size_t alive = 0, at_barrier = 0;
+  size_t votes = 0, result = 0;  // of the threads at the barrier, of the barrier before
   Fiber scheduler;
   std::string failure;
   bool faulted = false;
+  int64_t bytes_read = 0, bytes_written = 0;
 };
 extern Block block;
 extern Stacks stacks;
@@ -64,27 +67,68 @@ void wait_warp(const Operation& operation, uint32_t mask, void* deposit, Where w
 std::string to_string(uint3 index);
 std::string to_string(const Where& where);
 
+// ---------------------------------------------------------------- what the race build hears
+
+// A place in a kernel: an address in its code, or as the functions of CUDA are told it.
+class Position {
+ public:
+  static Position of_code(const void* address) { return {reinterpret_cast<uint64_t>(address)}; }
+  static Position of(const Where& where) { return {std::bit_cast<uint64_t>(where) | kWhere}; }
+  std::string text() const;
+
+  uint64_t bits = 0;
+
+ private:
+  static constexpr uint64_t kWhere = uint64_t(1) << 63;  // no address of a program has it
+};
+
+enum class Access { read, write, atomic, copy, land };  // cp.async: copy when it starts, land when it was waited for
+
+class Watcher {
+ public:
+  virtual void begin_launch() = 0;
+  virtual void begin_block() = 0;
+  virtual void pass_barrier() = 0;
+  virtual void sync_warp(uint32_t mask) = 0;
+  virtual void access(Access access, const void* address, size_t bytes, Position position) = 0;  // of the running thread
+};
+extern Watcher* watcher;  // null outside the race build
+
 // ---------------------------------------------------------------- memory.cpp
 
 void poison_shared(size_t dynamic_bytes);  // all bits one, before every block
 void check_guards();                       // the bytes beside buffers and dynamic shared memory, which no page protects
 void finish_copies();                      // none may be left when a thread returns
-class FaultHandler {                       // turns a fault of a thread into fail()
+
+class FaultHandler {  // ends the launch that a thread's fault interrupts
  public:
   FaultHandler();
   ~FaultHandler();
 };
 std::string describe_fault();  // which has set block.faulted
 
+struct Range {
+  const unsigned char* low = nullptr;
+  size_t bytes = 0;
+  std::string name;
+
+  bool holds(const void* address, size_t n = 1) const {
+    return low <= address && static_cast<const unsigned char*>(address) + n <= low + bytes;
+  }
+};
+// The buffer around an address, as far as it may be touched, or whole_page where it is none of ours.
+Range buffer_near(const void* address, const Range& whole_page);
+// The __shared__ variable, or the dynamic shared memory, around an address: null outside shared memory, and a range that does not
+// hold the address where it lies beside what the kernel may touch.
+const Range* shared_near(const void* address);
+
 // ---------------------------------------------------------------- symbols.cpp
 
-struct Range {
-  unsigned char* low;
-  size_t bytes;
-};
 std::string kernel_symbol(const void* kernel);
 const std::vector<Range>& static_shared(const void* kernel);  // the __shared__ variables that it may use, of this thread of the host
-std::string readable(const std::string& symbol);              // without namespaces and parameters
-std::string code_position(const void* address);
+bool in_static_shared(const void* address);
+bool in_image(const void* address);               // code and static data of this program or library
+std::string readable(const std::string& symbol);  // without namespaces and parameters
+std::string code_position(const void* address);   // file:line, where addr2line can tell
 
 }  // namespace fastmaml::emu

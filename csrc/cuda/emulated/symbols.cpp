@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <elf.h>
 #include <link.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -30,7 +31,8 @@ struct Module {
   std::string path;
   std::unordered_map<uint64_t, std::string> kernels;  // by offset from base
   std::vector<SharedVariable> shared;
-  uint64_t anchor_offset = 0;
+  uint64_t anchor_offset = 0, shared_bytes = 0;  // in the memory of a thread
+  uint64_t image_bytes = 0;
 
   Module() {
     Dl_info info{};
@@ -39,7 +41,9 @@ struct Module {
     link_map* map = nullptr;
     dladdr1(reinterpret_cast<const void*>(&kernel_symbol), &info, reinterpret_cast<void**>(&map), RTLD_DL_LINKMAP);
     if (map) base = map->l_addr;
-    if (map && !*map->l_name) path = "/proc/self/exe";
+    char own[4096];
+    const ssize_t length = readlink("/proc/self/exe", own, sizeof own);
+    if (map && !*map->l_name && length > 0) path.assign(own, size_t(length));  // the program itself
     std::ifstream file(path, std::ios::binary);
     const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
     if (bytes.size() > sizeof(ElfW(Ehdr))) read(bytes.data());
@@ -51,6 +55,11 @@ struct Module {
   void read(const char* file) {
     const auto* header = reinterpret_cast<const ElfW(Ehdr)*>(file);
     const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(file + header->e_shoff);
+    const auto* segments = reinterpret_cast<const ElfW(Phdr)*>(file + header->e_phoff);
+    for (int s = 0; s < header->e_phnum; ++s) {
+      if (segments[s].p_type == PT_LOAD) image_bytes = std::max<uint64_t>(image_bytes, segments[s].p_vaddr + segments[s].p_memsz);
+      if (segments[s].p_type == PT_TLS) shared_bytes = segments[s].p_memsz;
+    }
     for (int s = 0; s < header->e_shnum; ++s) {
       if (sections[s].sh_type != SHT_SYMTAB) continue;
       const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(file + sections[s].sh_offset);
@@ -73,6 +82,16 @@ const Module& module() {
   return it;
 }
 
+std::string demangled(const std::string& symbol) {
+  int status = 0;
+  char* text = abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &status);
+  const std::string name = text ? text : symbol;
+  std::free(text);
+  return name;
+}
+
+const unsigned char* first_shared() { return reinterpret_cast<const unsigned char*>(&anchor) - module().anchor_offset; }
+
 }  // namespace
 
 std::string kernel_symbol(const void* kernel) {
@@ -94,19 +113,20 @@ const std::vector<Range>& static_shared(const void* kernel) {
   thread_local std::unordered_map<const void*, std::vector<Range>> known;
   const auto [found, fresh] = known.try_emplace(kernel);
   if (!fresh) return found->second;
-  unsigned char* first = reinterpret_cast<unsigned char*>(&anchor) - module().anchor_offset;
   const std::string own = kernel_symbol(kernel);
   for (const Module::SharedVariable& v : module().shared)
-    if (v.kernel.empty() || v.kernel == own) found->second.push_back({first + v.offset, v.bytes});
+    if (v.kernel.empty() || v.kernel == own)
+      found->second.push_back({first_shared() + v.offset, v.bytes, demangled(v.name).substr(demangled(v.name).rfind(':') + 1)});
   return found->second;
 }
 
+bool in_static_shared(const void* address) { return Range{first_shared(), module().shared_bytes, ""}.holds(address); }
+bool in_image(const void* address) {
+  return Range{reinterpret_cast<const unsigned char*>(module().base), module().image_bytes, ""}.holds(address);
+}
+
 std::string readable(const std::string& symbol) {
-  int status = 0;
-  char* text = abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &status);
-  if (!text) return symbol;
-  std::string name = text;
-  std::free(text);
+  std::string name = demangled(symbol);
   const std::string space = "fastmaml::cuda_emulated::";
   if (const size_t at = name.find(space); at != std::string::npos) name = name.substr(at + space.size());
   int depth = 0;  // of template brackets: the parameters begin at the first ( outside them

@@ -64,7 +64,9 @@ const Operation kReduce[] = {{"__reduce_add_sync", run_reduce<Reduce::add>},   {
                              {"__reduce_max_sync", run_reduce<Reduce::max>},   {"__reduce_and_sync", run_reduce<Reduce::bit_and>},
                              {"__reduce_or_sync", run_reduce<Reduce::bit_or>}, {"__reduce_xor_sync", run_reduce<Reduce::bit_xor>}};
 
-const Operation kSyncWarp{"__syncwarp", [](Thread*, uint32_t) {}};
+const Operation kSyncWarp{"__syncwarp", [](Thread*, uint32_t mask) {
+                            if (watcher) watcher->sync_warp(mask);
+                          }};
 
 // ---------------------------------------------------------------- tensor cores
 
