@@ -251,11 +251,16 @@ void launch(const Launch& launch) {
   const FaultHandler handler;
   std::vector<int64_t> blocks(size_t(gridDim.x) * gridDim.y * gridDim.z), warps((threads + 31) / 32);
   turns().all(blocks);
-  for (const int64_t b : blocks) {
-    blockIdx = {unsigned(b % gridDim.x), unsigned(b / gridDim.x % gridDim.y), unsigned(b / gridDim.x / gridDim.y)};
-    poison_shared(launch.shared_bytes);
-    run_block(warps);
-    check_guards();
+  try {
+    for (const int64_t b : blocks) {
+      blockIdx = {unsigned(b % gridDim.x), unsigned(b / gridDim.x % gridDim.y), unsigned(b / gridDim.x / gridDim.y)};
+      poison_shared(launch.shared_bytes);
+      run_block(warps);
+      check_guards();
+    }
+  } catch (...) {
+    mend_guards();
+    throw;
   }
   Kernel& kernel = counts[kernel_symbol(launch.kernel)];
   ++kernel.launches;

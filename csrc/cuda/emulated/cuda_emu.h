@@ -16,8 +16,8 @@
 #define __host__
 #define __device__
 #define __constant__
-#define __global__ __attribute__((visibility("default"), noinline))  // the one default visibility: marks kernels among the symbols
-#define __shared__ thread_local                                      // which implies static, and marks shared memory
+#define __global__ __attribute__((abi_tag("kernel"), noinline))  // the tag marks kernels among the symbols
+#define __shared__ thread_local                                  // which implies static, and marks shared memory
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))

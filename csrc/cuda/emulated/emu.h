@@ -20,7 +20,7 @@ void set_order(Order order, uint64_t seed = 0);
 void* allocate(size_t bytes);
 void free(void* buffer);
 
-// What ran, by symbol name.
+// What ran, by the symbol name that nvcc gives the kernel.
 struct Kernel {
   int64_t launches = 0, blocks = 0, threads = 0;
   int64_t bytes_read = 0, bytes_written = 0;  // of global memory, as requested; by the race build alone
@@ -28,6 +28,6 @@ struct Kernel {
 std::map<std::string, Kernel> kernels();
 int64_t launches();
 void reset_counts();
-std::vector<std::string> compiled_kernels();  // every kernel of this program or library, launched or not
+std::vector<std::string> compiled_kernels();  // every kernel of this program or library, launched or not; sorted
 
 }  // namespace fastmaml::emu

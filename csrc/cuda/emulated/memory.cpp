@@ -41,11 +41,16 @@ struct Guarded {
     data = mapping + kGuard + pages - round_up(n, 16);
   }
   bool near(const void* address) const { return mapping <= address && address < mapping + pages + 2 * kGuard; }
+  // The bytes beside it, as far as they are watched.
+  unsigned char* low() const { return std::max(mapping + kGuard, data - kPage); }
+  unsigned char* high() const { return mapping + kGuard + pages; }
   bool clean() const {
-    const auto poisoned = [](const unsigned char* low, const unsigned char* high) {
-      return std::all_of(low, high, [](unsigned char c) { return c == kPoison; });
-    };
-    return poisoned(std::max(mapping + kGuard, data - kPage), data) && poisoned(data + bytes, mapping + kGuard + pages);
+    const auto poisoned = [](unsigned char c) { return c == kPoison; };
+    return std::all_of(low(), data, poisoned) && std::all_of(data + bytes, high(), poisoned);
+  }
+  void mend() const {
+    std::fill(low(), data, kPoison);
+    std::fill(data + bytes, high(), kPoison);
   }
 };
 
@@ -96,12 +101,14 @@ Range buffer_near(const void* address, const Range& whole_page) {
 void check_guards() {
   if (!shared().clean()) fail("a thread has written beside the " + std::to_string(shared().bytes) + " bytes of dynamic shared memory");
   const std::lock_guard<std::mutex> lock(buffers_lock);
-  for (auto& [data, buffer] : buffers()) {
-    if (buffer.clean()) continue;
-    std::memset(buffer.mapping + kGuard, kPoison, size_t(buffer.data - buffer.mapping) - kGuard);
-    std::memset(buffer.data + buffer.bytes, kPoison, round_up(buffer.bytes, 16) - buffer.bytes);
-    fail("a thread has written beside a buffer of " + std::to_string(buffer.bytes) + " bytes");
-  }
+  for (const auto& [data, buffer] : buffers())
+    if (!buffer.clean()) fail("a thread has written beside a buffer of " + std::to_string(buffer.bytes) + " bytes");
+}
+
+void mend_guards() {
+  shared().mend();
+  const std::lock_guard<std::mutex> lock(buffers_lock);
+  for (const auto& [data, buffer] : buffers()) buffer.mend();
 }
 
 // ---------------------------------------------------------------- shared memory
@@ -177,6 +184,7 @@ struct sigaction old_actions[2];
 stack_t old_stack;
 const unsigned char* fault_address;
 const void* fault_code;
+bool fault_has_address;
 thread_local bool handled_here = false;  // this thread of the host runs the launch
 
 void on_fault(int signal, siginfo_t* info, void* context) {
@@ -185,6 +193,7 @@ void on_fault(int signal, siginfo_t* info, void* context) {
     return;
   }
   fault_address = static_cast<unsigned char*>(info->si_addr);
+  fault_has_address = info->si_code != SI_KERNEL;  // which x86 gives for a misaligned vector
 #ifdef __x86_64__
   fault_code = reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
 #endif
@@ -218,6 +227,7 @@ FaultHandler::~FaultHandler() {
 
 std::string describe_fault() {
   const std::string at = " at " + code_position(fault_code);
+  if (!fault_has_address) return "misaligned access or wild pointer" + at;
   if (shared().near(fault_address)) return "out of bounds" + at + ", " + beside(shared(), fault_address, "the dynamic shared memory");
   const std::byte* address = reinterpret_cast<const std::byte*>(fault_address);
   for (size_t i = 0; i < stacks.size(); ++i)

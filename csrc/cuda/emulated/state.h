@@ -98,6 +98,7 @@ extern Watcher* watcher;  // null outside the race build
 
 void poison_shared(size_t dynamic_bytes);  // all bits one, before every block
 void check_guards();                       // the bytes beside buffers and dynamic shared memory, which no page protects
+void mend_guards();                        // after a launch that failed
 void finish_copies();                      // none may be left when a thread returns
 
 class FaultHandler {  // ends the launch that a thread's fault interrupts

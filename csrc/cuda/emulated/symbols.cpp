@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
+#include <stdexcept>
 #include <unordered_map>
 
 #include "cuda/emulated/state.h"
@@ -19,6 +20,16 @@ namespace {
 
 // Its place in a thread's own memory tells where that of the whole module begins.
 thread_local char anchor asm("fastmaml_emu_anchor");
+
+constexpr const char kTag[] = "B6kernel";  // what __global__ adds to the name of a function
+
+// As nvcc calls the same kernel.
+std::string nvcc_name(std::string symbol) {
+  const std::string ours = "13cuda_emulated", theirs = "4cuda";
+  for (size_t at; (at = symbol.find(kTag)) != std::string::npos;) symbol.erase(at, sizeof kTag - 1);
+  for (size_t at; (at = symbol.find(ours)) != std::string::npos;) symbol.replace(at, ours.size(), theirs);
+  return symbol;
+}
 
 struct Module {
   struct SharedVariable {
@@ -49,7 +60,8 @@ struct Module {
     if (bytes.size() > sizeof(ElfW(Ehdr))) read(bytes.data());
     for (SharedVariable& v : shared)
       for (const auto& [offset, kernel] : kernels)
-        if (v.name.rfind("_ZZ" + kernel.substr(2) + "E", 0) == 0) v.kernel = kernel;
+        if (v.name.rfind("_ZZ" + kernel.substr(2) + "E", 0) == 0) v.kernel = nvcc_name(kernel);
+    for (auto& [offset, kernel] : kernels) kernel = nvcc_name(kernel);
   }
 
   void read(const char* file) {
@@ -69,11 +81,12 @@ struct Module {
   }
 
   void add(const std::string& name, const ElfW(Sym) & symbol) {
-    const int type = symbol.st_info & 15, binding = symbol.st_info >> 4;  // ELF32_ST_TYPE and _BIND, the same in ELF64
+    const int type = symbol.st_info & 15;  // ELF32_ST_TYPE, the same in ELF64
     if (type == STT_TLS && name == "fastmaml_emu_anchor") anchor_offset = symbol.st_value;
-    if (name.find("13cuda_emulated") == std::string::npos) return;
-    if (type == STT_FUNC && binding != STB_LOCAL && symbol.st_shndx != SHN_UNDEF) kernels[symbol.st_value] = name;
-    if (type == STT_TLS && name.rfind("_ZZ", 0) == 0) shared.push_back({name, symbol.st_value, symbol.st_size, ""});
+    const bool of_kernel = name.find(kTag) != std::string::npos, local = name.rfind("_ZZ", 0) == 0;
+    if (type == STT_FUNC && of_kernel && !local && name.find('.') == std::string::npos) kernels[symbol.st_value] = name;
+    if (type == STT_TLS && local && (of_kernel || name.find("13cuda_emulated") != std::string::npos))
+      shared.push_back({name, symbol.st_value, symbol.st_size, ""});
   }
 };
 
@@ -96,10 +109,9 @@ const unsigned char* first_shared() { return reinterpret_cast<const unsigned cha
 
 std::string kernel_symbol(const void* kernel) {
   const auto found = module().kernels.find(reinterpret_cast<uintptr_t>(kernel) - module().base);
-  if (found != module().kernels.end()) return found->second;
-  char text[48];
-  std::snprintf(text, sizeof text, "the kernel at %p", kernel);
-  return text;
+  if (found == module().kernels.end())
+    throw std::runtime_error("the emulator needs the symbol table, which was stripped from " + module().path);
+  return found->second;
 }
 
 std::vector<std::string> compiled_kernels() {
@@ -127,7 +139,7 @@ bool in_image(const void* address) {
 
 std::string readable(const std::string& symbol) {
   std::string name = demangled(symbol);
-  const std::string space = "fastmaml::cuda_emulated::";
+  const std::string space = "fastmaml::cuda::";
   if (const size_t at = name.find(space); at != std::string::npos) name = name.substr(at + space.size());
   int depth = 0;  // of template brackets: the parameters begin at the first ( outside them
   for (size_t i = 0; i < name.size(); ++i) {
