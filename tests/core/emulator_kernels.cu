@@ -126,6 +126,22 @@ __global__ void count_odd(int* counts, const int* x) {
   if (odd) atomicAdd(&counts[2], 1);
 }
 
+// Each block follows a program of `steps` rows: what every thread touches (w: writes word w - 1, -w: reads it, 0: nothing), and then
+// what orders them (0: nothing, 1: __syncwarp, 2: __syncthreads).
+__global__ void follow_program(float* out, float* words, const int* program, int steps) {
+  const int row = blockDim.x + 1;
+  program += blockIdx.x * steps * row;
+  float sum = 0;
+  for (int step = 0; step < steps; ++step, program += row) {
+    const int touched = program[threadIdx.x], order = program[blockDim.x];
+    if (touched > 0) words[touched - 1] = threadIdx.x;
+    if (touched < 0) sum += words[-touched - 1];
+    if (order == 1) __syncwarp();
+    if (order == 2) __syncthreads();
+  }
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+
 template <class T>
 __global__ void many_barriers(T* out, int barriers) {
   for (int i = 0; i < barriers; ++i) __syncthreads();
@@ -169,6 +185,9 @@ template void sum(float*, const float*, int);
 template void sum(double*, const double*, int);
 
 void count(int* counts, const int* x) { launch(count_odd, dim3(1), dim3(128), 0, 0, counts, x); }
+void program(float* out, float* words, const int* program, int blocks, int threads, int steps) {
+  launch(follow_program, dim3(blocks), dim3(threads), 0, 0, out, words, program, steps);
+}
 void barriers(float* out, int threads, int n) { launch(many_barriers<float>, dim3(1), dim3(threads), 0, 0, out, n); }
 void shuffles(float* out, int threads, int n) { launch(many_shuffles<float>, dim3(1), dim3(threads), 0, 0, out, n); }
 

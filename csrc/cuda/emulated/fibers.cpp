@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <new>
 
-#ifdef __x86_64__
+#ifdef FASTMAML_SWITCH_BY_HAND
 asm(R"(
 .text
 .p2align 4
@@ -51,7 +51,7 @@ void Stacks::reserve(size_t count) {
 void Stacks::prepare(Fiber& fiber, size_t i, void (*entry)()) const {
   // Stacks that begin at the same place of their pages would share the same few lines of the cache.
   std::byte* top = stacks_[i].high - i * 17 % 64 * 64;
-#ifdef __x86_64__
+#ifdef FASTMAML_SWITCH_BY_HAND
   uintptr_t* words = reinterpret_cast<uintptr_t*>(top) - 8;
   words[6] = reinterpret_cast<uintptr_t>(entry);  // below six saved registers; ret leaves the stack as a call would
   words[7] = 0;
@@ -66,7 +66,7 @@ void Stacks::prepare(Fiber& fiber, size_t i, void (*entry)()) const {
 }
 
 void switch_fiber(Fiber& from, Fiber& to) {
-#ifdef __x86_64__
+#ifdef FASTMAML_SWITCH_BY_HAND
   fastmaml_emu_switch(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(&from.context, &to.context);

@@ -4,14 +4,16 @@
 #include <algorithm>
 #include <cstddef>
 #include <vector>
-#ifndef __x86_64__
+#if defined(__x86_64__) && !defined(FASTMAML_UCONTEXT)
+#define FASTMAML_SWITCH_BY_HAND
+#else
 #include <ucontext.h>
 #endif
 
 namespace fastmaml::emu {
 
 struct Fiber {
-#ifdef __x86_64__
+#ifdef FASTMAML_SWITCH_BY_HAND
   void* stack_pointer;
 #else
   ucontext_t context;

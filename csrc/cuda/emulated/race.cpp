@@ -172,16 +172,18 @@ class Race : public Watcher {
     Touch &a = word.read[0], &b = word.read[1];
     const auto current = [&](const Touch& t) { return t.block == now.block && t.barrier == now.barrier; };
     if (a.block != now.block && a.block >= oldest_block_) word.read_before = a;
+    const auto same_warp = [&](const Touch& t) { return t.thread / 32 == now.thread / 32; };
     if (!current(a)) {
       a = now;
       b = {};
-    } else if (a.thread == now.thread) {
-      const uint8_t bytes = a.bytes;
-      (a = now).bytes |= bytes;
-    } else if (!current(b) || b.thread == now.thread || (a.thread / 32 == b.thread / 32 && a.thread / 32 != now.thread / 32)) {
+    } else if (!current(b)) {
+      (a.thread == now.thread ? a : b) = now;
+    } else if (b.thread == now.thread) {
       b = now;
-    } else if (a.thread / 32 == b.thread / 32) {
+    } else if (a.thread == now.thread || (same_warp(a) && same_warp(b))) {
       a = b;
+      b = now;
+    } else if (!same_warp(a)) {
       b = now;
     }
   }

@@ -150,11 +150,14 @@ std::string readable(const std::string& symbol) {
 }
 
 std::string code_position(const void* address) {
+  static std::unordered_map<const void*, std::string> known;
+  std::string& position = known[address];
+  if (!position.empty()) return position;
   char text[4352];
-  const uintptr_t offset = reinterpret_cast<uintptr_t>(address) - module().base;
-  std::snprintf(text, sizeof text, "0x%zx", size_t(offset));
-  std::string position = text;
-  std::snprintf(text, sizeof text, "addr2line -e '%s' 0x%zx 2> /dev/null", module().path.c_str(), size_t(offset));
+  const size_t offset = reinterpret_cast<uintptr_t>(address) - module().base;
+  std::snprintf(text, sizeof text, "0x%zx", offset);
+  position = text;
+  std::snprintf(text, sizeof text, "addr2line -e '%s' 0x%zx 2> /dev/null", module().path.c_str(), offset);
   if (FILE* pipe = popen(text, "r")) {
     std::string line = std::fgets(text, sizeof text, pipe) ? text : "";
     pclose(pipe);
