@@ -101,8 +101,8 @@ class Backend:
         wanted = backend if backend != "auto" else os.environ.get("FASTMAML_BACKEND") or "auto"
         if wanted not in BACKENDS:
             raise ValueError(f"backend {wanted!r} is not one of {', '.join(BACKENDS)}")
-        if wanted in ("cuda", "cuda_emulated"):
-            raise ValueError(f"backend '{wanted}' is not part of this version yet; use 'auto', 'cpu' or 'autodiff'")
+        if wanted == "cuda":
+            raise ValueError("backend 'cuda' is not part of this version yet; use 'auto', 'cpu' or 'autodiff'")
         self._mayfall_back = backend == "auto"
         if wanted == "autodiff":
             self.backend, self._why = "autodiff", "backend 'autodiff' was asked for"

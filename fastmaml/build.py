@@ -43,6 +43,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     )
 
 
+# The CUDA kernels on the host: csrc/cuda/emulated.
+EMULATE = ("-DFASTMAML_EMULATED", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-sign-compare")
+
+
 class BuildError(RuntimeError):
     """The compiled module cannot be built here. The message is one sentence."""
 
@@ -81,7 +85,29 @@ def compilations(csrc: Path, bindings: bool = True) -> list[Compilation]:
         for source in sorted((csrc / "bindings").glob("*.cpp")):
             flags = ("-O2", f"-DTORCH_TARGET_VERSION={TORCH_ABI}", *includes)
             result.append(Compilation(source, f"bindings/{source.stem}.o", flags))
+        result += _emulated(csrc)
     return result
+
+
+def _emulated(csrc: Path) -> list[Compilation]:
+    """The CUDA kernels for the host. Last: their inline functions, made for a machine with FMA, must not serve others."""
+    flags = EMULATE + (("-mfma",) if _has_fma() else ())
+    result = [
+        Compilation(source, f"cuda/emulated/{source.stem}.o", ("-O2", *flags))
+        for source in sorted((csrc / "cuda" / "emulated").glob("*.cpp"))
+        if source.stem != "race"  # the race checker of csrc/Makefile has that one
+    ]
+    for source in sorted((csrc / "cuda").glob("*.cu")):
+        checked = ("-O1", *flags, "-fsanitize=bounds,alignment", "-x", "c++")
+        result.append(Compilation(source, f"emulated/cuda/{source.stem}.o", checked))
+    return result
+
+
+def _has_fma() -> bool:
+    try:
+        return " fma " in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def link_flags() -> tuple[str, ...]:
@@ -94,7 +120,7 @@ def stamp() -> str:
     """A hash of the sources, this file, the compiler's target and Python: what the module was built from."""
     digest = hashlib.sha256()
     csrc = source_folder()
-    for file in [Path(__file__), *sorted(f for f in csrc.rglob("*") if f.suffix in (".h", ".cpp"))]:
+    for file in [Path(__file__), *sorted(f for f in csrc.rglob("*") if f.suffix in (".h", ".cpp", ".cu", ".cuh"))]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     digest.update(f"{sys.implementation.cache_tag} {platform.machine()}".encode())
     return digest.hexdigest()[:16]

@@ -224,7 +224,10 @@ void Arrays::run(const Work& work) {
   const std::shared_ptr<const Plan> plan = plan_for(text_, *table_, work);
   Run run{*table_, plan->schedule, plan->workspace, args_.data(), tasks_};
   const int workers = static_cast<int>(std::min<int64_t>(tasks_, thread_count()));
-  if (program_->loss.kind == Loss::Kind::caller) {
+  if (table_->whole_batch) {
+    if (program_->loss.kind == Loss::Kind::caller) run.caller = [this](const Call& call) { call_callers_loss(call, element_bytes()); };
+    run_layered(run, place_->arenas);
+  } else if (program_->loss.kind == Loss::Kind::caller) {
     run.caller = [this](const Call& call) { call_callers_loss(call, element_bytes()); };
     run_segments(run, place_->arenas, workers, in_parallel);
   } else {
@@ -285,7 +288,7 @@ void* Arrays::reduced(Arg arg, int64_t size, const std::optional<Tensor>& task_w
     weights = real("task_weights", *task_weights);
   }
   void* sum = place_->take(size_t(size) * element_bytes());
-  table_->tree_reduce(sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size);
+  table_->tree_reduce(sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size, 0);
   return sum;
 }
 

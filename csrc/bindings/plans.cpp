@@ -128,7 +128,10 @@ Memory memory_named(const std::string& name) {
 }
 
 const OpTable& table_named(const std::string& backend, size_t real_bytes) {
-  return named<bool>("backend", backend, {{"cpu", true}, {"reference", false}}) ? cpu_ops(real_bytes) : reference_ops();
+  using Tables = const OpTable& (*)(size_t);
+  const auto reference = [](size_t) -> const OpTable& { return reference_ops(); };
+  const std::pair<const char*, Tables> known[] = {{"cpu", cpu_ops}, {"reference", reference}, {"cuda_emulated", cuda_emulated_ops}};
+  return named<Tables>("backend", backend, {known[0], known[1], known[2]})(real_bytes);
 }
 
 std::shared_ptr<const Program> program_of(const std::string& text) {

@@ -133,7 +133,7 @@ void cg_residual(const Call& call) {
 }
 
 template <class T>
-void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t size) {
+void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t size, uintptr_t /* stream */) {
   T *out = static_cast<T*>(out_), *x = static_cast<T*>(x_);
   const T* w = static_cast<const T*>(w_);
   constexpr int64_t kBlock = 1024;  // every task's slice of a block stays in cache

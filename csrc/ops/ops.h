@@ -61,16 +61,19 @@ struct OpTable {
   const char* backend = "";
   size_t real_bytes = 4;         // 4: float, 8: double
   bool lane_layout = false;      // understands Views with lanes > 1
+  bool whole_batch = false;      // one call over all tasks is the fast way: layered, not resident
   OpFn run[kOps] = {};           // null: this backend lacks the op
   ScratchFn scratch[kOps] = {};  // null: no scratch
   // out[i] = sum_t w[t] x[t][i] (w null: the mean) by a fixed binary tree over t; x [T, size] is overwritten.
-  void (*tree_reduce)(void* out, void* x, const void* w, int64_t tasks, int64_t size) = nullptr;
+  void (*tree_reduce)(void* out, void* x, const void* w, int64_t tasks, int64_t size, uintptr_t stream) = nullptr;
 
   bool supports(Op op) const { return run[static_cast<int>(op)] != nullptr; }
 };
 
 const OpTable& reference_ops();             // float64, plain loops: the definition
 const OpTable& cpu_ops(size_t real_bytes);  // the best instruction set of this machine, or set_cpu_isa's
+const OpTable& cuda_ops(size_t real_bytes);
+const OpTable& cuda_emulated_ops(size_t real_bytes);  // the same kernels, run on the host (cuda/emulated)
 
 // Runs body(0) .. body(n - 1), in any order, possibly at the same time. The caller owns the threads.
 using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t)>& body)>;

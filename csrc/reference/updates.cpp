@@ -44,7 +44,7 @@ void proximal(const Call& call) {
 }
 
 // out = sum_t w[t] x[t], or the mean where w is null; neighbours first, so the order depends on the task index alone.
-void tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size) {
+void tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size, uintptr_t /* stream */) {
   double* sum = static_cast<double*>(out);
   double* leaf = static_cast<double*>(x);  // [tasks, size], overwritten by the partial sums
   const double* weight = static_cast<const double*>(w);

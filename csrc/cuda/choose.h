@@ -1,0 +1,110 @@
+// Which tile serves which product, and into how many parts a long sum is cut. Sizes of the layer and N decide, never the number of
+// tasks: so a task's bits do not depend on its batch.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/kernels/columns.cuh"
+#include "cuda/kernels/gemm_tile.cuh"
+
+namespace fastmaml::FASTMAML_CUDA_NS {
+
+struct ProductSize {
+  int64_t rows, cols, depth;
+};
+
+// From 1024 rows on there are tiles enough to fill a GPU with a few tasks, even if they are large.
+inline constexpr int64_t kManyRows = 1024;
+
+enum class TileSize { large, medium, small };
+
+inline TileSize choose_tile(ProductSize size) {
+  if (size.rows < kManyRows) return TileSize::small;
+  return size.cols > 32 ? TileSize::large : TileSize::medium;
+}
+
+// Weight gradients are small matrices of long sums: their parts make the tiles many.
+inline TileSize choose_weight_tile(ProductSize size) {
+  if (size.depth < kManyRows || size.rows <= 32) return TileSize::small;
+  return size.cols > 32 ? TileSize::large : TileSize::medium;
+}
+
+// 8 x 8 numbers a thread where registers allow: 16 fma to one 16-byte read of shared memory.
+template <class T, bool dual, bool weight>
+struct Tiles {
+  using Large = Tile<128, 64, 8, 8>;
+  using Medium = Tile<128, 32, 8, 8>;
+  using Small = Tile<32, 32, 4, 4>;
+};
+template <>
+struct Tiles<float, true, false> {  // two sums a thread
+  using Large = Tile<64, 64, 8, 4>;
+  using Medium = Tile<64, 32, 8, 4>;
+  using Small = Tile<32, 32, 4, 4>;
+};
+template <>
+struct Tiles<float, false, true> {
+  using Large = Tile<64, 64, 8, 8>;
+  using Medium = Tile<64, 32, 8, 4>;
+  using Small = Tile<32, 32, 4, 4>;
+};
+template <bool dual, bool weight>
+struct Tiles<double, dual, weight> {  // for gradient checks: one size
+  using Large = Tile<32, 32, 4, 4>;
+  using Medium = Large;
+  using Small = Large;
+};
+
+struct Parts {
+  int count, depth;  // `depth` k's a part, a multiple of kDepth
+};
+
+// Sums over up to 1024 rows stay whole, longer ones are cut into parts of 512 or more: enough blocks for a GPU, and an error that does not
+// grow with the length (the parts are added in double).
+inline Parts choose_parts(int64_t depth) {
+  constexpr int64_t kWhole = 1024, kPart = 512, kMost = 256;
+  const int64_t parts = depth <= kWhole ? 1 : std::min((depth + kPart - 1) / kPart, kMost);
+  const int64_t part_depth = ((depth + parts - 1) / parts + kDepth - 1) / kDepth * kDepth;
+  return {int((depth + part_depth - 1) / part_depth), int(part_depth)};
+}
+
+// As many tasks share the scratch of a cut sum, one launch after the other, as fill the largest GPU about four times.
+inline int64_t choose_tasks_at_once(int64_t blocks_per_task) {
+#ifdef FASTMAML_EMULATED
+  constexpr int64_t kBlocks = 16;  // few, so that small tests need a second launch
+#else
+  constexpr int64_t kBlocks = 2048;
+#endif
+  return std::max<int64_t>(kBlocks / blocks_per_task, 1);
+}
+
+// ---------------------------------------------------------------- [rows, C] with numbers for every column (kernels/columns.cuh)
+
+// `lanes` threads side by side, at most `widest`, and as many below as make a block of 256, but no more than have four rows each.
+inline Columns choose_columns(int64_t rows, int64_t C, int chunk, int64_t widest) {
+  const int64_t chunks = (C + chunk - 1) / chunk, groups = (chunks + widest - 1) / widest, lanes = (chunks + groups - 1) / groups;
+  int row_lanes = 1;
+  while (2 * row_lanes * lanes <= kColumnThreads && 4 * row_lanes < rows) row_lanes *= 2;
+  return {int(rows), int(C), int(lanes), row_lanes, int(rows)};
+}
+
+// Lines of 128 bytes, so that few tasks already make many blocks; long sums are cut.
+inline Columns choose_column_sum(int64_t rows, int64_t C, int chunk) {
+  constexpr int64_t kWhole = 4096, kPart = 2048;
+  Columns s = choose_columns(rows, C, chunk, 8);
+  const int64_t parts = rows <= kWhole ? 1 : (rows + kPart - 1) / kPart;
+  s.part_rows = int((rows + parts - 1) / parts);
+  return s;
+}
+
+// A thread loads what belongs to its channels once for 4 or 16 rows.
+inline Columns choose_column_map(int64_t rows, int64_t C, int chunk) {
+  Columns s = choose_columns(rows, C, chunk, 32);
+  int64_t part_rows = s.row_lanes * (rows <= 4096 ? 4 : 16);
+  while ((rows + part_rows - 1) / part_rows > 65535) part_rows *= 2;
+  s.part_rows = int(part_rows);
+  return s;
+}
+
+}  // namespace fastmaml::FASTMAML_CUDA_NS

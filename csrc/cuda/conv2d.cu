@@ -1,0 +1,64 @@
+// conv2d (torch's cross-correlation), zero padding.   x [N, H, W, C]   w [KH, KW, C, F]   b [F]   y [N, OH, OW, F]
+// A 1x1 convolution that meets every pixel once is a linear layer on its pixels.
+#include "cuda/cuda_ops.h"
+#include "cuda/kernels/conv2d.cuh"
+#include "cuda/products.h"
+
+namespace fastmaml::FASTMAML_CUDA_NS {
+namespace {
+
+struct ConvProducts {
+  const Conv2d& s;
+  const int64_t N, in, out;
+
+  explicit ConvProducts(const Call& call) : ConvProducts(call.step, call.layer) {}
+  ConvProducts(const Step& step, const Layer& layer) : s(std::get<Conv2d>(layer)), N(step.examples), in(s.C), out(s.F) {
+    check_sizes("conv2d", {N * (s.H + 2 * s.pad_h) * (s.W + 2 * s.pad_w) * s.C, N * s.OH * s.OW * s.F, s.KH * s.KW * s.C * s.F});
+  }
+
+  ProductSize forward_size() const { return {N * s.OH * s.OW, s.F, s.KH * s.KW * s.C}; }
+  ProductSize backward_data_size() const { return {N * s.H * s.W, s.C, s.KH * s.KW * s.F}; }
+  ProductSize backward_weight_size() const { return {s.KH * s.KW * s.C, s.F, N * s.OH * s.OW}; }
+  ConvForward forward() const { return {sizes()}; }
+  ConvBackwardData backward_data() const { return {sizes()}; }
+  ConvBackwardWeight backward_weight() const { return {sizes()}; }
+
+  ConvSizes sizes() const {
+    return {int(N),    int(s.C),  int(s.H),        int(s.W),        int(s.F),     int(s.OH),   int(s.OW),
+            int(s.KH), int(s.KW), int(s.stride_h), int(s.stride_w), int(s.pad_h), int(s.pad_w)};
+  }
+};
+
+bool is_linear(const Conv2d& s) { return s.KH == 1 && s.KW == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h == 0 && s.pad_w == 0; }
+
+template <class T>
+const OpTable& linear_table() {
+  static const OpTable table = [] {
+    OpTable linear;
+    add_linear_ops<T>(linear);
+    return linear;
+  }();
+  return table;
+}
+
+template <class T, int op>
+void run(const Call& call) {
+  const Conv2d& s = call.shape<Conv2d>();
+  if (!is_linear(s)) return product_ops<T, ConvProducts>[op](call);
+  const Layer layer = Linear{s.C, s.F};
+  Step step = call.step;
+  step.examples *= s.H * s.W;
+  linear_table<T>().run[static_cast<int>(Op::linear_fwd) + op]({step, layer, call.operand, call.tasks, call.scratch, call.stream});
+}
+
+}  // namespace
+
+template <class T>
+void add_conv2d_ops(OpTable& table) {
+  add_product_ops<T, ConvProducts>(table, Op::conv2d_fwd,
+                                   {run<T, 0>, run<T, 1>, run<T, 2>, run<T, 3>, run<T, 4>, run<T, 5>, run<T, 6>, run<T, 7>});
+}
+template void add_conv2d_ops<float>(OpTable&);
+template void add_conv2d_ops<double>(OpTable&);
+
+}  // namespace fastmaml::FASTMAML_CUDA_NS

@@ -1,0 +1,28 @@
+// The functions that fill the tables of the CUDA backend (ops/ops.h), by op family.
+#pragma once
+
+#include "cuda/device.h"
+#include "ops/ops.h"
+
+namespace fastmaml::FASTMAML_CUDA_NS {
+
+template <class T>
+void add_vector_ops(OpTable& table);  // vector.cu
+template <class T>
+void add_linear_ops(OpTable& table);  // linear.cu
+template <class T>
+void add_conv2d_ops(OpTable& table);  // conv2d.cu
+template <class T>
+void add_batch_norm_ops(OpTable& table);  // batch_norm.cu
+template <class T>
+void add_group_norm_ops(OpTable& table);  // group_norm.cu
+template <class T>
+void add_pointwise_ops(OpTable& table);  // pointwise.cu
+template <class T>
+void add_pool2d_ops(OpTable& table);  // pool2d.cu
+template <class T>
+void add_loss_ops(OpTable& table);  // loss.cu
+template <class T>
+void add_update_ops(OpTable& table);  // updates.cu
+
+}  // namespace fastmaml::FASTMAML_CUDA_NS

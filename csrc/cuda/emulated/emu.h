@@ -1,0 +1,33 @@
+// What launchers, tests and bindings ask of the emulator, beside launching: the order of threads, guarded buffers, what was launched.
+// Kernels see cuda_emu.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace fastmaml::emu {
+
+// The order in which blocks, and between two barriers the threads of a block, take their turns. FASTMAML_EMU_ORDER=ascending,
+// descending, random or random:<seed> sets it from outside.
+enum class Order { ascending, descending, random };
+void set_order(Order order, uint64_t seed = 0);
+
+// Device memory: 16-byte aligned, filled with NaN (all bits one), with inaccessible pages on both sides. A kernel that
+// leaves it is stopped, or found out after the launch where it wrote to the bytes between the buffer and the next page.
+void* allocate(size_t bytes);
+void free(void* buffer);
+
+// What ran, by the symbol name that nvcc gives the kernel.
+struct Kernel {
+  int64_t launches = 0, blocks = 0, threads = 0;
+  int64_t bytes_read = 0, bytes_written = 0;  // of global memory, as requested; by the race build alone
+};
+std::map<std::string, Kernel> kernels();
+int64_t launches();
+void reset_counts();
+std::vector<std::string> compiled_kernels();  // every kernel of this program or library, launched or not; sorted
+
+}  // namespace fastmaml::emu

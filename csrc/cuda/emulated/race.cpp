@@ -1,0 +1,256 @@
+// The race build: g++ -fsanitize=thread makes every load and store of a kernel call a function of this file, in place of those of
+// its own runtime. Each word of memory remembers who touched it last; two threads that touch a word, one of them writing, must have
+// a barrier between them. So a race is found in any order of threads, also where the values happen to be right.
+#include <array>
+#include <bit>
+#include <memory>
+#include <unordered_map>
+
+#include "cuda/emulated/state.h"
+
+namespace fastmaml::emu {
+namespace {
+
+// ---------------------------------------------------------------- who touched a word
+
+struct Touch {
+  Position position{};
+  uint32_t block = 0;    // in the order of execution, over all launches
+  uint32_t barrier = 0;  // barriers that the block had passed
+  uint32_t clock = 0;    // of the lane
+  uint16_t thread = 0;
+  uint8_t bytes = 0;  // of the word, a bit each
+  bool atomic = false;
+};
+
+struct Word {
+  Touch write;
+  Touch read[2];      // in the last block: of two warps where there were two, else the two last lanes
+  Touch read_before;  // in a block before it
+  Touch copying;      // a cp.async that has not been waited for
+};
+
+constexpr size_t kPage = 4096;
+struct Page {
+  uint32_t launch = 0;
+  bool foreign = false;  // the stack of another thread
+  Range buffer;          // that the page belongs to
+  std::array<Word, kPage / 4> words;
+};
+
+// Lane i knows of lane j what it did up to clock known[i][j]: __syncwarp tells all lanes of its mask what any of them knows.
+struct Clocks {
+  std::array<std::array<uint32_t, 32>, 32> known;
+  bool fresh = false;
+};
+
+class Race : public Watcher {
+ public:
+  Race() { watcher = this; }
+
+  void begin_launch() override {
+    ++launch_;
+    first_of_launch_ = last_block_ + 1;
+    sequence_.clear();
+    if (pages_.size() > kMostPages) pages_.clear();
+    recent_.fill({});
+    clocks_.assign(32, {});
+  }
+  void begin_block() override {
+    ++last_block_;
+    barrier_ = 0;
+    sequence_.push_back(blockIdx);
+    for (size_t w = 0; w < block.warps.size(); ++w) reset(clocks_[w]);
+  }
+  void pass_barrier() override { ++barrier_; }
+  void sync_warp(uint32_t mask) override {
+    Clocks& clocks = clocks_[size_t(block.running->number / 32)];
+    std::array<uint32_t, 32> all{};
+    for (uint32_t rest = mask; rest; rest &= rest - 1)
+      for (size_t j = 0; j < 32; ++j) all[j] = std::max(all[j], clocks.known[size_t(__builtin_ctz(rest))][j]);
+    for (uint32_t rest = mask; rest; rest &= rest - 1) {
+      const size_t lane = size_t(__builtin_ctz(rest));
+      clocks.known[lane] = all;
+      ++clocks.known[lane][lane];
+    }
+    clocks.fresh = false;
+  }
+
+  void access(Access access, const void* address, size_t bytes, Position position) override {
+    const Thread& self = *block.running;
+    const auto* at = static_cast<const unsigned char*>(address);
+    if (stacks[size_t(self.number)].holds(address) || in_image(address)) return;
+    const Range* shared = shared_near(address);
+    if (shared && !shared->holds(address, bytes))
+      fail("out of bounds: it " + verb(access) + " beside " + shared->name + " at " + position.text());
+    Touch now;
+    now.position = position;
+    now.block = last_block_;
+    now.barrier = barrier_;
+    now.clock = clocks_[size_t(self.number / 32)].known[size_t(self.lane)][size_t(self.lane)];
+    now.thread = uint16_t(self.number);
+    now.atomic = access == Access::atomic;
+    oldest_block_ = shared ? last_block_ : first_of_launch_;
+    for (size_t done = 0; done < bytes;) {
+      const size_t in_word = reinterpret_cast<uintptr_t>(at + done) % 4, n = std::min(4 - in_word, bytes - done);
+      now.bytes = uint8_t(((1u << n) - 1) << in_word);
+      touch(access, at + done, n, now);
+      done += n;
+    }
+    if (!shared) {
+      if (access != Access::write) block.bytes_read += int64_t(bytes);
+      if (access == Access::write || access == Access::atomic) block.bytes_written += int64_t(bytes);
+    }
+  }
+
+ private:
+  static constexpr size_t kMostPages = 4096;  // 600 MB
+  uint32_t oldest_block_ = 1;  // that can have touched this memory: this block where it is shared, else the first of the launch
+  uint32_t launch_ = 0, first_of_launch_ = 1, last_block_ = 0, barrier_ = 0;
+  std::vector<uint3> sequence_;  // the blocks of this launch
+  std::vector<Clocks> clocks_;
+  std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
+  struct Recent {
+    uintptr_t number = 0;
+    Page* page = nullptr;
+  };
+  std::array<Recent, 64> recent_;
+
+  static void reset(Clocks& clocks) {
+    if (clocks.fresh) return;
+    for (size_t i = 0; i < 32; ++i) {
+      clocks.known[i].fill(0);
+      clocks.known[i][i] = 1;
+    }
+    clocks.fresh = true;
+  }
+
+  Page& page(const void* address) {
+    const uintptr_t number = reinterpret_cast<uintptr_t>(address) / kPage;
+    Recent& recent = recent_[number % recent_.size()];
+    if (recent.page && recent.number == number) return *recent.page;
+    std::unique_ptr<Page>& page = pages_[number];
+    if (!page) page = std::make_unique<Page>();
+    if (page->launch != launch_) {
+      page->launch = launch_;
+      const auto* low = reinterpret_cast<const unsigned char*>(number * kPage);
+      page->buffer = buffer_near(address, {low, kPage, ""});
+      page->foreign = stacks.hold(address);
+    }
+    recent = {number, page.get()};
+    return *page;
+  }
+
+  // Is it of this launch and not ordered before what the running thread does now?
+  bool open(const Touch& before, const Touch& now) const {
+    if (before.block < oldest_block_ || !(before.bytes & now.bytes)) return false;
+    if (before.block != now.block) return true;
+    if (before.thread == now.thread || before.barrier < now.barrier) return false;
+    if (before.thread / 32 != now.thread / 32) return true;
+    return before.clock > clocks_[now.thread / 32].known[now.thread % 32][before.thread % 32];
+  }
+
+  void touch(Access access, const unsigned char* address, size_t bytes, const Touch& now) {
+    Page& page = this->page(address);
+    if (page.foreign) fail("it " + verb(access) + " a local variable of another thread at " + now.position.text());
+    if (!page.buffer.holds(address, bytes))
+      fail("out of bounds: it " + verb(access) + " beside " + page.buffer.name + " at " + now.position.text());
+    Word& word = page.words[reinterpret_cast<uintptr_t>(address) % kPage / 4];
+    if (word.copying.block == now.block && (word.copying.bytes & now.bytes) && access != Access::land)
+      fail("missing wait: it " + verb(access) + " " + name_of(address) + " at " + now.position.text() + ", where the cp.async at " +
+           word.copying.position.text() + " of thread " + to_string(index_of(word.copying)) + " may still be under way");
+    if (open(word.write, now) && !(now.atomic && word.write.atomic)) report(access, address, now, word.write, "writes");
+    if (access == Access::read) return remember(word, now);
+    for (const Touch* read : {&word.read[0], &word.read[1], &word.read_before})
+      if (open(*read, now)) report(access, address, now, *read, "reads");
+    word.write = now;
+    if (access == Access::copy) word.copying = now;
+    if (access == Access::land) word.copying = {};
+  }
+
+  void remember(Word& word, const Touch& now) const {
+    Touch &a = word.read[0], &b = word.read[1];
+    const auto current = [&](const Touch& t) { return t.block == now.block && t.barrier == now.barrier; };
+    if (a.block != now.block && a.block >= oldest_block_) word.read_before = a;
+    const auto same_warp = [&](const Touch& t) { return t.thread / 32 == now.thread / 32; };
+    if (!current(a)) {
+      a = now;
+      b = {};
+    } else if (!current(b)) {
+      (a.thread == now.thread ? a : b) = now;
+    } else if (b.thread == now.thread) {
+      b = now;
+    } else if (a.thread == now.thread || (same_warp(a) && same_warp(b))) {
+      a = b;
+      b = now;
+    } else if (!same_warp(a)) {
+      b = now;
+    }
+  }
+
+  // ---------------------------------------------------------------- sentences
+
+  static std::string verb(Access access) { return access == Access::read ? "reads" : access == Access::atomic ? "updates" : "writes"; }
+  static uint3 index_of(const Touch& touch) {
+    const unsigned n = touch.thread;
+    return {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
+  }
+  static std::string name_of(const void* address) {
+    const Range* shared = shared_near(address);
+    return shared ? shared->name : "global memory";
+  }
+
+  [[noreturn]] void report(Access access, const void* address, const Touch& now, const Touch& before, const char* did) const {
+    const bool same_block = before.block == now.block;
+    const std::string of_block = same_block ? "" : " of block " + to_string(sequence_[before.block - first_of_launch_]);
+    const char* missing = !same_block                             ? "no launch"
+                          : before.thread / 32 == now.thread / 32 ? "no __syncwarp or __syncthreads"
+                                                                  : "no __syncthreads";
+    fail("race: it " + verb(access) + " " + name_of(address) + " at " + now.position.text() + ", which thread " +
+         to_string(index_of(before)) + of_block + " " + did + " at " + before.position.text() + ", with " + missing + " between them");
+  }
+};
+
+Race race;
+
+void hook(Access access, const void* address, size_t bytes, const void* code) {
+  if (block.running) race.access(access, address, bytes, Position::of_code(code));
+}
+
+}  // namespace
+}  // namespace fastmaml::emu
+
+// ---------------------------------------------------------------- what -fsanitize=thread calls
+
+using fastmaml::emu::Access;
+
+#define HOOK(name, access, bytes) \
+  extern "C" void __tsan_##name(void* address) { fastmaml::emu::hook(Access::access, address, bytes, __builtin_return_address(0)); }
+#define HOOKS(bytes)                         \
+  HOOK(read##bytes, read, bytes)             \
+  HOOK(write##bytes, write, bytes)           \
+  HOOK(unaligned_read##bytes, read, bytes)   \
+  HOOK(unaligned_write##bytes, write, bytes) \
+  HOOK(volatile_read##bytes, read, bytes)    \
+  HOOK(volatile_write##bytes, write, bytes)
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
+extern "C" {
+void __tsan_read_range(void* address, size_t bytes) { fastmaml::emu::hook(Access::read, address, bytes, __builtin_return_address(0)); }
+void __tsan_write_range(void* address, size_t bytes) { fastmaml::emu::hook(Access::write, address, bytes, __builtin_return_address(0)); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+
+// Of the host's code in the same files: guards of static variables.
+unsigned char __tsan_atomic8_load(const volatile unsigned char* from, int) { return __atomic_load_n(from, __ATOMIC_SEQ_CST); }
+void __tsan_atomic8_store(volatile unsigned char* to, unsigned char value, int) { __atomic_store_n(to, value, __ATOMIC_SEQ_CST); }
+int __tsan_atomic32_load(const volatile int* from, int) { return __atomic_load_n(from, __ATOMIC_SEQ_CST); }
+void __tsan_atomic32_store(volatile int* to, int value, int) { __atomic_store_n(to, value, __ATOMIC_SEQ_CST); }
+int __tsan_atomic32_fetch_add(volatile int* to, int value, int) { return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST); }
+}

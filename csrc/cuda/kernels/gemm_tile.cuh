@@ -1,0 +1,296 @@
+// The engine of every product, matrices and convolutions alike:  out [rows, cols] = sum over k of a [rows, k] b [k, cols], per task.
+// A block makes one tile of `out`. Its operands come through shared memory, 16 k's at a time and two deep; where their numbers lie in
+// global memory is the business of a Form (gemm.cuh, conv2d.cuh). The columns of `b` are called rows here too: both operands are [rows, k].
+#pragma once
+
+#include "cuda/kernels/operands.cuh"
+
+namespace fastmaml::FASTMAML_CUDA_NS {
+
+inline constexpr int kDepth = 16;  // k's of a tile
+
+// A block's tile of `out`, and the share of each of its threads.
+template <int rows, int cols, int thread_rows, int thread_cols>
+struct Tile {
+  static constexpr int kRows = rows, kCols = cols, kThreadRows = thread_rows, kThreadCols = thread_cols;
+  static constexpr int kThreads = (rows / thread_rows) * (cols / thread_cols);
+};
+
+// out = a[0] b[0] (+ a[1] b[1]) + bias[0].     Dual: out[0] = a[0] b[0] + bias[0],  out[1] = a[0] b[1] + a[1] b[0] + bias[1]
+template <class T>
+struct Product {
+  PerTask<const T> a[2], b[2], bias[2];
+  PerTask<T> out[2];
+  PerTask<T> sums;  // [cols], the sum of b[0] over k; absent in most products
+  int terms = 1;
+  bool wide_a = false, wide_b = false, wide_out = false;  // may be accessed in chunks
+  // k is cut into `parts` of part_depth (a multiple of kDepth); part p writes to out + p part_stride and sums + p part_stride.
+  int parts = 1, part_depth = 0;
+  int64_t part_stride = 0;
+};
+
+// Does the operand lie in memory with its k's side by side, or its rows? It lies the same way in shared memory.
+enum class Order { along_k, along_rows };
+
+// One operand: how `rows` x kDepth of its numbers are copied to shared memory, and read from there.
+// A Source finds them: row(r) and at_k(k) are cursors that step(cursor, n) moves, and find(row, k, from) says whether and where there is
+// a number.
+template <class T, class Source, int rows, int per_thread, int threads>
+class Operand {
+ public:
+  static constexpr bool kAlongK = Source::kOrder == Order::along_k;
+  static constexpr int kStride = kAlongK ? kDepth + kChunk<T> : rows;  // with the padding, chunks of 8 neighbours meet all 32 banks
+  static constexpr int kSize = (kAlongK ? rows : kDepth) * kStride;
+
+  __device__ Operand(const Source& source, bool wide) : source_(source), wide_(wide), first_(source.row(kAlongK ? 0 : across())) {}
+
+  __device__ void start_at(int k) { k_ = source_.at_k(k + (kAlongK ? across() : line())); }
+
+  // Starts the copies of the next kDepth k's, of one operand or of two that lie alike.
+  template <int sets>
+  __device__ void copy(T* tile, const T* const (&from)[sets]) {
+    if (wide_)
+      copy_by<kChunk<T>>(tile, from);
+    else
+      copy_by<1>(tile, from);
+  }
+
+  // The row in register i of the thread at `place`, of kAcross side by side.
+  static __device__ int row(int place, int i) {
+    return kAlongK ? i * kAcross + place : (i / kChunk<T> * kAcross + place) * kChunk<T> + i % kChunk<T>;
+  }
+
+  // values[s][i] = the element of row(place, i) at k + s
+  static __device__ void read(T (&values)[kChunk<T>][per_thread], const T* tile, int place, int k) {
+    if constexpr (kAlongK) {
+#pragma unroll
+      for (int i = 0; i < per_thread; ++i) {
+        const Chunk<T> chunk = *reinterpret_cast<const Chunk<T>*>(tile + row(place, i) * kStride + k);
+#pragma unroll
+        for (int s = 0; s < kChunk<T>; ++s) values[s][i] = chunk.at[s];
+      }
+    } else {
+#pragma unroll
+      for (int s = 0; s < kChunk<T>; ++s)
+#pragma unroll
+        for (int i = 0; i < per_thread; i += kChunk<T>) {
+          const Chunk<T> chunk = *reinterpret_cast<const Chunk<T>*>(tile + (k + s) * kStride + row(place, i));
+#pragma unroll
+          for (int e = 0; e < kChunk<T>; ++e) values[s][i + e] = chunk.at[e];
+        }
+    }
+  }
+
+ private:
+  static constexpr int kAcross = rows / per_thread;
+  static constexpr int kChunksInLine = (kAlongK ? kDepth : rows) / kChunk<T>, kLines = kAlongK ? rows : kDepth;
+  static constexpr int kLinesAtOnce = threads / kChunksInLine, kPasses = kLines / kLinesAtOnce;
+  static_assert(kLinesAtOnce * kChunksInLine == threads && kPasses * kLinesAtOnce == kLines,
+                "every thread copies the same number of chunks");
+
+  const Source source_;
+  const bool wide_;
+  const typename Source::Row first_;
+  typename Source::K k_;
+
+  static __device__ int line() { return threadIdx.x / kChunksInLine; }
+  static __device__ int across() { return threadIdx.x % kChunksInLine * kChunk<T>; }
+
+  template <int elements, int sets>
+  __device__ void copy_by(T* tile, const T* const (&from)[sets]) {
+    if constexpr (kAlongK) {
+      auto k = k_;
+#pragma unroll 1  // chunks are the way that must be fast
+      for (int e = 0; e < kChunk<T>; e += elements) {
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+          const int row = line() + pass * kLinesAtOnce;
+          put<elements>(tile + row * kStride + across() + e, from, source_.row(row), k);
+        }
+        source_.step(k, 1);
+      }
+      source_.step(k_, kDepth);
+    } else {
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        auto row = first_;
+#pragma unroll 1
+        for (int e = 0; e < kChunk<T>; e += elements) {
+          put<elements>(tile + (line() + pass * kLinesAtOnce) * kStride + across() + e, from, row, k_);
+          source_.step(row, 1);
+        }
+        source_.step(k_, kLinesAtOnce);
+      }
+    }
+  }
+
+  template <int elements, int sets>
+  __device__ void put(T* to, const T* const (&from)[sets], const typename Source::Row& row, const typename Source::K& k) const {
+    int offset;
+    const bool valid = source_.find(row, k, offset);
+#pragma unroll
+    for (int s = 0; s < sets; ++s) async_copy<elements* int(sizeof(T))>(to + s * kSize, from[s] + offset, valid);
+  }
+};
+
+// sum[i][j] += sum over s of a[s][i] b[s][j]
+template <class T, int depth, int rows, int cols>
+__device__ __forceinline__ void add_outer_products(T (&sum)[rows][cols], const T (&a)[depth][rows], const T (&b)[depth][cols]) {
+#pragma unroll
+  for (int s = 0; s < depth; ++s)
+#pragma unroll
+    for (int i = 0; i < rows; ++i)
+#pragma unroll
+      for (int j = 0; j < cols; ++j) sum[i][j] = fma(a[s][i], b[s][j], sum[i][j]);
+}
+
+// What a block of a product works on: a Form makes it from the block's place in the grid.
+//   Form::Block<Tile> has a source of each operand (a, b), `depth`, cols and first_col, and out_row(r), negative outside of `out`.
+//   Form::kTable numbers of 16 bytes a row help it to remember where rows lie.
+template <class T, class Tile, class Form, bool dual>
+struct TileProduct {
+  using Block = typename Form::template Block<Tile>;
+  using A = Operand<T, typename Block::A, Tile::kRows, Tile::kThreadRows, Tile::kThreads>;
+  using B = Operand<T, typename Block::B, Tile::kCols, Tile::kThreadCols, Tile::kThreads>;
+  static constexpr int kSets = dual ? 2 : 1, kV = kChunk<T>, kAcross = Tile::kCols / Tile::kThreadCols;
+  static constexpr int kStage = kSets * (A::kSize + B::kSize);
+  static constexpr size_t kTableBytes = Form::kTable * Tile::kRows * 16, kSharedBytes = kTableBytes + 2 * kStage * sizeof(T);
+
+  using Sum = T[Tile::kThreadRows][Tile::kThreadCols];
+
+  static __device__ void add_tile(Sum (&sum)[kSets], const T* tile) {
+    const int a_place = threadIdx.x / kAcross, b_place = threadIdx.x % kAcross;
+    const T* b_tile = tile + kSets * A::kSize;
+#pragma unroll
+    for (int k = 0; k < kDepth; k += kV) {
+      T a[kV][Tile::kThreadRows], b[kV][Tile::kThreadCols];
+      A::read(a, tile, a_place, k);
+      B::read(b, b_tile, b_place, k);
+      add_outer_products(sum[0], a, b);
+      if constexpr (dual) {
+        T other_a[kV][Tile::kThreadRows], other_b[kV][Tile::kThreadCols];
+        B::read(other_b, b_tile + B::kSize, b_place, k);
+        add_outer_products(sum[1], a, other_b);
+        A::read(other_a, tile + A::kSize, a_place, k);
+        add_outer_products(sum[1], other_a, b);
+      }
+    }
+  }
+
+  static __device__ void write(const Block& block, const Sum& sum, T* out, const T* bias, bool wide) {
+    const int a_place = threadIdx.x / kAcross, b_place = threadIdx.x % kAcross;
+    T biases[Tile::kThreadCols];
+#pragma unroll
+    for (int j = 0; j < Tile::kThreadCols; ++j) {
+      const int col = block.first_col + B::row(b_place, j);
+      biases[j] = bias && col < block.cols ? bias[col] : T(0);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kThreadRows; ++i) {
+      const int row = block.out_row(A::row(a_place, i));
+      if (row < 0) continue;
+      T* line = out + int64_t(row) * block.cols;
+#pragma unroll
+      for (int j = 0; j < Tile::kThreadCols; j += B::kAlongK ? 1 : kV) {
+        const int col = block.first_col + B::row(b_place, j);
+        if constexpr (B::kAlongK) {
+          if (col < block.cols) line[col] = sum[i][j] + biases[j];
+        } else {
+          Chunk<T> chunk;
+#pragma unroll
+          for (int e = 0; e < kV; ++e) chunk.at[e] = sum[i][j + e] + biases[j + e];
+          if (wide) {
+            if (col < block.cols) *reinterpret_cast<Chunk<T>*>(line + col) = chunk;
+          } else {
+#pragma unroll
+            for (int e = 0; e < kV; ++e)
+              if (col + e < block.cols) line[col + e] = chunk.at[e];
+          }
+        }
+      }
+    }
+  }
+};
+
+// The block's place is blockIdx.x = ((task * parts + part) * row_tiles + row_tile) * col_tiles + col_tile.
+template <class T, class Tile, class Form, bool dual>
+__global__ void __launch_bounds__(Tile::kThreads) product(const Form form, const Product<T> p, const int row_tiles, const int col_tiles) {
+  using Work = TileProduct<T, Tile, Form, dual>;
+  using A = typename Work::A;
+  using B = typename Work::B;
+  FASTMAML_SHARED;
+  T* const tiles = reinterpret_cast<T*>(shared_bytes + Work::kTableBytes);
+
+  const unsigned tile = blockIdx.x / col_tiles, line = tile / row_tiles;
+  const int row_tile = tile % row_tiles, col_tile = blockIdx.x % col_tiles, part = line % p.parts;
+  const int64_t task = line / p.parts;
+
+  const typename Work::Block block(form, row_tile, col_tile, shared_bytes);
+  if (block.empty()) return;
+  const T *const a[2] = {p.a[0].of(task), p.a[1].of(task)}, *const b[2] = {p.b[0].of(task), p.b[1].of(task)};
+  const int first = part * p.part_depth, depth = p.parts > 1 ? min(p.part_depth, block.depth - first) : block.depth;
+  const int per_term = (depth + kDepth - 1) / kDepth, steps = per_term * p.terms;
+  A a_tile(block.a, p.wide_a);
+  B b_tile(block.b, p.wide_b);
+
+  const auto copy = [&](int step) {
+    if (step == 0 || step == per_term) {
+      a_tile.start_at(first);
+      b_tile.start_at(first);
+    }
+    T* const to = tiles + step % 2 * Work::kStage;
+    if constexpr (dual) {
+      a_tile.copy(to, a);
+      b_tile.copy(to + 2 * A::kSize, b);
+    } else {
+      const T *const a_term[1] = {step < per_term ? a[0] : a[1]}, *const b_term[1] = {step < per_term ? b[0] : b[1]};
+      a_tile.copy(to, a_term);
+      b_tile.copy(to + A::kSize, b_term);
+    }
+    async_commit();
+  };
+
+  typename Work::Sum sum[Work::kSets] = {};
+  T* const sums = Form::kSums && row_tile == 0 && p.sums.data ? p.sums.of(task) + part * p.part_stride : nullptr;
+  T column_sum = 0;  // of column threadIdx.x
+  if (steps > 0) copy(0);
+  for (int step = 0; step < steps; ++step) {
+    async_wait<0>();
+    __syncthreads();  // the tile is there, and nobody reads the other one any more
+    if (step + 1 < steps) copy(step + 1);
+    const T* const here = tiles + step % 2 * Work::kStage;
+    Work::add_tile(sum, here);
+    if constexpr (Form::kSums) {
+      static_assert(Tile::kCols <= Tile::kThreads && !B::kAlongK);
+      if (sums && step < per_term && threadIdx.x < Tile::kCols)
+        for (int k = 0; k < kDepth; ++k) column_sum += here[A::kSize + k * B::kStride + threadIdx.x];
+    }
+  }
+
+#pragma unroll
+  for (int s = 0; s < Work::kSets; ++s)
+    Work::write(block, sum[s], p.out[s].of(task) + part * p.part_stride, p.bias[s].of(task), p.wide_out);
+  if constexpr (Form::kSums) {
+    const int col = block.first_col + threadIdx.x;
+    if (sums && threadIdx.x < Tile::kCols && col < block.cols) sums[col] = column_sum;
+  }
+}
+
+// out [size] and sums [cols] = the sum of `count` parts, each [size + cols], in their order.  One thread a number; blockIdx.y = task.
+template <class T, int threads>
+__global__ void __launch_bounds__(threads) sum_parts(const PerTask<T> out, const PerTask<T> sums, const PerTask<const T> parts,
+                                                     const int count, const int64_t part_stride, const int size, const int cols) {
+  const int64_t task = blockIdx.y;
+  const int i = blockIdx.x * threads + threadIdx.x;
+  if (i >= size + cols) return;
+  const T* part = parts.of(task) + i;
+  double sum = 0;
+#pragma unroll 4
+  for (int p = 0; p < count; ++p, part += part_stride) sum += *part;
+  if (i < size)
+    out.of(task)[i] = T(sum);
+  else
+    sums.of(task)[i - size] = T(sum);
+}
+
+}  // namespace fastmaml::FASTMAML_CUDA_NS

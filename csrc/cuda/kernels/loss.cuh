@@ -1,0 +1,129 @@
+// Losses: a weighted sum over examples (weight 1/N where none are given) and its gradient by the output z [N, size].
+// In double: a loss is a handful of numbers, and its gradient starts every backward pass.
+#pragma once
+
+#include "cuda/kernels/operands.cuh"
+#include "cuda/kernels/reduce.cuh"
+
+namespace fastmaml::FASTMAML_CUDA_NS {
+
+struct Examples {
+  int N, size;  // classes, or outputs of an example
+  int lanes;    // threads that share an example: a power of two, at most a warp
+};
+
+template <class T>
+__device__ __forceinline__ double example_weight(const T* weights, int n, int N) {
+  return weights ? double(weights[n]) : 1.0 / double(N);
+}
+
+// Every lane of an example gets the same bits.
+__device__ __forceinline__ double lane_sum(double x, int lanes) {
+  for (int with = lanes / 2; with > 0; with /= 2) x += __shfl_xor_sync(0xffffffffu, x, with);
+  return x;
+}
+__device__ __forceinline__ double lane_max(double x, int lanes) {
+  for (int with = lanes / 2; with > 0; with /= 2) {
+    const double other = __shfl_xor_sync(0xffffffffu, x, with);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+// The softmax of one example's outputs; all lanes of the warp come here together, with `count` 0 where there is no example.
+template <class T>
+struct Softmax {
+  double largest, total;
+
+  __device__ Softmax(const T* z, int lane, int lanes, int count) {
+    double most = count ? double(z[0]) : 0, sum = 0;
+    for (int c = lane; c < count; c += lanes) most = double(z[c]) > most ? double(z[c]) : most;
+    largest = lane_max(most, lanes);
+    for (int c = lane; c < count; c += lanes) sum += exp(double(z[c]) - largest);
+    total = lane_sum(sum, lanes);
+  }
+  __device__ double p(T z) const { return exp(double(z) - largest) / total; }
+  __device__ double log_p(T z) const { return double(z) - largest - log(total); }
+};
+
+// body(n, lane, exists) for the examples of this block's threads; the lanes of a warp stay together.
+template <class Body>
+__device__ __forceinline__ void for_examples(const Examples& s, int first, int step, Body body) {
+  const int lane = threadIdx.x % s.lanes;
+  for (int start = first; start < s.N; start += step) {
+    const int n = start + threadIdx.x / s.lanes;
+    body(n < s.N ? n : 0, lane, n < s.N);
+  }
+}
+
+// loss = -sum of w target log p,  dz = w (p - target),  target = (1 - smoothing) onehot + smoothing / classes.    A block for a task.
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads) cross_entropy(PerTask<T> loss, PerTask<T> dz, PerTask<const T> z, PerTask<const int64_t> labels,
+                                                          PerTask<const T> weights, double smoothing, Examples s) {
+  const int64_t task = blockIdx.x;
+  const double spread = smoothing / double(s.size);
+  double total[1] = {0};
+  for_examples(s, 0, kThreads / s.lanes, [&](int n, int lane, bool exists) {
+    const int at = n * s.size, count = exists ? s.size : 0;
+    const T* const row = z.of(task) + at;
+    const Softmax<T> softmax(row, lane, s.lanes, count);
+    const double w = example_weight(weights.of(task), n, s.N);
+    const int64_t label = labels.of(task)[n];
+    double example = 0;
+    for (int c = lane; c < count; c += s.lanes) {
+      const double target = (c == label ? 1.0 - smoothing : 0.0) + spread;
+      // A class that is no target adds nothing, even where its log-probability is -inf.
+      if (target != 0) example -= target * softmax.log_p(row[c]);
+      if (dz.data) dz.of(task)[at + c] = T(w * (softmax.p(row[c]) - target));
+    }
+    total[0] += w * example;
+  });
+  block_sum(total);
+  if (threadIdx.x == 0) loss.of(task)[0] = T(total[0]);
+}
+
+// dz' = w p (z' - <p, z'>)
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    cross_entropy_jvp(PerTask<T> dz_dot, PerTask<const T> z, PerTask<const T> z_dot, PerTask<const T> weights, Examples s) {
+  const int64_t task = blockIdx.x;
+  const int examples = kThreads / s.lanes;
+  for_examples(s, blockIdx.y * examples, gridDim.y * examples, [&](int n, int lane, bool exists) {
+    const int at = n * s.size, count = exists ? s.size : 0;
+    const T *const row = z.of(task) + at, *const row_dot = z_dot.of(task) + at;
+    const Softmax<T> softmax(row, lane, s.lanes, count);
+    double mean = 0;
+    for (int c = lane; c < count; c += s.lanes) mean += softmax.p(row[c]) * double(row_dot[c]);
+    mean = lane_sum(mean, s.lanes);
+    const double w = example_weight(weights.of(task), n, s.N);
+    for (int c = lane; c < count; c += s.lanes) dz_dot.of(task)[at + c] = T(w * softmax.p(row[c]) * (double(row_dot[c]) - mean));
+  });
+}
+
+// loss = sum of w mean((z - target)^2),  dz = 2 w (z - target) / size.    A block for a task.
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    mse(PerTask<T> loss, PerTask<T> dz, PerTask<const T> z, PerTask<const T> target, PerTask<const T> weights, int N, int size) {
+  const int64_t task = blockIdx.x;
+  double total[1] = {0};
+  for (int i = threadIdx.x; i < N * size; i += kThreads) {
+    const double w = example_weight(weights.of(task), i / size, N) / double(size);
+    const double error = double(z.of(task)[i]) - double(target.of(task)[i]);
+    total[0] += w * error * error;
+    if (dz.data) dz.of(task)[i] = T(2 * w * error);
+  }
+  block_sum(total);
+  if (threadIdx.x == 0) loss.of(task)[0] = T(total[0]);
+}
+
+// dz' = 2 w z' / size
+template <class T>
+__global__ void mse_jvp(PerTask<T> dz_dot, PerTask<const T> z_dot, PerTask<const T> weights, int N, int size) {
+  const int64_t task = blockIdx.x;
+  for (int64_t i = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; i < N * size; i += int64_t(gridDim.y) * blockDim.x) {
+    const double w = 2 * example_weight(weights.of(task), int(i) / size, N) / double(size);
+    dz_dot.of(task)[i] = T(w * double(z_dot.of(task)[i]));
+  }
+}
+
+}  // namespace fastmaml::FASTMAML_CUDA_NS

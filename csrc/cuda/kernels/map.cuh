@@ -1,0 +1,48 @@
+// The engine of every op that treats all numbers of a task alike: out[i] = f(x[i]) with a few operands on either side.
+// A function F says how many: kOut, kIn, and  void operator()(T (&out)[kOut], const T (&x)[kIn]) const.
+#pragma once
+
+#include "cuda/kernels/operands.cuh"
+
+namespace fastmaml::FASTMAML_CUDA_NS {
+
+template <class T, class F>
+struct MapOperands {
+  PerTask<T> out[F::kOut];     // absent: not wanted
+  PerTask<const T> x[F::kIn];  // absent: zeros.  x may be the same numbers as an `out`
+};
+
+template <bool kWide, class T, class F>
+__device__ __forceinline__ void map_chunk(const F& f, const MapOperands<T, F>& operands, int64_t task, int i, int count) {
+  Chunk<T> out[F::kOut], x[F::kIn] = {};
+#pragma unroll
+  for (int k = 0; k < F::kIn; ++k)
+    if (operands.x[k].data) x[k] = load<kWide, kChunk<T>>(operands.x[k].of(task) + i, count);
+#pragma unroll
+  for (int j = 0; j < kChunk<T>; ++j) {
+    T values[F::kIn], results[F::kOut];
+#pragma unroll
+    for (int k = 0; k < F::kIn; ++k) values[k] = x[k].at[j];
+    f(results, values);
+#pragma unroll
+    for (int k = 0; k < F::kOut; ++k) out[k].at[j] = results[k];
+  }
+#pragma unroll
+  for (int k = 0; k < F::kOut; ++k)
+    if (operands.out[k].data) store<kWide>(operands.out[k].of(task) + i, out[k], count);
+}
+
+// A block for (task, piece of its numbers); a thread takes one chunk, or several where the blocks run out.
+template <class T, class F>
+__global__ void map(F f, MapOperands<T, F> operands, int size, bool wide) {
+  constexpr int n = kChunk<T>;
+  for (int64_t i = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * n; i < size; i += int64_t(gridDim.y) * blockDim.x * n) {
+    const int count = size - int(i) < n ? size - int(i) : n;
+    if (wide && count == n)
+      map_chunk<true>(f, operands, blockIdx.x, int(i), n);
+    else
+      map_chunk<false>(f, operands, blockIdx.x, int(i), count);
+  }
+}
+
+}  // namespace fastmaml::FASTMAML_CUDA_NS

@@ -1,0 +1,89 @@
+// The inner update and its adjoint, conjugate gradients, and the sum over tasks.     all [P]
+#include "cuda/cuda_ops.h"
+#include "cuda/kernels/conjugate_gradient.cuh"
+#include "cuda/kernels/updates.cuh"
+#include "cuda/map.h"
+
+namespace fastmaml::FASTMAML_CUDA_NS {
+namespace {
+
+int64_t size_of(const Call& call) { return call.shape<Vector>().size; }
+
+template <class T>
+void sgd_update(const Call& call) {
+  run_map<T>(call, SgdUpdate{}, size_of(call));
+}
+
+template <class T>
+void scale_by_rate(const Call& call) {
+  run_map<T>(call, ScaleByRate{}, size_of(call));
+}
+
+template <class T>
+void rate_grad(const Call& call) {
+  run_map<T>(call, RateGrad{}, size_of(call), 0);
+}
+
+template <class T>
+void adjoint_update(const Call& call) {
+  run_map<T>(call, AdjointUpdate{}, size_of(call), 0);
+}
+
+constexpr int kCgThreads = 512;
+
+bool wide_operands(const Call& call, size_t real_bytes, std::initializer_list<int> operands) {
+  for (int i : operands)
+    if (reinterpret_cast<uintptr_t>(call[i].data) % 16 != 0 || call[i].task_stride * int64_t(real_bytes) % 16 != 0) return false;
+  return true;
+}
+
+template <class T>
+void run_cg_start(const Call& call) {
+  check_sizes("cg_start", {size_of(call)});
+  launch(cg_start<T, kCgThreads>, dim3(unsigned(call.tasks)), dim3(kCgThreads), 0, call.stream, operand<T>(call, 0), operand<T>(call, 1),
+         operand<T>(call, 2), operand<T>(call, 3), operand<const T>(call, 4), int(size_of(call)),
+         wide_operands(call, sizeof(T), {0, 1, 2, 4}));
+}
+
+template <class T>
+void run_cg_step(const Call& call) {
+  check_sizes("cg_step", {size_of(call)});
+  launch(cg_step<T, kCgThreads>, dim3(unsigned(call.tasks)), dim3(kCgThreads), 0, call.stream, operand<T>(call, 0), operand<T>(call, 1),
+         operand<T>(call, 2), operand<T>(call, 3), operand<const T>(call, 4), operand<const T>(call, 5), int(size_of(call)),
+         wide_operands(call, sizeof(T), {0, 1, 2, 4}));
+}
+
+template <class T>
+void run_cg_residual(const Call& call) {
+  constexpr int kThreads = 128;
+  launch(cg_residual<T>, dim3(unsigned((call.tasks + kThreads - 1) / kThreads)), dim3(kThreads), 0, call.stream, operand<T>(call, 0),
+         operand<const T>(call, 1), call.tasks);
+}
+
+template <class T>
+void run_tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size, uintptr_t stream) {
+  constexpr int kColumns = 32, kSlices = 8;
+  int64_t slice = 8;  // tasks of a thread; whatever it is, the tree is the same
+  while (slice * kSlices < tasks) slice *= 2;
+  if (size == 0) return;
+  launch(tree_reduce<T, kColumns, kSlices>, dim3(unsigned((size + kColumns - 1) / kColumns)), dim3(kColumns, kSlices), 0, stream,
+         static_cast<T*>(out), static_cast<const T*>(x), static_cast<const T*>(w), tasks, size, slice);
+}
+
+}  // namespace
+
+template <class T>
+void add_update_ops(OpTable& table) {
+  set_op(table, Op::sgd_update, sgd_update<T>);
+  set_op(table, Op::scale_by_rate, scale_by_rate<T>);
+  set_op(table, Op::rate_grad, rate_grad<T>);
+  set_op(table, Op::adjoint_update, adjoint_update<T>);
+  set_op(table, Op::cg_start, run_cg_start<T>);
+  set_op(table, Op::cg_step, run_cg_step<T>);
+  set_op(table, Op::cg_residual, run_cg_residual<T>);
+  table.tree_reduce = run_tree_reduce<T>;
+}
+template void add_update_ops<float>(OpTable&);
+template void add_update_ops<double>(OpTable&);
+
+}  // namespace fastmaml::FASTMAML_CUDA_NS
