@@ -20,6 +20,7 @@ OpTable make_table(const char* backend) {
   add_pool2d_ops<T>(table);
   add_loss_ops<T>(table);
   add_update_ops<T>(table);
+  add_update_rule_ops<T>(table);
   return table;
 }
 

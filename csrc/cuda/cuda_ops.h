@@ -24,5 +24,7 @@ template <class T>
 void add_loss_ops(OpTable& table);  // loss.cu
 template <class T>
 void add_update_ops(OpTable& table);  // updates.cu
+template <class T>
+void add_update_rule_ops(OpTable& table);  // update_rule.cu
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS
