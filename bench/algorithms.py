@@ -80,6 +80,7 @@ NOTES: dict[tuple[str, str], str] = {
         "imaml",
         "omniglot",
     ): "the released recipe: CG damped by 1, no proximal term at test; with lambda 0.5 its validation reached 73 %",
+    ("anil", "omniglot"): "one step of the head alone; with five steps its validation reached 68 %",
     ("protomaml", "omniglot"): "without inner steps it classifies by its prototypes, which the support set gives",
 }
 
