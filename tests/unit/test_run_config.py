@@ -35,7 +35,7 @@ def test_changes_win_over_a_file_and_a_file_over_the_preset():
     file = {"algorithm": "imaml", "inner_lr": 0.3, "eval_query_shots": None, "options": {"lam": 1.0}}
     config = preset("sinusoid", file, inner_lr=0.2, options={"cg_steps": 3}, steps=None)
     assert (config.algorithm, config.inner_lr, config.eval_query_shots) == ("imaml", 0.2, None)
-    assert config.options == {"lam": 1.0, "cg_steps": 3}
+    assert config.options == preset("sinusoid", algorithm="imaml").options | {"lam": 1.0, "cg_steps": 3}
     assert config.steps == PRESETS["sinusoid"].steps
     assert preset("sinusoid", file, algorithm="maml").algorithm == "maml"
 
