@@ -82,6 +82,41 @@ inline void clean_kernels(const std::string& order) {
   expect(counts.data[0] == odd && counts.data[1] == odd && counts.data[2] == odd, order + " votes and atomics", std::to_string(odd));
 }
 
+// Every function of the device language on the threads of one block, against what CUDA's manual says.
+inline void language(const std::string& order) {
+  const Buffer<int> out(13 * 64);
+  example::language(out.data);
+  const auto row = [&](int r, const std::string& what, auto want) {
+    int wrong = 0;
+    for (int t = 0; t < 64; ++t) wrong += out.data[r * 64 + t] != int(want(t));
+    expect(wrong == 0, order + " " + what, std::to_string(wrong) + " wrong");
+  };
+  const auto value = [](int t) { return 3 * t + 1; };
+  row(0, "shfl", [&](int t) { return value(t / 8 * 8 + 5); });
+  row(1, "shfl_up", [&](int t) { return value(t % 32 < 3 ? t : t - 3); });
+  row(2, "shfl_down", [&](int t) { return value(t % 16 + 3 < 16 ? t + 3 : t); });
+  row(3, "any", [](int t) { return t < 32; });
+  row(4, "all", [](int t) { return t < 32; });
+  row(5, "syncthreads_or", [](int) { return 1; });
+  row(6, "syncthreads_and", [](int) { return 0; });
+  row(7, "reduce_add", [](int t) { return t < 32 ? -496 : -1520; });
+  row(8, "reduce_max", [](int t) { return t < 32 ? 31 : 63; });
+  row(9, "reduce_xor", [](int) { return 0; });
+  row(10, "ballot of halves", [](int t) { return t % 32 < 16 ? 0x0000aaaau : 0xaaaa0000u; });
+  row(11, "bits", [](int t) {
+    int ones = 0, leading = 32, first = 0;
+    for (int b = 0; b < 6; ++b)
+      if (t >> b & 1) {
+        ++ones;
+        leading = 31 - b;
+        if (!first) first = b + 1;
+      }
+    return ones + 100 * leading + 10000 * first;
+  });
+  const int* atomic = out.data + 12 * 64;
+  expect(atomic[0] == 63 && atomic[1] == -63 && atomic[2] == 7 && atomic[3] == 6, order + " atomics");
+}
+
 inline void set_order(int i) {
   emu::set_order(i == 0 ? emu::Order::ascending : i == 1 ? emu::Order::descending : emu::Order::random, unsigned(i));
 }

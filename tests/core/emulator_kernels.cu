@@ -126,6 +126,32 @@ __global__ void count_odd(int* counts, const int* x) {
   if (odd) atomicAdd(&counts[2], 1);
 }
 
+// out [13, 64]: a row for each function; the last for atomics.
+__global__ void use_language(int* out) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const int t = threadIdx.x, value = 3 * t + 1;
+  const unsigned half = t % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
+  out[t] = __shfl_sync(kAll, value, 5, 8);
+  out[64 + t] = __shfl_up_sync(kAll, value, 3);
+  out[128 + t] = int(__shfl_down_sync(kAll, double(value), 3, 16));
+  out[192 + t] = __any_sync(kAll, t == 7);
+  out[256 + t] = __all_sync(kAll, t < 40);
+  out[320 + t] = __syncthreads_or(t == 3);
+  out[384 + t] = __syncthreads_and(t < 63);
+  out[448 + t] = __reduce_add_sync(kAll, -t);
+  out[512 + t] = int(__reduce_max_sync(kAll, unsigned(t)));
+  out[576 + t] = int(__reduce_xor_sync(kAll, unsigned(t) & 1));
+  out[640 + t] = int(__ballot_sync(half, t % 2));
+  out[704 + t] = __popc(t) + 100 * __clz(t) + 10000 * __ffs(t);
+  int* atomic = out + 768;
+  if (t < 4) atomic[t] = 0;
+  __syncthreads();
+  atomicMax(&atomic[0], t);
+  atomicMin(&atomic[1], -t);
+  atomicExch(&atomic[2], 7);
+  if (atomicCAS(&atomic[3], 0, 5) == 0) atomicAdd(&atomic[3], 1);
+}
+
 // Each block follows a program of `steps` rows: what every thread touches (w: writes word w - 1, -w: reads it, 0: nothing), and then
 // what orders them (0: nothing, 1: __syncwarp, 2: __syncthreads).
 __global__ void follow_program(float* out, float* words, const int* program, int steps) {
@@ -185,6 +211,7 @@ template void sum(float*, const float*, int);
 template void sum(double*, const double*, int);
 
 void count(int* counts, const int* x) { launch(count_odd, dim3(1), dim3(128), 0, 0, counts, x); }
+void language(int* out) { launch(use_language, dim3(1), dim3(64), 0, 0, out); }
 void program(float* out, float* words, const int* program, int blocks, int threads, int steps) {
   launch(follow_program, dim3(blocks), dim3(threads), 0, 0, out, words, program, steps);
 }

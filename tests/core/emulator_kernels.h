@@ -10,6 +10,7 @@ void gemm_tensor(bool bf16, float* out, const float* a, const float* b, int k); 
 template <class T>
 void sum(T* out, const T* x, int n);    // out [1] = sum of x [n]
 void count(int* counts, const int* x);  // counts [3]: the odd ones among x [128], counted three ways
+void language(int* out);                // out [13, 64]: see use_language
 // out [blocks, threads], words [..], program [blocks, steps, threads + 1]: see follow_program
 void program(float* out, float* words, const int* program, int blocks, int threads, int steps);
 void barriers(float* out, int threads, int n);  // n of them, in one block

@@ -83,6 +83,7 @@ int main() {
   for (int i = 0; i < kOrders; ++i) {
     set_order(i);
     clean_kernels(kOrderNames[i]);
+    language(kOrderNames[i]);
   }
   kernels_by_name();
   host_threads();

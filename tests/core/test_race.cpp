@@ -94,6 +94,7 @@ int main() {
   for (int i = 0; i < kOrders; ++i) {
     set_order(i);
     clean_kernels(kOrderNames[i]);
+    language(kOrderNames[i]);
   }
   requested_bytes();
   random_programs();

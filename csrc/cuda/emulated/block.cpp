@@ -29,10 +29,11 @@ struct Turns {
 
   Turns() {
     const char* text = std::getenv("FASTMAML_EMU_ORDER");
-    const std::string name = text ? text : "ascending";
-    if (name == "descending") order = Order::descending;
-    if (name.rfind("random", 0) == 0) order = Order::random;
-    if (name.rfind("random:", 0) == 0) state = std::strtoull(name.c_str() + 7, nullptr, 10);
+    const std::string whole = text ? text : "ascending", name = whole.substr(0, whole.find(':'));
+    order = name == "descending" ? Order::descending : name == "random" ? Order::random : Order::ascending;
+    if (name != whole) state = std::strtoull(whole.c_str() + name.size() + 1, nullptr, 10);
+    if (name != "ascending" && name != "descending" && name != "random")
+      throw std::runtime_error("FASTMAML_EMU_ORDER is ascending, descending, random or random:<seed>, not " + whole);
   }
   uint64_t next() {  // splitmix64
     uint64_t z = state += 0x9e3779b97f4a7c15u;
@@ -246,6 +247,7 @@ void launch(const Launch& launch) {
   stacks.reserve(threads);
   block.threads.resize(threads);
 
+  block.static_shared = &static_shared(launch.kernel);
   if (watcher) watcher->begin_launch();
 
   const FaultHandler handler;

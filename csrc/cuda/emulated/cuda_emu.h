@@ -15,7 +15,6 @@
 
 #define __host__
 #define __device__
-#define __constant__
 #define __global__ __attribute__((abi_tag("kernel"), noinline))  // the tag marks kernels among the symbols
 #define __shared__ thread_local                                  // which implies static, and marks shared memory
 #define __forceinline__ inline __attribute__((always_inline))
@@ -175,13 +174,9 @@ FASTMAML_REDUCE(unsigned, xor, bit_xor)
     return old;                                                                       \
   }
 FASTMAML_ATOMIC(atomicAdd, T(old + value))
-FASTMAML_ATOMIC(atomicSub, T(old - value))
 FASTMAML_ATOMIC(atomicExch, value)
 FASTMAML_ATOMIC(atomicMin, old < value ? old : value)
 FASTMAML_ATOMIC(atomicMax, old > value ? old : value)
-FASTMAML_ATOMIC(atomicAnd, T(old& value))
-FASTMAML_ATOMIC(atomicOr, T(old | value))
-FASTMAML_ATOMIC(atomicXor, T(old ^ value))
 #undef FASTMAML_ATOMIC
 template <class T>
 FASTMAML_UNSEEN T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value, FASTMAML_WHERE) {
@@ -198,40 +193,13 @@ template <class T>
 inline T __ldg(const T* from) {
   return *from;
 }
-template <class T>
-inline T __ldcg(const T* from) {
-  return *from;
-}
-template <class T>
-inline T __ldcs(const T* from) {
-  return *from;
-}
-template <class T>
-inline void __stcs(T* to, T value) {
-  *to = value;
-}
-template <class T>
-inline void __stcg(T* to, T value) {
-  *to = value;
-}
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 // ---------------------------------------------------------------- arithmetic
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __fdividef(float a, float b) { return a / b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __frcp_rn(float a) { return 1.0f / a; }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 
@@ -245,14 +213,11 @@ FASTMAML_BITS(float, int, __float_as_int)
 FASTMAML_BITS(float, unsigned, __float_as_uint)
 FASTMAML_BITS(int, float, __int_as_float)
 FASTMAML_BITS(unsigned, float, __uint_as_float)
-FASTMAML_BITS(double, long long, __double_as_longlong)
-FASTMAML_BITS(long long, double, __longlong_as_double)
 #undef FASTMAML_BITS
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
 
 #define FASTMAML_MIN_MAX(T)                        \
   inline T min(T a, T b) { return b < a ? b : a; } \

@@ -94,7 +94,7 @@ void free(void* buffer) {
 Range buffer_near(const void* address, const Range& whole_page) {
   const std::lock_guard<std::mutex> lock(buffers_lock);
   for (const auto& [data, buffer] : buffers())
-    if (buffer.near(address)) return {buffer.data, buffer.bytes, "a buffer of " + std::to_string(buffer.bytes) + " bytes"};
+    if (buffer.near(address)) return {buffer.data, buffer.bytes, "a buffer"};
   return whole_page;
 }
 
@@ -119,23 +119,11 @@ void poison_shared(size_t dynamic_bytes) {
   Guarded& dynamic = shared();
   std::memset(dynamic.data, kPoison, round_up(dynamic.bytes, 16));  // of the block before
   dynamic.resize(dynamic_bytes);
-  for (const Range& variable : static_shared(block.launch->kernel))
-    std::memset(const_cast<unsigned char*>(variable.low), kPoison, variable.bytes);
+  for (const Range& variable : *block.static_shared) std::memset(const_cast<unsigned char*>(variable.low), kPoison, variable.bytes);
 }
 
-const Range* shared_near(const void* address) {
-  static Range dynamic{nullptr, 0, "dynamic shared memory"};
-  if (shared().near(address)) {
-    dynamic.low = shared().data;
-    dynamic.bytes = shared().bytes;
-    return &dynamic;
-  }
-  if (!in_static_shared(address)) return nullptr;
-  static const Range none{nullptr, 0, "shared memory"};
-  for (const Range& variable : static_shared(block.launch->kernel))
-    if (variable.holds(address)) return &variable;
-  return &none;
-}
+Range dynamic_range() { return {shared().data, shared().bytes, "dynamic shared memory"}; }
+Range dynamic_neighbourhood() { return {shared().mapping, shared().pages + 2 * kGuard, ""}; }
 
 // ---------------------------------------------------------------- copies to shared memory
 

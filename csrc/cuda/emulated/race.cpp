@@ -1,6 +1,8 @@
 // The race build: g++ -fsanitize=thread makes every load and store of a kernel call a function of this file, in place of those of
 // its own runtime. Each word of memory remembers who touched it last; two threads that touch a word, one of them writing, must have
-// a barrier between them. So a race is found in any order of threads, also where the values happen to be right.
+// a barrier between them. So a race is found in any order of threads, also where the values happen to be right. Atomics order nothing
+// but one another, a shuffle or a vote nothing at all, and __threadfence does not exist. Of bytes that several threads write in one
+// word the last is remembered.
 #include <array>
 #include <bit>
 #include <memory>
@@ -55,11 +57,15 @@ class Race : public Watcher {
     if (pages_.size() > kMostPages) pages_.clear();
     recent_.fill({});
     clocks_.assign(32, {});
+    image_ = image();
+    static_neighbourhood_ = static_neighbourhood();
+    dynamic_neighbourhood_ = dynamic_neighbourhood();
   }
   void begin_block() override {
     ++last_block_;
     barrier_ = 0;
     sequence_.push_back(blockIdx);
+    dynamic_ = dynamic_range();
     for (size_t w = 0; w < block.warps.size(); ++w) reset(clocks_[w]);
   }
   void pass_barrier() override { ++barrier_; }
@@ -79,10 +85,9 @@ class Race : public Watcher {
   void access(Access access, const void* address, size_t bytes, Position position) override {
     const Thread& self = *block.running;
     const auto* at = static_cast<const unsigned char*>(address);
-    if (stacks[size_t(self.number)].holds(address) || in_image(address)) return;
+    if (stacks[size_t(self.number)].holds(address) || image_.holds(address)) return;
     const Range* shared = shared_near(address);
-    if (shared && !shared->holds(address, bytes))
-      fail("out of bounds: it " + verb(access) + " beside " + shared->name + " at " + position.text());
+    if (shared && !shared->holds(address, bytes)) fail_beside(*shared, access, position);
     Touch now;
     now.position = position;
     now.block = last_block_;
@@ -99,14 +104,15 @@ class Race : public Watcher {
     }
     if (!shared) {
       if (access != Access::write) block.bytes_read += int64_t(bytes);
-      if (access == Access::write || access == Access::atomic) block.bytes_written += int64_t(bytes);
+      if (access != Access::read) block.bytes_written += int64_t(bytes);
     }
   }
 
  private:
-  static constexpr size_t kMostPages = 4096;  // 600 MB
+  static constexpr size_t kMostPages = 4096;  // 500 MB
   uint32_t oldest_block_ = 1;  // that can have touched this memory: this block where it is shared, else the first of the launch
   uint32_t launch_ = 0, first_of_launch_ = 1, last_block_ = 0, barrier_ = 0;
+  Range image_, static_neighbourhood_, dynamic_neighbourhood_, dynamic_;
   std::vector<uint3> sequence_;  // the blocks of this launch
   std::vector<Clocks> clocks_;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
@@ -123,6 +129,17 @@ class Race : public Watcher {
       clocks.known[i][i] = 1;
     }
     clocks.fresh = true;
+  }
+
+  // The __shared__ variable, or the dynamic shared memory, around an address: null outside shared memory, and a range that does not
+  // hold the address where it lies beside what the kernel may touch.
+  const Range* shared_near(const void* address) const {
+    if (dynamic_neighbourhood_.holds(address)) return &dynamic_;
+    if (!static_neighbourhood_.holds(address)) return nullptr;
+    static const Range none{nullptr, 0, "the shared memory of the kernel"};
+    for (const Range& variable : *block.static_shared)
+      if (variable.holds(address)) return &variable;
+    return &none;
   }
 
   Page& page(const void* address) {
@@ -153,8 +170,7 @@ class Race : public Watcher {
   void touch(Access access, const unsigned char* address, size_t bytes, const Touch& now) {
     Page& page = this->page(address);
     if (page.foreign) fail("it " + verb(access) + " a local variable of another thread at " + now.position.text());
-    if (!page.buffer.holds(address, bytes))
-      fail("out of bounds: it " + verb(access) + " beside " + page.buffer.name + " at " + now.position.text());
+    if (!page.buffer.holds(address, bytes)) fail_beside(page.buffer, access, now.position);
     Word& word = page.words[reinterpret_cast<uintptr_t>(address) % kPage / 4];
     if (word.copying.block == now.block && (word.copying.bytes & now.bytes) && access != Access::land)
       fail("missing wait: it " + verb(access) + " " + name_of(address) + " at " + now.position.text() + ", where the cp.async at " +
@@ -195,7 +211,11 @@ class Race : public Watcher {
     const unsigned n = touch.thread;
     return {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
   }
-  static std::string name_of(const void* address) {
+  [[noreturn]] static void fail_beside(const Range& range, Access access, Position position) {
+    const std::string size = range.bytes ? " of " + std::to_string(range.bytes) + " bytes" : "";
+    fail("out of bounds: it " + verb(access) + " beside " + range.name + size + " at " + position.text());
+  }
+  std::string name_of(const void* address) const {
     const Range* shared = shared_near(address);
     return shared ? shared->name : "global memory";
   }

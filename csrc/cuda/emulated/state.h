@@ -27,6 +27,16 @@ struct AsyncCopy {
   Where where;
 };
 
+struct Range {
+  const unsigned char* low = nullptr;
+  size_t bytes = 0;
+  const char* name = "";
+
+  bool holds(const void* address, size_t n = 1) const {
+    return low <= address && static_cast<const unsigned char*>(address) + n <= low + bytes;
+  }
+};
+
 struct Warp {
   uint32_t lanes = 0, ready = 0, returned = 0;
 };
@@ -46,6 +56,7 @@ struct Thread {
 
 struct Block {
   const Launch* launch = nullptr;
+  const std::vector<Range>* static_shared = nullptr;  // the __shared__ variables that the kernel may use
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Thread* running = nullptr;  // null: the scheduler
@@ -108,27 +119,18 @@ class FaultHandler {  // ends the launch that a thread's fault interrupts
 };
 std::string describe_fault();  // which has set block.faulted
 
-struct Range {
-  const unsigned char* low = nullptr;
-  size_t bytes = 0;
-  std::string name;
-
-  bool holds(const void* address, size_t n = 1) const {
-    return low <= address && static_cast<const unsigned char*>(address) + n <= low + bytes;
-  }
-};
 // The buffer around an address, as far as it may be touched, or whole_page where it is none of ours.
 Range buffer_near(const void* address, const Range& whole_page);
-// The __shared__ variable, or the dynamic shared memory, around an address: null outside shared memory, and a range that does not
-// hold the address where it lies beside what the kernel may touch.
-const Range* shared_near(const void* address);
+Range dynamic_range();          // the dynamic shared memory
+Range dynamic_neighbourhood();  // and the guards around it
 
 // ---------------------------------------------------------------- symbols.cpp
 
 std::string kernel_symbol(const void* kernel);
-const std::vector<Range>& static_shared(const void* kernel);  // the __shared__ variables that it may use, of this thread of the host
-bool in_static_shared(const void* address);
-bool in_image(const void* address);               // code and static data of this program or library
+// The __shared__ variables that the kernel may use, and the memory that holds all there are: of this thread of the host.
+const std::vector<Range>& static_shared(const void* kernel);
+Range static_neighbourhood();
+Range image();                                    // code and static data of this program or library
 std::string readable(const std::string& symbol);  // without namespaces and parameters
 std::string code_position(const void* address);   // file:line, where addr2line can tell
 

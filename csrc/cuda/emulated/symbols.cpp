@@ -23,6 +23,14 @@ thread_local char anchor asm("fastmaml_emu_anchor");
 
 constexpr const char kTag[] = "B6kernel";  // what __global__ adds to the name of a function
 
+std::string demangled(const std::string& symbol) {
+  int status = 0;
+  char* text = abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &status);
+  const std::string name = text ? text : symbol;
+  std::free(text);
+  return name;
+}
+
 // As nvcc calls the same kernel.
 std::string nvcc_name(std::string symbol) {
   const std::string ours = "13cuda_emulated", theirs = "4cuda";
@@ -36,7 +44,8 @@ struct Module {
     std::string name;
     uint64_t offset;
     size_t bytes;
-    std::string kernel;  // which declares it; empty: a device function, that any kernel may call
+    std::string kernel;    // which declares it; empty: a device function, that any kernel may call
+    std::string variable;  // as the source calls it
   };
   uintptr_t base = 0;
   std::string path;
@@ -58,9 +67,12 @@ struct Module {
     std::ifstream file(path, std::ios::binary);
     const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
     if (bytes.size() > sizeof(ElfW(Ehdr))) read(bytes.data());
-    for (SharedVariable& v : shared)
+    for (SharedVariable& v : shared) {
       for (const auto& [offset, kernel] : kernels)
         if (v.name.rfind("_ZZ" + kernel.substr(2) + "E", 0) == 0) v.kernel = nvcc_name(kernel);
+      v.variable = demangled(v.name);
+      v.variable = v.variable.substr(v.variable.rfind(':') + 1);
+    }
     for (auto& [offset, kernel] : kernels) kernel = nvcc_name(kernel);
   }
 
@@ -86,21 +98,13 @@ struct Module {
     const bool of_kernel = name.find(kTag) != std::string::npos, local = name.rfind("_ZZ", 0) == 0;
     if (type == STT_FUNC && of_kernel && !local && name.find('.') == std::string::npos) kernels[symbol.st_value] = name;
     if (type == STT_TLS && local && (of_kernel || name.find("13cuda_emulated") != std::string::npos))
-      shared.push_back({name, symbol.st_value, symbol.st_size, ""});
+      shared.push_back({name, symbol.st_value, symbol.st_size, "", ""});
   }
 };
 
 const Module& module() {
   static const Module it;
   return it;
-}
-
-std::string demangled(const std::string& symbol) {
-  int status = 0;
-  char* text = abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &status);
-  const std::string name = text ? text : symbol;
-  std::free(text);
-  return name;
 }
 
 const unsigned char* first_shared() { return reinterpret_cast<const unsigned char*>(&anchor) - module().anchor_offset; }
@@ -127,15 +131,12 @@ const std::vector<Range>& static_shared(const void* kernel) {
   if (!fresh) return found->second;
   const std::string own = kernel_symbol(kernel);
   for (const Module::SharedVariable& v : module().shared)
-    if (v.kernel.empty() || v.kernel == own)
-      found->second.push_back({first_shared() + v.offset, v.bytes, demangled(v.name).substr(demangled(v.name).rfind(':') + 1)});
+    if (v.kernel.empty() || v.kernel == own) found->second.push_back({first_shared() + v.offset, v.bytes, v.variable.c_str()});
   return found->second;
 }
 
-bool in_static_shared(const void* address) { return Range{first_shared(), module().shared_bytes, ""}.holds(address); }
-bool in_image(const void* address) {
-  return Range{reinterpret_cast<const unsigned char*>(module().base), module().image_bytes, ""}.holds(address);
-}
+Range static_neighbourhood() { return {first_shared(), module().shared_bytes, ""}; }
+Range image() { return {reinterpret_cast<const unsigned char*>(module().base), module().image_bytes, ""}; }
 
 std::string readable(const std::string& symbol) {
   std::string name = demangled(symbol);
