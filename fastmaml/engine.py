@@ -73,7 +73,8 @@ class Engine(Backend):
     model: any nn.Module. Its fused layers are listed in the README; anything else runs on the autodiff backend.
     loss: "cross_entropy" (scores [N, C], labels [N]), "mse" (mean over the outputs), or a function
         (output, target) -> [examples]. The loss of a task is the mean over its examples, or sum_i w_i l_i with weights.
-    backend: "auto", "cpu", "reference" (float64 plain loops), "autodiff". The environment variable FASTMAML_BACKEND
+    backend: "auto", "cpu", "reference" (float64 plain loops), "autodiff", "cuda_emulated" (the CUDA kernels run on the
+        host, for tests: slow). The environment variable FASTMAML_BACKEND
         stands in for "auto". A backend that is named here and cannot run the model raises; "auto" falls back to
         autodiff and logs one line, or raises with FASTMAML_STRICT=1.
     memory: "low" recomputes activations in the adjoint sweep, "stash" keeps those of the inner steps, "auto" chooses.
