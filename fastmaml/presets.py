@@ -135,7 +135,11 @@ ALGORITHM_PRESETS: dict[str, dict[str, Changes]] = {
     # ALGORITHMS 2.5: lambda 2, 16 steps of gradient descent at 0.1, 5 conjugate gradient steps, 20,000 iterations; its
     # released recipe damps the operator by 1 and tests without the proximal term. On glyphs a smaller lambda adapts more.
     "imaml": {
-        "sinusoid": {"inner_steps": 16, "options": {"lam": 2.0, "cg_steps": 5}, "eval_inner_steps": 16},
+        "sinusoid": {
+            "inner_steps": 16,
+            "options": {"lam": 2.0, "cg_steps": 5, "cg_damping": 1.0, "eval_lam": 0.0},
+            "eval_inner_steps": 16,
+        },
         "glyphs": {
             "inner_lr": 0.1,
             "inner_steps": 16,
