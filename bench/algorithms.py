@@ -36,11 +36,12 @@ DATASETS = ("sinusoid", "omniglot")
 
 HELP = """
 what is equal
-  sinusoid   25 tasks an iteration, 10 support and 10 query points, 5,000 iterations, the 1-40-40-1 network
+  sinusoid   25 tasks an iteration, 10 support and 10 query points, 5,000 iterations; networks are the
+             presets': 1-40-40-1, with context inputs for CAVIA, 1-64-64-1 with tanh for Reptile and FOML
   omniglot   4 tasks an iteration, 5 ways, 1 shot, 5 query images a class, 1,000 iterations, Conv4 with 32 filters that
              halves by stride
   Everything else is the algorithm's published setting (fastmaml/presets.py), or the one that its note in the table names.
-  Reptile, which has no query set, draws larger support sets in training, as its authors do.
+  Reptile and FOML, which have no query set, draw larger support sets in training (50 points; 10 images a class).
 
 what the columns mean
   before     600 test tasks without any inner step, from the parameters that training found
