@@ -1,9 +1,8 @@
 // Launches of kernels/update_rule.cuh: the inner optimizers beside plain gradient descent.     all [P]
-#include "cuda/kernels/update_rule.cuh"
-
 #include <cmath>
 
 #include "cuda/cuda_ops.h"
+#include "cuda/kernels/update_rule.cuh"
 #include "cuda/map.h"
 
 namespace fastmaml::FASTMAML_CUDA_NS {

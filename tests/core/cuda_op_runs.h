@@ -62,8 +62,13 @@ int64_t size_of(const Case& c, const std::string& role) {
     int64_t operator()(const Vector& s) const {
       if (role == "state") return 3;
       if (role == "settings") return 2;
-      return role == "residual" ? 1 : N * s.size;
+      return role == "residual" || role == "lam" ? 1 : N * s.size;
     }
+    int64_t operator()(const Axpy& s) const { return role == "alpha" ? 1 : s.size; }
+    int64_t operator()(const Clip& s) const { return s.size; }
+    int64_t operator()(const Momentum& s) const { return s.size; }
+    int64_t operator()(const Adam& s) const { return role == "step_count" ? 1 : s.size; }
+    int64_t operator()(const CallerLoss&) const { return 0; }  // no backend has it
     int64_t operator()(const Add& s) const { return N * s.size; }
     int64_t operator()(const Linear& s) const {
       return one_of(role, {"x"}) ? N * s.in : one_of(role, {"y"}) ? N * s.out : one_of(role, {"w"}) ? s.in * s.out : s.out;
@@ -108,9 +113,15 @@ size_t outputs(Op op) {
     case Op::cross_entropy:
     case Op::mse:
       return 2;
+    case Op::momentum_adjoint:
+      return 2;
     case Op::group_norm_bwd:
     case Op::group_norm_bwd_jvp:
+    case Op::momentum_update:
+    case Op::adam_update:
       return 3;
+    case Op::adam_adjoint:
+      return 5;
     case Op::cg_start:
     case Op::cg_step:
       return 4;
@@ -118,7 +129,20 @@ size_t outputs(Op op) {
       return 1;
   }
 }
-bool in_place(Op op) { return op == Op::rate_grad || op == Op::adjoint_update || op == Op::cg_step; }
+bool in_place(Op op) {
+  switch (op) {
+    case Op::rate_grad:
+    case Op::adjoint_update:
+    case Op::cg_step:
+    case Op::axpy:
+    case Op::proximal:
+    case Op::momentum_adjoint:
+    case Op::adam_adjoint:
+      return true;
+    default:
+      return false;
+  }
+}
 
 template <class T>
 size_t element_bytes(const std::string& role) {
@@ -172,7 +196,11 @@ Vec draw(const Case& c, const std::string& role) {
   for (double& v : x) v = double(T(uniform(-1.5, 1.5)));
   if (role == "labels")
     for (double& v : x) v = double(random_bits() % uint64_t(std::get<Loss>(c.layer).size));
-  if (role == "var" || role == "weights" || role == "settings")
+  const bool adam = std::holds_alternative<Adam>(c.layer);  // its s is a mean of squares
+  if (role == "mask")
+    for (double& v : x) v = double(random_bits() % 4 > 0);
+  if (role == "step_count") x = {3};
+  if (role == "var" || role == "weights" || role == "settings" || (adam && role == "s"))
     for (double& v : x) v = std::fabs(v) + 0.125;
   if (role == "stats" && std::holds_alternative<BatchNorm>(c.layer)) {
     const size_t C = x.size() / 3;
@@ -313,6 +341,13 @@ std::string name_of(const Case& c, size_t real_bytes, const std::string& variant
   struct Text {
     std::string operator()(const Vector& s) const { return std::to_string(s.size); }
     std::string operator()(const Add& s) const { return std::to_string(s.size); }
+    std::string operator()(const Axpy& s) const { return std::to_string(s.size); }
+    std::string operator()(const Clip& s) const { return std::to_string(s.size); }
+    std::string operator()(const Momentum& s) const {
+      return std::to_string(s.size) + (s.first ? " first" : "") + (s.nesterov ? " nesterov" : "");
+    }
+    std::string operator()(const Adam& s) const { return std::to_string(s.size); }
+    std::string operator()(const CallerLoss&) const { return "the caller's"; }
     std::string operator()(const Linear& s) const { return std::to_string(s.in) + " to " + std::to_string(s.out); }
     std::string operator()(const Conv2d& s) const {
       return join({s.C, s.H, s.W, s.F, s.KH, s.KW, s.stride_h, s.stride_w, s.pad_h, s.pad_w}) + " (C H W F KH KW strides pads)";

@@ -28,12 +28,13 @@ std::map<Op, double> largest_error[2];  // in units of epsilon, by type
 
 // ---------------------------------------------------------------- one case
 
-// Which optional operands are absent: none, all, each alone.
-std::vector<std::set<size_t>> absences(Op op) {
-  const std::vector<Role> role = roles(op);
+// Which optional operands are absent: none, all, each alone. An average b is there except in the first step.
+std::vector<std::set<size_t>> absences(const Case& c) {
+  const std::vector<Role> role = roles(c.op);
+  const auto* momentum = std::get_if<Momentum>(&c.layer);
   std::set<size_t> all;
   for (size_t k = 0; k < role.size(); ++k)
-    if (role[k].optional) all.insert(k);
+    if (role[k].optional && !(momentum && !momentum->first && role[k].name == "b")) all.insert(k);
   std::vector<std::set<size_t>> out{{}};
   if (!all.empty()) out.push_back(all);
   if (all.size() > 1)
@@ -49,7 +50,7 @@ void check(const Case& c) {
   for (size_t k = 0; k < role.size(); ++k)
     for (int64_t t = 0; t < c.tasks; ++t) all.values[k].push_back(draw<T>(c, role[k].name));
 
-  for (const std::set<size_t>& absent : absences(c.op)) {
+  for (const std::set<size_t>& absent : absences(c)) {
     Operands given = all;
     std::string variant = "all operands";
     for (size_t k : absent) {
@@ -113,6 +114,14 @@ void vectors() {
     check_ops({Op::fill_zero, Op::copy, Op::add, Op::sgd_update, Op::scale_by_rate, Op::rate_grad, Op::adjoint_update}, Vector{size}, 1,
               tasks);
     check_ops({Op::cg_start, Op::cg_step, Op::cg_residual}, Vector{size}, 1, 3);
+    check_ops({Op::proximal}, Vector{size}, 1, 3);
+    check_ops({Op::axpy}, Axpy{size, 0.7}, 1, 3);
+    check_ops({Op::clip_value, Op::clip_value_adjoint}, Clip{size, 0.6}, 1, 3);
+    for (double limit : {0.4, 1e3}) check_ops({Op::clip_norm, Op::clip_norm_adjoint}, Clip{size, limit}, 1, 3);
+    for (bool nesterov : {false, true})
+      for (bool first : {false, true})
+        check_ops({Op::momentum_update, Op::momentum_adjoint}, Momentum{size, 0.9, nesterov ? 0.0 : 0.2, nesterov, first}, 1, 3);
+    for (double decay : {0.0, 0.1}) check_ops({Op::adam_update, Op::adam_adjoint}, Adam{size, 0.9, 0.99, 1e-3, decay, 2}, 1, 3);
   }
   check_ops({Op::cg_start, Op::cg_step}, Vector{4100}, 1, 2);
   check_ops({Op::add}, Add{33}, 3, 2);
@@ -298,6 +307,7 @@ void trees() {
 
 void coverage() {
   for (int op = 0; op < kOps; ++op) {
+    if (is_callers(static_cast<Op>(op))) continue;
     const std::string name = op_name(static_cast<Op>(op));
     report(cuda_emulated_ops(4).run[op] && cuda_emulated_ops(8).run[op], name + " is in the table");
     report(largest_error[0].count(static_cast<Op>(op)) > 0, name + " was tested");

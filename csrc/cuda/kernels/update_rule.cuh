@@ -46,9 +46,7 @@ template <class T>
 struct ClipValue {
   static constexpr int kOut = 1, kIn = 1;
   T limit;
-  __device__ void operator()(T (&clipped)[1], const T (&g)[1]) const {
-    clipped[0] = g[0] > limit ? limit : g[0] < -limit ? -limit : g[0];
-  }
+  __device__ void operator()(T (&clipped)[1], const T (&g)[1]) const { clipped[0] = g[0] > limit ? limit : g[0] < -limit ? -limit : g[0]; }
 };
 
 // u_raw = u where |g| <= limit, else 0
@@ -172,8 +170,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // u_raw = limit / n (u - ghat <ghat, u>) with ghat = g / n, where n > limit; the entries that do not count are scaled too
 template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads) clip_norm_adjoint(PerTask<T> u_raw, PerTask<const T> u, PerTask<const T> g,
-                                                              PerTask<const T> mask, double limit, int size, bool wide) {
+__global__ void __launch_bounds__(kThreads)
+    clip_norm_adjoint(PerTask<T> u_raw, PerTask<const T> u, PerTask<const T> g, PerTask<const T> mask, double limit, int size, bool wide) {
   const int64_t task = blockIdx.x;
   double sums[2];
   clip_sums<T>(sums, g.of(task), u.of(task), mask.of(task), size, wide);
