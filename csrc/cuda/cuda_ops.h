@@ -1,21 +1,16 @@
-// The tables of the CUDA backend, on a device and emulated on the host, and the functions that fill them, by op family.
+// The functions that fill the tables of cuda_tables.h, by op family.
 #pragma once
 
+#include "cuda/cuda_tables.h"
 #include "cuda/device.h"
-#include "ops/ops.h"
 
-namespace fastmaml {
-
-const OpTable& cuda_ops(size_t real_bytes);
-const OpTable& cuda_emulated_ops(size_t real_bytes);
-
-namespace FASTMAML_CUDA_NS {
+namespace fastmaml::FASTMAML_CUDA_NS {
 
 template <class T>
 void add_vector_ops(OpTable& table);  // vector.cu
-template <class T>
+template <class T, Precision precision = Precision::float32>
 void add_linear_ops(OpTable& table);  // linear.cu
-template <class T>
+template <class T, Precision precision = Precision::float32>
 void add_conv2d_ops(OpTable& table);  // conv2d.cu
 template <class T>
 void add_batch_norm_ops(OpTable& table);  // batch_norm.cu
@@ -30,5 +25,4 @@ void add_loss_ops(OpTable& table);  // loss.cu
 template <class T>
 void add_update_ops(OpTable& table);  // updates.cu
 
-}  // namespace FASTMAML_CUDA_NS
-}  // namespace fastmaml
+}  // namespace fastmaml::FASTMAML_CUDA_NS
