@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "cuda/cuda_tables.h"
+
 namespace fastmaml {
 namespace {
 
@@ -130,8 +132,14 @@ Memory memory_named(const std::string& name) {
 const OpTable& table_named(const std::string& backend, size_t real_bytes) {
   using Tables = const OpTable& (*)(size_t);
   const auto reference = [](size_t) -> const OpTable& { return reference_ops(); };
-  const std::pair<const char*, Tables> known[] = {{"cpu", cpu_ops}, {"reference", reference}, {"cuda_emulated", cuda_emulated_ops}};
-  return named<Tables>("backend", backend, {known[0], known[1], known[2]})(real_bytes);
+  return named<Tables>("backend", backend,
+                       {
+                           {"cpu", cpu_ops},
+                           {"reference", reference},
+#ifdef __linux__  // the emulator reads ELF symbols
+                           {"cuda_emulated", cuda_emulated_ops},
+#endif
+                       })(real_bytes);
 }
 
 std::shared_ptr<const Program> program_of(const std::string& text) {

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cuda/kernels/columns.cuh"
-#include "cuda/kernels/gemm_tile.cuh"
+#include "cuda/kernels/gemm_tensor.cuh"
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
@@ -54,6 +54,16 @@ struct Tiles<double, dual, weight> {  // for gradient checks: one size
   using Large = Tile<32, 32, 4, 4>;
   using Medium = Large;
   using Small = Large;
+};
+
+// Tensor cores take the products of large and medium tiles.
+template <bool dual, bool weight>
+struct TensorTiles {
+  using Any = TensorTile<64, 64, 32, 32>;
+};
+template <>
+struct TensorTiles<false, false> {
+  using Any = TensorTile<128, 64, 32, 64>;
 };
 
 struct Parts {

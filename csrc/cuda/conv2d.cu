@@ -7,7 +7,9 @@
 namespace fastmaml::FASTMAML_CUDA_NS {
 namespace {
 
+template <Precision precision>
 struct ConvProducts {
+  static constexpr Precision kPrecision = precision;
   const Conv2d& s;
   const int64_t N, in, out;
 
@@ -19,9 +21,9 @@ struct ConvProducts {
   ProductSize forward_size() const { return {N * s.OH * s.OW, s.F, s.KH * s.KW * s.C}; }
   ProductSize backward_data_size() const { return {N * s.H * s.W, s.C, s.KH * s.KW * s.F}; }
   ProductSize backward_weight_size() const { return {s.KH * s.KW * s.C, s.F, N * s.OH * s.OW}; }
-  ConvForward forward() const { return {sizes()}; }
-  ConvBackwardData backward_data() const { return {sizes()}; }
-  ConvBackwardWeight backward_weight() const { return {sizes()}; }
+  ConvForward forward() const { return ConvForward{sizes()}; }
+  ConvBackwardData backward_data() const { return ConvBackwardData{sizes()}; }
+  ConvBackwardWeight backward_weight() const { return ConvBackwardWeight{sizes()}; }
 
   ConvSizes sizes() const {
     return {int(N),    int(s.C),  int(s.H),        int(s.W),        int(s.F),     int(s.OH),   int(s.OW),
@@ -31,34 +33,41 @@ struct ConvProducts {
 
 bool is_linear(const Conv2d& s) { return s.KH == 1 && s.KW == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h == 0 && s.pad_w == 0; }
 
-template <class T>
+template <class T, Precision precision>
 const OpTable& linear_table() {
   static const OpTable table = [] {
     OpTable linear;
-    add_linear_ops<T>(linear);
+    add_linear_ops<T, precision>(linear);
     return linear;
   }();
   return table;
 }
 
-template <class T, int op>
+template <class T, Precision precision, int op>
 void run(const Call& call) {
   const Conv2d& s = call.shape<Conv2d>();
-  if (!is_linear(s)) return product_ops<T, ConvProducts>[op](call);
+  if (!is_linear(s)) return product_ops<T, ConvProducts<precision>>[op](call);
   const Layer layer = Linear{s.C, s.F};
   Step step = call.step;
   step.examples *= s.H * s.W;
-  linear_table<T>().run[static_cast<int>(Op::linear_fwd) + op]({step, layer, call.operand, call.tasks, call.scratch, call.stream});
+  linear_table<T, precision>().run[static_cast<int>(Op::linear_fwd) + op](
+      {step, layer, call.operand, call.tasks, call.scratch, call.stream});
+}
+
+template <class T, Precision precision, int... op>
+void add_ops(OpTable& table, std::integer_sequence<int, op...>) {
+  add_product_ops<T, ConvProducts<precision>>(table, Op::conv2d_fwd, {run<T, precision, op>...});
 }
 
 }  // namespace
 
-template <class T>
+template <class T, Precision precision>
 void add_conv2d_ops(OpTable& table) {
-  add_product_ops<T, ConvProducts>(table, Op::conv2d_fwd,
-                                   {run<T, 0>, run<T, 1>, run<T, 2>, run<T, 3>, run<T, 4>, run<T, 5>, run<T, 6>, run<T, 7>});
+  add_ops<T, precision>(table, std::make_integer_sequence<int, kProductOps>());
 }
-template void add_conv2d_ops<float>(OpTable&);
-template void add_conv2d_ops<double>(OpTable&);
+template void add_conv2d_ops<float, Precision::float32>(OpTable&);
+template void add_conv2d_ops<float, Precision::tf32>(OpTable&);
+template void add_conv2d_ops<float, Precision::tf32x3>(OpTable&);
+template void add_conv2d_ops<double, Precision::float32>(OpTable&);
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS

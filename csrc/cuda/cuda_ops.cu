@@ -29,13 +29,32 @@ const OpTable& table(size_t real_bytes, const char* backend) {
   return real_bytes == sizeof(float) ? floats : doubles;
 }
 
+template <Precision precision>
+const OpTable& tensor_table(const char* backend) {
+  static const OpTable floats = [=] {
+    OpTable table = make_table<float>(backend);
+    add_linear_ops<float, precision>(table);
+    add_conv2d_ops<float, precision>(table);
+    return table;
+  }();
+  return floats;
+}
+
+const OpTable& table(Precision precision, const char* backend) {
+  if (precision == Precision::tf32) return tensor_table<Precision::tf32>(backend);
+  if (precision == Precision::tf32x3) return tensor_table<Precision::tf32x3>(backend);
+  return table(sizeof(float), backend);
+}
+
 }  // namespace
 }  // namespace FASTMAML_CUDA_NS
 
 #ifdef FASTMAML_EMULATED
 const OpTable& cuda_emulated_ops(size_t real_bytes) { return cuda_emulated::table(real_bytes, "cuda_emulated"); }
+const OpTable& cuda_emulated_tensor_ops(Precision precision) { return cuda_emulated::table(precision, "cuda_emulated"); }
 #else
 const OpTable& cuda_ops(size_t real_bytes) { return cuda::table(real_bytes, "cuda"); }
+const OpTable& cuda_tensor_ops(Precision precision) { return cuda::table(precision, "cuda"); }
 #endif
 
 }  // namespace fastmaml

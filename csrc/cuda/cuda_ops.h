@@ -1,16 +1,16 @@
-// The functions that fill the tables of the CUDA backend (ops/ops.h), by op family.
+// The functions that fill the tables of cuda_tables.h, by op family.
 #pragma once
 
+#include "cuda/cuda_tables.h"
 #include "cuda/device.h"
-#include "ops/ops.h"
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
 template <class T>
 void add_vector_ops(OpTable& table);  // vector.cu
-template <class T>
+template <class T, Precision precision = Precision::float32>
 void add_linear_ops(OpTable& table);  // linear.cu
-template <class T>
+template <class T, Precision precision = Precision::float32>
 void add_conv2d_ops(OpTable& table);  // conv2d.cu
 template <class T>
 void add_batch_norm_ops(OpTable& table);  // batch_norm.cu

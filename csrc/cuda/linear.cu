@@ -6,7 +6,9 @@
 namespace fastmaml::FASTMAML_CUDA_NS {
 namespace {
 
+template <Precision precision>
 struct LinearProducts {
+  static constexpr Precision kPrecision = precision;
   const int64_t N, in, out;
 
   explicit LinearProducts(const Call& call) : LinearProducts(call.step, call.layer) {}
@@ -25,11 +27,13 @@ struct LinearProducts {
 
 }  // namespace
 
-template <class T>
+template <class T, Precision precision>
 void add_linear_ops(OpTable& table) {
-  add_product_ops<T, LinearProducts>(table, Op::linear_fwd, product_ops<T, LinearProducts>);
+  add_product_ops<T, LinearProducts<precision>>(table, Op::linear_fwd, product_ops<T, LinearProducts<precision>>);
 }
-template void add_linear_ops<float>(OpTable&);
-template void add_linear_ops<double>(OpTable&);
+template void add_linear_ops<float, Precision::float32>(OpTable&);
+template void add_linear_ops<float, Precision::tf32>(OpTable&);
+template void add_linear_ops<float, Precision::tf32x3>(OpTable&);
+template void add_linear_ops<double, Precision::float32>(OpTable&);
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS

@@ -1,5 +1,5 @@
-// What linear.cu and conv2d.cu share: the eight ops of a layer y = x * w + b, given by a Family: sizes, and Forms of the tile engine
-// (kernels/gemm_tile.cuh). The operands have the same roles in both families (program/op.h).
+// What linear.cu and conv2d.cu share: the eight ops of a layer y = x * w + b, given by a Family: precision, sizes, and Forms of the tile
+// engine (kernels/gemm_tile.cuh). The operands have the same roles in both families (program/op.h).
 #pragma once
 
 #include <algorithm>
@@ -11,25 +11,30 @@
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
-template <class T, class Tile, bool dual, class Form>
-void launch_product(const Form& form, const Product<T>& p, int64_t cols, int64_t tasks, uintptr_t stream) {
+template <class Work>
+void launch_product(const typename Work::Form& form, const Product<typename Work::T>& p, int64_t cols, int64_t tasks, uintptr_t stream) {
+  using Tile = typename Work::Tile;
   const int row_tiles = form.row_tiles(Tile::kRows), col_tiles = int((cols + Tile::kCols - 1) / Tile::kCols);
   const int64_t blocks = tasks * p.parts * row_tiles * col_tiles;
   if (blocks > INT32_MAX) throw std::invalid_argument("a product needs more than 2^31 blocks: use fewer tasks at once");
-  launch(product<T, Tile, Form, dual>, dim3(unsigned(blocks)), dim3(Tile::kThreads), TileProduct<T, Tile, Form, dual>::kSharedBytes, stream,
-         form, p, row_tiles, col_tiles);
+  launch(product<Work>, dim3(unsigned(blocks)), dim3(Tile::kThreads), Work::kSharedBytes, stream, form, p, row_tiles, col_tiles);
 }
 
-template <class T, bool dual, bool weight, class Form>
+template <class Family, bool dual, bool weight, class T, class Form>
 void launch_product(TileSize tile, const Form& form, const Product<T>& p, int64_t cols, int64_t tasks, uintptr_t stream) {
   using Choice = Tiles<T, dual, weight>;
+  if constexpr (Family::kPrecision != Precision::float32) {
+    using Tensor = typename TensorTiles<dual, weight>::Any;
+    if (tile != TileSize::small)
+      return launch_product<TensorProduct<Tensor, Form, dual, Family::kPrecision == Precision::tf32x3>>(form, p, cols, tasks, stream);
+  }
   switch (tile) {
     case TileSize::large:
-      return launch_product<T, typename Choice::Large, dual>(form, p, cols, tasks, stream);
+      return launch_product<TileProduct<T, typename Choice::Large, Form, dual>>(form, p, cols, tasks, stream);
     case TileSize::medium:
-      return launch_product<T, typename Choice::Medium, dual>(form, p, cols, tasks, stream);
+      return launch_product<TileProduct<T, typename Choice::Medium, Form, dual>>(form, p, cols, tasks, stream);
     case TileSize::small:
-      return launch_product<T, typename Choice::Small, dual>(form, p, cols, tasks, stream);
+      return launch_product<TileProduct<T, typename Choice::Small, Form, dual>>(form, p, cols, tasks, stream);
   }
 }
 
@@ -41,7 +46,7 @@ void forward(const Call& call, Product<T> p) {
   p.wide_b = wide(p.b[0], layer.out) && wide(p.b[1], layer.out);
   p.wide_out = wide(p.out[0], layer.out) && wide(p.out[1], layer.out);
   const ProductSize size = layer.forward_size();
-  launch_product<T, dual, false>(choose_tile(size), layer.forward(), p, size.cols, call.tasks, call.stream);
+  launch_product<Family, dual, false>(choose_tile(size), layer.forward(), p, size.cols, call.tasks, call.stream);
 }
 
 template <class T, class Family>
@@ -93,8 +98,9 @@ void backward_data(const Call& call, Product<T> p) {
   const Family layer(call);
   p.wide_a = wide(p.a[0], layer.out) && wide(p.a[1], layer.out);
   p.wide_b = wide(p.b[0], layer.out) && wide(p.b[1], layer.out);
+  p.wide_out = wide(p.out[0], layer.in) && wide(p.out[1], layer.in);
   const ProductSize size = layer.backward_data_size();
-  launch_product<T, dual, false>(choose_tile(size), layer.backward_data(), p, size.cols, call.tasks, call.stream);
+  launch_product<Family, dual, false>(choose_tile(size), layer.backward_data(), p, size.cols, call.tasks, call.stream);
 }
 
 template <class T, class Family>
@@ -159,7 +165,7 @@ void backward_weight(const Call& call, Product<T> p) {
   const WeightParts<T> cut(size);
   const auto run = [&](int64_t tasks) {
     p.wide_out = wide(p.out[0], layer.out) && p.part_stride % kChunk<T> == 0;
-    launch_product<T, false, true>(choose_weight_tile(size), layer.backward_weight(), p, size.cols, tasks, call.stream);
+    launch_product<Family, false, true>(choose_weight_tile(size), layer.backward_weight(), p, size.cols, tasks, call.stream);
   };
   if (cut.parts.count == 1) return run(call.tasks);
 

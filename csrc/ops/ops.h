@@ -72,8 +72,6 @@ struct OpTable {
 
 const OpTable& reference_ops();             // float64, plain loops: the definition
 const OpTable& cpu_ops(size_t real_bytes);  // the best instruction set of this machine, or set_cpu_isa's
-const OpTable& cuda_ops(size_t real_bytes);
-const OpTable& cuda_emulated_ops(size_t real_bytes);  // the same kernels, run on the host (cuda/emulated)
 
 // Runs body(0) .. body(n - 1), in any order, possibly at the same time. The caller owns the threads.
 using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t)>& body)>;

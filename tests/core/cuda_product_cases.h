@@ -19,8 +19,26 @@ inline ProductCase conv(int64_t tasks, int64_t N, int64_t H, int64_t W, int64_t 
   return {Conv2d{C, H, W, F, OH, OW, KH, KW, stride_h, stride_w, pad_h, pad_w}, N, tasks};
 }
 
-inline std::vector<ProductCase> product_cases() {
+// From 1024 rows on choose.h takes larger tiles, and cuts the sums of weight gradients in parts.
+inline std::vector<ProductCase> large_product_cases() {
   return {
+      {Linear{36, 40}, 1025, 2},                     // large tiles
+      {Linear{33, 34}, 1026, 1},                     // and without chunks
+      {Linear{36, 32}, 1040, 1},                     // medium tiles
+      {Linear{3, 31}, 1153, 1},                      // and without chunks
+      {Linear{2, 3}, 1563, 5},                       // more tasks than share the scratch
+      conv(1, 5, 15, 14, 4, 36, 3, 3, 1, 1, 1, 1),   // large tiles
+      conv(1, 5, 16, 15, 33, 34, 1, 2, 1, 1, 0, 0),  // and without chunks
+      conv(1, 6, 14, 13, 4, 32, 3, 3, 1, 1, 1, 1),   // medium tiles
+      conv(1, 7, 13, 13, 37, 5, 1, 2, 1, 1, 0, 0),   // and without chunks
+      conv(1, 5, 17, 15, 36, 4, 3, 3, 2, 2, 1, 1),   // large tiles in phases
+      conv(1, 5, 16, 16, 1, 3, 3, 3, 1, 1, 1, 1),    // a long sum of small tiles
+  };
+}
+
+inline std::vector<ProductCase> product_cases() {
+  std::vector<ProductCase> cases = large_product_cases();
+  const std::vector<ProductCase> small = {
       {Linear{1, 1}, 1, 1},
       {Linear{3, 2}, 5, 3},
       {Linear{5, 31}, 33, 2},
@@ -29,31 +47,22 @@ inline std::vector<ProductCase> product_cases() {
       {Linear{33, 65}, 31, 2},
       {Linear{40, 40}, 10, 3},
       {Linear{65, 5}, 65, 2},
-      {Linear{36, 40}, 1025, 2},                     // large tiles, long sums in parts
-      {Linear{33, 34}, 1026, 1},                     // and without chunks
-      {Linear{36, 32}, 1040, 1},                     // medium tiles
-      {Linear{3, 31}, 1153, 1},                      // and without chunks
-      {Linear{2, 3}, 1563, 5},                       // more tasks than share the scratch
-      conv(2, 2, 5, 4, 3, 5, 3, 3, 1, 1, 1, 1),      //
-      conv(3, 1, 7, 7, 1, 4, 3, 3, 1, 1, 1, 1),      // one channel
-      conv(2, 3, 6, 5, 4, 8, 3, 3, 1, 1, 0, 0),      // no padding
-      conv(2, 2, 7, 6, 4, 33, 3, 3, 2, 2, 1, 1),     // phases
-      conv(1, 2, 9, 8, 5, 3, 3, 3, 2, 2, 0, 1),      //
-      conv(2, 2, 5, 5, 8, 4, 1, 1, 1, 1, 0, 0),      // a linear layer on pixels
-      conv(2, 3, 5, 5, 4, 4, 1, 1, 2, 2, 0, 0),      // pixels that no tap reaches
-      conv(1, 2, 4, 5, 3, 3, 1, 1, 1, 1, 1, 1),      //
-      conv(2, 1, 8, 9, 2, 3, 5, 2, 3, 1, 2, 0),      // another size, stride and padding each way
-      conv(1, 1, 4, 4, 3, 2, 4, 4, 1, 1, 0, 0),      // one output pixel
-      conv(1, 2, 1, 1, 5, 6, 3, 3, 1, 1, 1, 1),      // one input pixel
-      conv(1, 1, 2, 3, 65, 31, 3, 3, 1, 1, 1, 1),    //
-      conv(1, 1, 7, 3, 2, 2, 2, 2, 5, 4, 1, 1),      // strides beyond the kernel
-      conv(1, 5, 15, 14, 4, 36, 3, 3, 1, 1, 1, 1),   // large tiles
-      conv(1, 5, 16, 15, 33, 34, 1, 2, 1, 1, 0, 0),  // and without chunks
-      conv(1, 6, 14, 13, 4, 32, 3, 3, 1, 1, 1, 1),   // medium tiles
-      conv(1, 7, 13, 13, 37, 5, 1, 2, 1, 1, 0, 0),   // and without chunks
-      conv(1, 5, 17, 15, 36, 4, 3, 3, 2, 2, 1, 1),   // large tiles in phases
-      conv(1, 5, 16, 16, 1, 3, 3, 3, 1, 1, 1, 1),    // a long sum of small tiles
+      conv(2, 2, 5, 4, 3, 5, 3, 3, 1, 1, 1, 1),    //
+      conv(3, 1, 7, 7, 1, 4, 3, 3, 1, 1, 1, 1),    // one channel
+      conv(2, 3, 6, 5, 4, 8, 3, 3, 1, 1, 0, 0),    // no padding
+      conv(2, 2, 7, 6, 4, 33, 3, 3, 2, 2, 1, 1),   // phases
+      conv(1, 2, 9, 8, 5, 3, 3, 3, 2, 2, 0, 1),    //
+      conv(2, 2, 5, 5, 8, 4, 1, 1, 1, 1, 0, 0),    // a linear layer on pixels
+      conv(2, 3, 5, 5, 4, 4, 1, 1, 2, 2, 0, 0),    // pixels that no tap reaches
+      conv(1, 2, 4, 5, 3, 3, 1, 1, 1, 1, 1, 1),    //
+      conv(2, 1, 8, 9, 2, 3, 5, 2, 3, 1, 2, 0),    // another size, stride and padding each way
+      conv(1, 1, 4, 4, 3, 2, 4, 4, 1, 1, 0, 0),    // one output pixel
+      conv(1, 2, 1, 1, 5, 6, 3, 3, 1, 1, 1, 1),    // one input pixel
+      conv(1, 1, 2, 3, 65, 31, 3, 3, 1, 1, 1, 1),  //
+      conv(1, 1, 7, 3, 2, 2, 2, 2, 5, 4, 1, 1),    // strides beyond the kernel
   };
+  cases.insert(cases.end(), small.begin(), small.end());
+  return cases;
 }
 
 }  // namespace fastmaml

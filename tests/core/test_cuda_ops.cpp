@@ -6,6 +6,7 @@
 #include <set>
 #include <stdexcept>
 
+#include "cuda/cuda_tables.h"
 #include "cuda_op_runs.h"
 #include "cuda_product_cases.h"
 
@@ -43,13 +44,19 @@ std::vector<std::set<size_t>> absences(const Case& c) {
 }
 
 template <class T>
+Operands draw_all(const Case& c) {
+  Operands all;
+  for (const Role& role : roles(c.op)) {
+    all.values.emplace_back();
+    for (int64_t t = 0; t < c.tasks; ++t) all.values.back().push_back(draw<T>(c, role.name));
+  }
+  return all;
+}
+
+template <class T>
 void check(const Case& c) {
   const std::vector<Role> role = roles(c.op);
-  Operands all;
-  all.values.resize(role.size());
-  for (size_t k = 0; k < role.size(); ++k)
-    for (int64_t t = 0; t < c.tasks; ++t) all.values[k].push_back(draw<T>(c, role[k].name));
-
+  const Operands all = draw_all<T>(c);
   for (const std::set<size_t>& absent : absences(c)) {
     Operands given = all;
     std::string variant = "all operands";
@@ -213,17 +220,39 @@ void losses() {
   check_ops({Op::cross_entropy, Op::cross_entropy_jvp}, Loss{Loss::Kind::cross_entropy, 5, 0.0}, 300, 2);
 }
 
+constexpr std::initializer_list<Op> kLinearOps = {Op::linear_fwd,        Op::linear_fwd_jvp,       Op::linear_fwd_dual,
+                                                  Op::linear_bwd_data,   Op::linear_bwd_data_jvp,  Op::linear_bwd_data_dual,
+                                                  Op::linear_bwd_weight, Op::linear_bwd_weight_jvp};
+constexpr std::initializer_list<Op> kConvOps = {Op::conv2d_fwd,        Op::conv2d_fwd_jvp,       Op::conv2d_fwd_dual,
+                                                Op::conv2d_bwd_data,   Op::conv2d_bwd_data_jvp,  Op::conv2d_bwd_data_dual,
+                                                Op::conv2d_bwd_weight, Op::conv2d_bwd_weight_jvp};
+
+const std::initializer_list<Op>& ops_of(const ProductCase& c) { return std::holds_alternative<Linear>(c.layer) ? kLinearOps : kConvOps; }
+
 void products() {
-  for (const ProductCase& c : product_cases()) {
-    if (std::holds_alternative<Linear>(c.layer))
-      check_ops({Op::linear_fwd, Op::linear_fwd_jvp, Op::linear_fwd_dual, Op::linear_bwd_data, Op::linear_bwd_data_jvp,
-                 Op::linear_bwd_data_dual, Op::linear_bwd_weight, Op::linear_bwd_weight_jvp},
-                c.layer, c.N, c.tasks);
-    else
-      check_ops({Op::conv2d_fwd, Op::conv2d_fwd_jvp, Op::conv2d_fwd_dual, Op::conv2d_bwd_data, Op::conv2d_bwd_data_jvp,
-                 Op::conv2d_bwd_data_dual, Op::conv2d_bwd_weight, Op::conv2d_bwd_weight_jvp},
-                c.layer, c.N, c.tasks);
-  }
+  for (const ProductCase& c : product_cases()) check_ops(ops_of(c), c.layer, c.N, c.tasks);
+}
+
+// On tensor cores: operands that keep 10 bits of their mantissa, or 21.
+void tensor_products() {
+  for (const auto& [precision, allowed] : {std::pair{Precision::tf32, 0x1p-9}, {Precision::tf32x3, double(kTolerance<float>)}})
+    for (const ProductCase& sizes : large_product_cases())
+      for (Op op : ops_of(sizes)) {
+        const Case c{op, sizes.layer, sizes.N, sizes.tasks};
+        const std::string name = name_of(c, 4, precision == Precision::tf32 ? "tf32" : "tf32x3");
+        const Operands given = draw_all<float>(c);
+        const auto on_tensor_cores = [&](const How& how) {
+          return run<float>(cuda_emulated_tensor_ops(precision), c, given, how, emu::allocate, emu::free);
+        };
+        const Operands got = on_tensor_cores({});
+        const Worst w = worst(c, got, on_reference(c, given, {}));
+        report(w.error <= allowed, name, w.where);
+        How unaligned;
+        unaligned.aligned = false;
+        emu::set_order(emu::Order::random, 5);
+        report(same_bits(got, 0, on_tensor_cores(unaligned), c.tasks, outputs(op)), name + ": the same bits where nothing is aligned");
+        emu::set_order(emu::Order::ascending);
+      }
 }
 
 // ---------------------------------------------------------------- beside random numbers
@@ -347,6 +376,7 @@ int main(int count, char** names) {
   timed("pools", pools);
   timed("losses", losses);
   timed("products", products);
+  timed("tensor", tensor_products);
   timed("special", [] {
     special_numbers<float>();
     special_numbers<double>();

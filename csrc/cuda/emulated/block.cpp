@@ -125,9 +125,11 @@ void begin_block(size_t warps) {
 
 void open_barrier() {
   const Thread& first = block.threads.front();
-  for (const Thread& t : block.threads)
-    if (t.where.line() != first.where.line() || std::strcmp(t.where.file_name(), first.where.file_name()))
+  for (const Thread& t : block.threads) {
+    const char *file = t.where.file_name(), *of_first = first.where.file_name();
+    if (t.where.line() != first.where.line() || (file != of_first && std::strcmp(file, of_first)))
       fail("divergent barrier: " + at(first) + ", but " + at(t));
+  }
   for (Thread& t : block.threads) t.waits = nullptr;
   block.result = block.votes;
   block.at_barrier = block.votes = 0;

@@ -1,5 +1,12 @@
-// What launchers, tests and bindings ask of the emulator, beside launching: the order of threads, guarded buffers, what was launched.
-// Kernels see cuda_emu.h.
+// What tests and bindings ask of the emulator, beside launching: the order of threads, guarded buffers, what was launched. Kernels see
+// cuda_emu.h.
+//
+// A launch that goes wrong throws std::runtime_error with the kernel, the block, the thread and one sentence. Every build finds
+// deadlocks, divergent barriers, masks that name lanes that returned, accesses outside of allocate()'s buffers and of dynamic shared
+// memory, indices outside of arrays, misaligned vectors and cp.async without a wait (the values are NaN until then); the race build
+// also races, and touches of cp.async's target before its wait. No build sees the GPU's rounding of fast intrinsics, its weak order of
+// memory, coalescing or registers. A pointer that leaves one __shared__ array for its neighbour goes unnoticed, a loop that never
+// ends is not interrupted.
 #pragma once
 
 #include <cstddef>

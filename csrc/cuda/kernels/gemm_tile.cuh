@@ -39,7 +39,8 @@ template <class T, class Source, int rows, int per_thread, int threads>
 class Operand {
  public:
   static constexpr bool kAlongK = Source::kOrder == Order::along_k;
-  static constexpr int kStride = kAlongK ? kDepth + kChunk<T> : rows;  // with the padding, chunks of 8 neighbours meet all 32 banks
+  // With this padding, chunks of 8 neighbours along_k meet all 32 banks, and so do 8 rows of 4 k's along_rows (tensor cores read them).
+  static constexpr int kStride = kAlongK ? kDepth + kChunk<T> : rows + 8;
   static constexpr int kSize = (kAlongK ? rows : kDepth) * kStride;
 
   __device__ Operand(const Source& source, bool wide) : source_(source), wide_(wide), first_(source.row(kAlongK ? 0 : across())) {}
@@ -59,6 +60,8 @@ class Operand {
   static __device__ int row(int place, int i) {
     return kAlongK ? i * kAcross + place : (i / kChunk<T> * kAcross + place) * kChunk<T> + i % kChunk<T>;
   }
+
+  static __device__ T at(const T* tile, int row, int k) { return tile[kAlongK ? row * kStride + k : k * kStride + row]; }
 
   // values[s][i] = the element of row(place, i) at k + s
   static __device__ void read(T (&values)[kChunk<T>][per_thread], const T* tile, int place, int k) {
@@ -147,8 +150,11 @@ __device__ __forceinline__ void add_outer_products(T (&sum)[rows][cols], const T
 // What a block of a product works on: a Form makes it from the block's place in the grid.
 //   Form::Block<Tile> has a source of each operand (a, b), `depth`, cols and first_col, and out_row(r), negative outside of `out`.
 //   Form::kTable numbers of 16 bytes a row help it to remember where rows lie.
-template <class T, class Tile, class Form, bool dual>
+template <class T_, class Tile_, class Form_, bool dual>
 struct TileProduct {
+  using T = T_;
+  using Tile = Tile_;
+  using Form = Form_;
   using Block = typename Form::template Block<Tile>;
   using A = Operand<T, typename Block::A, Tile::kRows, Tile::kThreadRows, Tile::kThreads>;
   using B = Operand<T, typename Block::B, Tile::kCols, Tile::kThreadCols, Tile::kThreads>;
@@ -212,10 +218,14 @@ struct TileProduct {
   }
 };
 
-// The block's place is blockIdx.x = ((task * parts + part) * row_tiles + row_tile) * col_tiles + col_tile.
-template <class T, class Tile, class Form, bool dual>
-__global__ void __launch_bounds__(Tile::kThreads) product(const Form form, const Product<T> p, const int row_tiles, const int col_tiles) {
-  using Work = TileProduct<T, Tile, Form, dual>;
+// The block's place is blockIdx.x = ((task * parts + part) * row_tiles + row_tile) * col_tiles + col_tile. Work: TileProduct, or
+// TensorProduct of gemm_tensor.cuh.
+template <class Work>
+__global__ void __launch_bounds__(Work::Tile::kThreads)
+    product(const typename Work::Form form, const Product<typename Work::T> p, const int row_tiles, const int col_tiles) {
+  using T = typename Work::T;
+  using Tile = typename Work::Tile;
+  using Form = typename Work::Form;
   using A = typename Work::A;
   using B = typename Work::B;
   FASTMAML_SHARED;
@@ -239,7 +249,7 @@ __global__ void __launch_bounds__(Tile::kThreads) product(const Form form, const
       b_tile.start_at(first);
     }
     T* const to = tiles + step % 2 * Work::kStage;
-    if constexpr (dual) {
+    if constexpr (Work::kSets == 2) {
       a_tile.copy(to, a);
       b_tile.copy(to + 2 * A::kSize, b);
     } else {
