@@ -119,14 +119,13 @@ void network(const std::string& name, const std::string& text) {
   Adaptation how;
   how.support_examples = 5;
   how.query_examples = 3;
-  how.inner_steps = 2;
-  how.rate_grad = true;
+  how.loop = InnerLoop::parse("steps=2 rate_grad=1");
   check_both(name + " low memory", meta_gradient_schedule(net, how));
   how.stash = true;
   how.rates_per_step = true;
   how.support_weights = true;
   check_both(name + " stash", meta_gradient_schedule(net, how));
-  how.first_order = true;
+  how.loop = InnerLoop::parse("steps=2 order=0 rate_grad=1");
   check_both(name + " first order", meta_gradient_schedule(net, how));
   if (!net.uses_support_stats()) check_both(name + " conjugate gradients", conjugate_gradient_schedule(net, 5, false, 3));
 }
