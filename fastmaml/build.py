@@ -84,6 +84,8 @@ def compilations(csrc: Path, bindings: bool = True) -> list[Compilation]:
         includes = ("-isystem", str(torch_folder() / "include"), "-isystem", sysconfig.get_paths()["include"])
         for source in sorted((csrc / "bindings").glob("*.cpp")):
             flags = ("-O2", f"-DTORCH_TARGET_VERSION={TORCH_ABI}", *includes)
+            if source.stem == "backends":  # holds the CUDA library to the same sources
+                flags += (f"-DFASTMAML_STAMP={stamp()}",)
             result.append(Compilation(source, f"bindings/{source.stem}.o", flags))
         if sys.platform == "linux":  # the emulator reads ELF symbols
             result += _emulated(csrc)

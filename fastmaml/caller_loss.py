@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from fastmaml.losses import Given, LossFunction, weighted
 from fastmaml.sweep import Examples
@@ -39,12 +39,15 @@ class CallerLoss:
         """
         raised: list[BaseException] = []
 
-        def answer(of_query: bool, first: int, z: Any, z_dot: Any, loss_out: Any, dz_out: Any) -> None:
+        def answer(
+            of_query: bool, first: int, z: Any, z_dot: Any, loss_out: Any, dz_out: Any, backend: str = ""
+        ) -> None:
             try:
                 given = query if of_query else support
                 assert given is not None
+                arrays = (_tensor(array, backend, given.x.device) for array in (z, z_dot, loss_out, dz_out))
                 with torch.no_grad():
-                    self._answer(given, first, _tensor(z), _tensor(z_dot), _tensor(loss_out), _tensor(dz_out))
+                    self._answer(given, first, *arrays)
             except BaseException as error:
                 raised.append(error)
                 raise
@@ -73,5 +76,19 @@ class CallerLoss:
             dz_out.copy_(self._tasks.hvp(first, z, z_dot, y, w)[1])
 
 
-def _tensor(array: Any) -> Tensor | None:
-    return None if array is None else torch.from_numpy(array)
+class _Memory:
+    """A device's memory by its array interface; `cuda_emulated`'s is the host's."""
+
+    def __init__(self, interface: dict[str, Any], backend: str):
+        name = "__array_interface__" if backend == "cuda_emulated" else "__cuda_array_interface__"
+        setattr(self, name, interface)
+
+
+def _tensor(array: Any, backend: str, device: torch.device) -> Any:
+    if array is None:
+        return None
+    if not isinstance(array, dict):
+        return torch.from_numpy(array)
+    if backend == "cuda_emulated":
+        return torch.from_numpy(np.asarray(_Memory(array, backend)))
+    return torch.as_tensor(_Memory(array, backend), device=device)

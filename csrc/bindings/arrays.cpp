@@ -3,11 +3,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 
+#include "bindings/backends.h"
 #include "bindings/caller_loss.h"
-#include "bindings/threads.h"
 #include "meta/step_rows.h"
 #include "program/param_layout.h"
 
@@ -40,12 +39,6 @@ void expect_sizes(const char* name, const Tensor& x, const Sizes& expected) {
   if (sizes_of(x) != expected) throw std::invalid_argument(described(name, x) + " must be " + to_string(expected));
 }
 
-void expect_cpu(const char* name, const Tensor& x) {
-  if (!x.is_cpu()) throw std::invalid_argument(described(name, x) + " must be on the CPU for the cpu and reference backends");
-}
-
-Tensor empty(const Sizes& sizes, ScalarType type) { return stable::empty(sizes, type); }
-
 void* data_of(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
 
 bool interleaved(const Shape& shape) { return shape.image && shape.C > 1 && shape.H * shape.W > 1; }
@@ -55,38 +48,31 @@ Tensor swapped(const Tensor& x, int64_t rows, int64_t a, int64_t b) {
   return stable::contiguous(stable::transpose(stable::view(x, {rows, a, b}), 1, 2));
 }
 
-template <class T>
-void params_both_ways(const std::vector<Param>& params, bool from_torch, void* to, const void* from, int64_t count) {
-  const int64_t size = size_of(params);
-  in_parallel(count, [&](int64_t i) {
-    T* target = static_cast<T*>(to) + i * size;
-    const T* source = static_cast<const T*>(from) + i * size;
-    if (from_torch)
-      params_from_torch(params, target, source, 1);
-    else
-      params_to_torch(params, target, source, 1);
-  });
-}
-
 }  // namespace
 
-Arrays::Arrays(std::string text, const std::string& backend, const Tensor& params) : text_(std::move(text)), program_(program_of(text_)) {
-  expect_cpu("params", params);
-  callers_type_ = params.scalar_type();
+Arrays::Arrays(std::string text, const std::string& backend, const Tensor& params)
+    : text_(std::move(text)),
+      program_(program_of(text_)),
+      callers_type_(params.scalar_type()),
+      callers_device_(params.device()) {
   if (callers_type_ != ScalarType::Float && callers_type_ != ScalarType::Double)
     throw std::invalid_argument(described("params", params) + " must be float32 or float64");
   table_ = &table_named(backend, callers_type_ == ScalarType::Float ? sizeof(float) : sizeof(double));
+  space_ = space_for(*table_, described("params", params).c_str(), params);
 }
 
 // ---------------------------------------------------------------- inputs
 
+void Arrays::expect_place(const char* name, const Tensor& x) const {
+  if (x.device() != callers_device_) throw std::invalid_argument(described(name, x) + " is not on the device of the parameters");
+}
+
 Tensor Arrays::real(const char* name, const Tensor& x) {
-  expect_cpu(name, x);
+  expect_place(name, x);
   if (x.scalar_type() != callers_type_)
     throw std::invalid_argument(described(name, x) + " must have the type of the parameters, " +
                                 (callers_type_ == ScalarType::Float ? "float32" : "float64"));
-  const ScalarType type = element_bytes() == sizeof(float) ? ScalarType::Float : ScalarType::Double;
-  return stable::contiguous(type == callers_type_ ? x : stable::to(x, type));
+  return stable::contiguous(type() == callers_type_ ? x : stable::to(x, type()));
 }
 
 void Arrays::bind(Arg arg, void* data, int64_t task_stride) { args_[static_cast<int>(arg)] = {data, task_stride, 1}; }
@@ -117,13 +103,14 @@ int64_t Arrays::examples(Arg arg, const char* name, const Tensor& x) {
 void Arrays::targets(Arg arg, const char* name, const Tensor& y, int64_t examples) {
   if (program_->loss.kind == Loss::Kind::caller) return;  // whose loss holds them
   if (program_->loss.kind != Loss::Kind::cross_entropy) return outputs(arg, name, y, examples);
-  expect_cpu(name, y);
+  expect_place(name, y);
   if (y.scalar_type() != ScalarType::Long) throw std::invalid_argument(described(name, y) + " must hold labels as int64");
   expect_sizes(name, y, {tasks_, examples});
   const Tensor labels = stable::contiguous(y);
   const int64_t* label = labels.const_data_ptr<int64_t>();
   const int64_t classes = program_->loss.size;
-  for (int64_t i = 0; i < labels.numel(); ++i)
+  const int64_t seen = labels.is_cpu() ? labels.numel() : 0;  // a device is not waited for; its kernels take any label for no class
+  for (int64_t i = 0; i < seen; ++i)
     if (label[i] < 0 || label[i] >= classes)
       throw std::invalid_argument(described(name, y) + " holds label " + std::to_string(label[i]) + " for a network with " +
                                   std::to_string(classes) + " outputs");
@@ -143,12 +130,10 @@ bool Arrays::weights(Arg arg, const char* name, const std::optional<Tensor>& w, 
 }
 
 void Arrays::move_params(Arg arg, const Params& params, const Tensor& from, int64_t count, int64_t task_stride) {
-  void* to = place_->take(size_t(count * size_of(params)) * element_bytes());
-  if (element_bytes() == sizeof(float))
-    params_both_ways<float>(params, true, to, data_of(from), count);
-  else
-    params_both_ways<double>(params, true, to, data_of(from), count);
+  void* to = take(count * size_of(params));
+  space_->reorder(params, true, to, data_of(from), count, element_bytes());
   bind(arg, to, task_stride);
+  kept_.push_back(from);
 }
 
 void Arrays::shared_params(Arg arg, const char* name, const Tensor& params) {
@@ -208,48 +193,35 @@ void Arrays::buffers(const Tensor& buffers) {
 }
 
 void Arrays::numbers(Arg arg, std::initializer_list<double> values) {
-  void* to = place_->take(values.size() * element_bytes());
-  if (element_bytes() == sizeof(float))
-    std::copy(values.begin(), values.end(), static_cast<float*>(to));
-  else
-    std::copy(values.begin(), values.end(), static_cast<double*>(to));
+  void* to = take(int64_t(values.size()));
+  space_->numbers(to, values.begin(), values.size(), element_bytes());
   bind(arg, to, 0);
 }
 
 // ---------------------------------------------------------------- results
 
-void Arrays::result(Arg arg, int64_t size) { bind(arg, place_->take(size_t(tasks_ * size) * element_bytes()), size); }
+void Arrays::result(Arg arg, int64_t size) { bind(arg, take(tasks_ * size), size); }
 
 void Arrays::run(const Work& work) {
-  const std::shared_ptr<const Plan> plan = plan_for(text_, *table_, work);
-  Run run{*table_, plan->schedule, plan->workspace, args_.data(), tasks_};
-  const int workers = static_cast<int>(std::min<int64_t>(tasks_, thread_count()));
-  if (table_->whole_batch) {
-    if (program_->loss.kind == Loss::Kind::caller) run.caller = [this](const Call& call) { call_callers_loss(call, element_bytes()); };
-    run_layered(run, place_->arenas);
-  } else if (program_->loss.kind == Loss::Kind::caller) {
-    run.caller = [this](const Call& call) { call_callers_loss(call, element_bytes()); };
-    run_segments(run, place_->arenas, workers, in_parallel);
-  } else {
-    run_resident(run, place_->arenas, workers, in_parallel);
-  }
+  space_->run(plan_for(text_, *table_, work), args_.data(), tasks_,
+              [this](const Call& call) { call_callers_loss(call, element_bytes(), table_->device ? table_->backend : ""); });
 }
 
 Tensor Arrays::in_callers_type(Tensor x) const { return x.scalar_type() == callers_type_ ? x : stable::to(x, callers_type_); }
 
-Tensor Arrays::copy_of(const void* data, std::initializer_list<int64_t> sizes) const {
-  const Tensor x = empty(sizes, element_bytes() == sizeof(float) ? ScalarType::Float : ScalarType::Double);
-  if (x.numel()) std::memcpy(x.mutable_data_ptr(), data, size_t(x.numel()) * element_bytes());
+Tensor Arrays::copy_of(Arg arg, std::initializer_list<int64_t> sizes) const {
+  const Tensor x = space_->empty(sizes, type());
+  if (x.numel()) space_->copy(x.mutable_data_ptr(), args_[static_cast<int>(arg)].data, size_t(x.numel()) * element_bytes());
   return x;
 }
 
-Tensor Arrays::values(Arg arg) const { return in_callers_type(copy_of(args_[static_cast<int>(arg)].data, {tasks_})); }
+Tensor Arrays::values(Arg arg) const { return in_callers_type(copy_of(arg, {tasks_})); }
 
-Tensor Arrays::values(Arg arg, int64_t size) const { return in_callers_type(copy_of(args_[static_cast<int>(arg)].data, {tasks_, size})); }
+Tensor Arrays::values(Arg arg, int64_t size) const { return in_callers_type(copy_of(arg, {tasks_, size})); }
 
 Tensor Arrays::from_images(Arg arg, int64_t examples, const Shape& shape) const {
   const int64_t rows = tasks_ * examples;
-  Tensor x = copy_of(args_[static_cast<int>(arg)].data, {rows, shape.size()});
+  Tensor x = copy_of(arg, {rows, shape.size()});
   if (interleaved(shape)) x = swapped(x, rows, shape.H * shape.W, shape.C);
   return in_callers_type(stable::view(x, joined({tasks_, examples}, dims_of(shape))));
 }
@@ -259,12 +231,8 @@ Tensor Arrays::outputs(Arg arg, int64_t examples) const { return from_images(arg
 Tensor Arrays::inputs(Arg arg, int64_t examples) const { return from_images(arg, examples, program_->input_shape()); }
 
 Tensor Arrays::to_torch(const Params& params, const void* engine, int64_t count) const {
-  const bool single = element_bytes() == sizeof(float);
-  const Tensor x = empty({count, size_of(params)}, single ? ScalarType::Float : ScalarType::Double);
-  if (single)
-    params_both_ways<float>(params, false, x.mutable_data_ptr(), engine, count);
-  else
-    params_both_ways<double>(params, false, x.mutable_data_ptr(), engine, count);
+  const Tensor x = space_->empty({count, size_of(params)}, type());
+  space_->reorder(params, false, x.mutable_data_ptr(), engine, count, element_bytes());
   return in_callers_type(x);
 }
 
@@ -285,10 +253,11 @@ void* Arrays::reduced(Arg arg, int64_t size, const std::optional<Tensor>& task_w
   std::optional<Tensor> weights;
   if (task_weights) {
     expect_sizes("task_weights", *task_weights, {tasks_});
-    weights = real("task_weights", *task_weights);
+    kept_.push_back(*(weights = real("task_weights", *task_weights)));
   }
-  void* sum = place_->take(size_t(size) * element_bytes());
-  table_->tree_reduce(sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size, 0);
+  void* sum = take(size);
+  table_->tree_reduce(sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size,
+                      space_->stream());
   return sum;
 }
 

@@ -1,5 +1,5 @@
 // The arrays of one call: torch tensors are checked, moved into the engine's type and layout, bound to the arguments of a Schedule,
-// and the results are moved back. Through torch's stable ABI: what is compiled here runs with every torch from 2.10 on.
+// and the results are moved back (space.h). Through torch's stable ABI: what is compiled here runs with every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,11 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "bindings/plans.h"
+#include "bindings/space.h"
 
 namespace fastmaml {
-
-using torch::stable::Tensor;
 
 class Arrays {
  public:
@@ -58,26 +56,30 @@ class Arrays {
  private:
   using Type = torch::headeronly::ScalarType;
   size_t element_bytes() const { return table_->real_bytes; }
+  Type type() const { return element_bytes() == sizeof(float) ? Type::Float : Type::Double; }
+  void expect_place(const char* name, const Tensor& x) const;
   Tensor real(const char* name, const Tensor& x);  // checked, in the table's type, contiguous
   void bind(Arg arg, const Tensor& x, int64_t task_stride);
   void bind(Arg arg, void* data, int64_t task_stride);
   void images(Arg arg, const Tensor& x, const Shape& shape);  // [T, N, *shape] -> [T, N, H, W, C]
   Tensor from_images(Arg arg, int64_t examples, const Shape& shape) const;
-  using Params = std::vector<Param>;
+  using Params = Space::Params;
+  void* take(int64_t numbers) { return space_->take(size_t(numbers) * element_bytes()); }
   void move_params(Arg arg, const Params& params, const Tensor& from, int64_t count, int64_t task_stride);
   Tensor to_torch(const Params& params, const void* engine, int64_t count) const;  // [count, size of the parameters]
   void* reduced(Arg arg, int64_t size, const std::optional<Tensor>& task_weights);
-  Tensor copy_of(const void* data, std::initializer_list<int64_t> sizes) const;
+  Tensor copy_of(Arg arg, std::initializer_list<int64_t> sizes) const;
   Tensor in_callers_type(Tensor x) const;
 
   std::string text_;
   std::shared_ptr<const Program> program_;
   const OpTable* table_;
   Type callers_type_;
+  torch::stable::Device callers_device_;
   int64_t tasks_ = -1;
   std::array<View, kArgs> args_{};
   std::vector<Tensor> kept_;  // what the Views point into
-  LentWorkplace place_;
+  std::unique_ptr<Space> space_;
 };
 
 }  // namespace fastmaml

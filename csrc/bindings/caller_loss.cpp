@@ -51,6 +51,42 @@ class Outputs {
   }
 };
 
+// Memory of a device, in place, as numpy's and CUDA's array interfaces describe it.
+template <class T>
+py::object in_place(const View& view, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  py::tuple shape(sizes.size()), bytes(sizes.size());
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    shape[i] = sizes[i];
+    bytes[i] = strides[i] * int64_t(sizeof(T));
+  }
+  py::dict interface;
+  interface["shape"] = shape;
+  interface["strides"] = bytes;
+  interface["typestr"] = sizeof(T) == sizeof(float) ? "<f4" : "<f8";
+  interface["data"] = py::make_tuple(reinterpret_cast<uintptr_t>(view.data), false);
+  interface["version"] = 3;
+  return interface;
+}
+
+template <class T>
+void call_on_device(const Call& call, const char* backend) {
+  const CallerLoss& s = call.shape<CallerLoss>();
+  const int64_t size = s.C * s.H * s.W;
+  const py::object function = py::reinterpret_borrow<py::object>(callers_loss);
+  const auto outputs = [&](int i) {
+    std::vector<int64_t> sizes{call.tasks, call.step.examples, s.C}, strides{call[i].task_stride, size, 1};
+    if (s.image) {
+      sizes.insert(sizes.end(), {s.H, s.W});
+      strides.insert(strides.end(), {s.W * s.C, s.C});
+    }
+    return in_place<T>(call[i], sizes, strides);
+  };
+  if (call.step.op == Op::caller_loss)
+    function(s.query, s.first_row, outputs(2), py::none(), in_place<T>(call[0], {call.tasks}, {call[0].task_stride}), outputs(1), backend);
+  else
+    function(s.query, s.first_row, outputs(1), outputs(2), py::none(), outputs(0), backend);
+}
+
 template <class T>
 void call_in(const Call& call) {
   const CallerLoss& shape = call.shape<CallerLoss>();
@@ -76,11 +112,14 @@ void set_callers_loss(py::object loss) {
   Py_XDECREF(before);
 }
 
-void call_callers_loss(const Call& call, size_t real_bytes) {
+void call_callers_loss(const Call& call, size_t real_bytes, const char* device) {
   const py::gil_scoped_acquire lock;
   if (!callers_loss) throw std::invalid_argument("the program's loss is the caller's, but set_caller_loss has not been called");
   try {
-    real_bytes == sizeof(float) ? call_in<float>(call) : call_in<double>(call);
+    if (*device)
+      real_bytes == sizeof(float) ? call_on_device<float>(call, device) : call_on_device<double>(call, device);
+    else
+      real_bytes == sizeof(float) ? call_in<float>(call) : call_in<double>(call);
   } catch (const py::error_already_set& error) {  // holds Python objects, so it must not leave the lock
     throw std::runtime_error(std::string("the caller's loss raised ") + error.what());
   }

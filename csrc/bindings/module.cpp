@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
+#include "bindings/backends.h"
 #include "bindings/caller_loss.h"
 #include "bindings/calls.h"
 #include "bindings/threads.h"
@@ -34,7 +35,9 @@ STABLE_TORCH_LIBRARY(fastmaml, m) {
       "Tensor buffers) -> (Tensor y, Tensor y_dot, Tensor dx, Tensor dx_dot, Tensor dparams, Tensor dparams_dot)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastmaml, CPU, m) {
+// The same for both: the arrays say where they are.
+template <class Library>
+void implement(Library& m) {
   m.impl("forward", TORCH_BOX(&fastmaml::forward_call));
   m.impl("grad", TORCH_BOX(&fastmaml::grad_call));
   m.impl("vjp", TORCH_BOX(&fastmaml::vjp_call));
@@ -44,6 +47,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastmaml, CPU, m) {
   m.impl("solve", TORCH_BOX(&fastmaml::solve_call));
   m.impl("passes", TORCH_BOX(&fastmaml::passes_call));
 }
+STABLE_TORCH_LIBRARY_IMPL(fastmaml, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastmaml, CUDA, m) { implement(m); }
 
 namespace {
 
@@ -114,7 +119,21 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("allocations", [] { return memory_held().allocations; }, "How often the memory held between calls was allocated or grown.");
   m.def("high_water", [] { return memory_held().high_water; }, "Bytes of the largest arena that one worker has needed so far.");
-  m.def("release_memory", &release_memory, "Gives the memory held between calls back to the system.");
+  m.def(
+      "release_memory",
+      [] {
+        forget_recordings();
+        release_memory();
+      },
+      "Gives the memory held between calls back to the system.");
+
+  m.def("load_cuda", &load_cuda, "path"_a, "Loads the CUDA backend's library.");
+  m.def("cuda_loaded", &cuda_loaded, "Whether load_cuda has loaded it.");
+  m.def("try_cuda", &try_cuda, "Launches a kernel that does nothing; raises where this machine cannot.");
+  m.def("set_recording", &set_recording, "on"_a, "Whether calls on devices are recorded and replayed; on from the start.");
+  m.def(
+      "recordings", [] { return std::pair(recording_counts().held, recording_counts().replays); },
+      "(recordings held, replays so far).");
 
   m.def("cpu_isa", &cpu_isa, "The instruction set that the cpu backend runs on.");
   m.def("set_cpu_isa", &set_cpu_isa, "name"_a, "Chooses one of available_isas(); \"\" restores the widest.");

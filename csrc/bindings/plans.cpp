@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
-#include "cuda/cuda_tables.h"
+#include "bindings/named.h"
 
 namespace fastmaml {
 namespace {
@@ -101,16 +101,6 @@ std::vector<std::unique_ptr<Workplace>>& idle() {
   return *places;
 }
 
-template <class Value>
-Value named(const char* what, const std::string& name, std::initializer_list<std::pair<const char*, Value>> known) {
-  std::string names;
-  for (const auto& [candidate, value] : known) {
-    if (name == candidate) return value;
-    names += std::string(names.empty() ? "" : ", ") + candidate;
-  }
-  throw std::invalid_argument(std::string(what) + " \"" + name + "\" is not one of " + names);
-}
-
 }  // namespace
 
 Kind kind_named(const std::string& name) {
@@ -127,19 +117,6 @@ Kind kind_named(const std::string& name) {
 
 Memory memory_named(const std::string& name) {
   return named<Memory>("memory", name, {{"low", Memory::low}, {"stash", Memory::stash}, {"auto", Memory::automatic}});
-}
-
-const OpTable& table_named(const std::string& backend, size_t real_bytes) {
-  using Tables = const OpTable& (*)(size_t);
-  const auto reference = [](size_t) -> const OpTable& { return reference_ops(); };
-  return named<Tables>("backend", backend,
-                       {
-                           {"cpu", cpu_ops},
-                           {"reference", reference},
-#ifdef __linux__  // the emulator reads ELF symbols
-                           {"cuda_emulated", cuda_emulated_ops},
-#endif
-                       })(real_bytes);
 }
 
 std::shared_ptr<const Program> program_of(const std::string& text) {

@@ -14,8 +14,7 @@ enum class Kind : uint8_t { forward, gradient, vjp, hvp, adapt, meta_gradient, s
 enum class Memory : uint8_t { low, stash, automatic };
 
 Kind kind_named(const std::string& name);
-Memory memory_named(const std::string& name);                               // "low", "stash" or "auto"
-const OpTable& table_named(const std::string& backend, size_t real_bytes);  // "cpu" or "reference" (always float64)
+Memory memory_named(const std::string& name);  // "low", "stash" or "auto"
 
 // What a Schedule depends on beside the network and the backend.
 struct Work {

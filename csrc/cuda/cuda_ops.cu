@@ -10,7 +10,7 @@ OpTable make_table(const char* backend) {
   OpTable table;
   table.backend = backend;
   table.real_bytes = sizeof(T);
-  table.whole_batch = true;
+  table.device = device<T>();
   add_vector_ops<T>(table);
   add_linear_ops<T>(table);
   add_conv2d_ops<T>(table);
@@ -55,6 +55,15 @@ const OpTable& cuda_emulated_tensor_ops(Precision precision) { return cuda_emula
 #else
 const OpTable& cuda_ops(size_t real_bytes) { return cuda::table(real_bytes, "cuda"); }
 const OpTable& cuda_tensor_ops(Precision precision) { return cuda::table(precision, "cuda"); }
+
+#ifdef FASTMAML_STAMP  // as a shared library
+extern "C" __attribute__((visibility("default"))) const OpTable* fastmaml_cuda_table(Precision precision, size_t real_bytes) {
+  return precision == Precision::float32 ? &cuda_ops(real_bytes) : &cuda_tensor_ops(precision);
+}
+#define FASTMAML_TEXT_OF(x) #x
+#define FASTMAML_TEXT(x) FASTMAML_TEXT_OF(x)
+extern "C" __attribute__((visibility("default"))) const char* fastmaml_cuda_stamp() { return FASTMAML_TEXT(FASTMAML_STAMP); }
+#endif
 #endif
 
 }  // namespace fastmaml

@@ -14,4 +14,8 @@ enum class Precision { float32, tf32, tf32x3 };
 const OpTable& cuda_tensor_ops(Precision precision);
 const OpTable& cuda_emulated_tensor_ops(Precision precision);
 
+// What the shared library of the CUDA backend exports: extern "C" fastmaml_cuda_table and, for the sources it was built from,
+// const char* fastmaml_cuda_stamp().
+using CudaTable = const OpTable* (*)(Precision, size_t real_bytes);
+
 }  // namespace fastmaml

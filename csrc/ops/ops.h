@@ -57,11 +57,32 @@ struct Call {
 using OpFn = void (*)(const Call&);
 using ScratchFn = size_t (*)(const Step&, const Layer&);
 
+// What a backend offers whose memory or queue is not the host's. Its ops return before their work is done; a stream orders them.
+struct Device {
+  struct Piece {
+    void* to;
+    const void* from;
+    size_t bytes;  // a multiple of 4, as are the addresses
+  };
+  int (*use)(int index);  // makes a device the thread's current one; returns the one before
+  void (*copy)(const Piece* pieces, int count, uintptr_t stream);  // of device memory
+  // out[r][i] = x[r][index[i]]         out, x [rows, size]   index [size]
+  void (*gather)(void* out, const void* x, const int32_t* index, int64_t rows, int64_t size, uintptr_t stream);
+
+  // Ops that this thread calls on begin_recording's stream are not run: end_recording returns them as one thing that replay runs,
+  // with the same addresses, as often as one likes. After an op has thrown, end_recording may throw as well.
+  uintptr_t (*begin_recording)();
+  void* (*end_recording)();
+  void (*replay)(void* recording, uintptr_t stream);
+  void (*forget)(void* recording);
+  bool (*is_recorded)(uintptr_t stream);  // by somebody else
+};
+
 struct OpTable {
   const char* backend = "";
   size_t real_bytes = 4;         // 4: float, 8: double
   bool lane_layout = false;      // understands Views with lanes > 1
-  bool whole_batch = false;      // one call over all tasks is the fast way: layered, not resident
+  const Device* device = nullptr;  // null: the host, where a task alone is the fast way; else all tasks at once
   OpFn run[kOps] = {};           // null: this backend lacks the op
   ScratchFn scratch[kOps] = {};  // null: no scratch
   // out[i] = sum_t w[t] x[t][i] (w null: the mean) by a fixed binary tree over t; x [T, size] is overwritten.
@@ -106,8 +127,10 @@ struct Run {
   std::function<void(const Call&)> caller = {};  // computes the caller's ops (op.h), for all tasks at once
 };
 
-// Every Step once, over all tasks; the arena holds all tasks at once (tasks x workspace.task_bytes).
+// Every Step once, over all tasks; the arena holds all tasks at once.
 void run_layered(const Run& run, Arenas& arenas);
+void run_layered(const Run& run, std::byte* arena);  // layered_bytes(run), 64-byte aligned, in the backend's memory
+size_t layered_bytes(const Run& run);
 
 // Every task (or group of `lanes` tasks) walks the whole list on one worker without leaving its arena. No caller's ops.
 void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor& parallel_for);

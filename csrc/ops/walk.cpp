@@ -61,6 +61,12 @@ bool has_callers_ops(const Schedule& schedule) {
   return std::any_of(schedule.steps.begin(), schedule.steps.end(), [](const Step& step) { return is_callers(step.op); });
 }
 
+// of all tasks
+size_t slot_bytes(const Run& run) {
+  const size_t groups = (run.tasks + run.lanes - 1) / run.lanes;
+  return groups * run.lanes * run.workspace.task_bytes;
+}
+
 void check(const Run& run) {
   if (run.lanes != 1 && !run.table.lane_layout)
     throw std::invalid_argument(std::string("backend ") + run.table.backend + " has no lane-interleaved layout");
@@ -72,13 +78,14 @@ void check(const Run& run) {
 
 }  // namespace
 
-void run_layered(const Run& run, Arenas& arenas) {
+void run_layered(const Run& run, Arenas& arenas) { run_layered(run, arenas.get(0, layered_bytes(run))); }
+
+void run_layered(const Run& run, std::byte* arena) {
   check(run);
-  const size_t groups = (run.tasks + run.lanes - 1) / run.lanes;
-  const size_t slots = groups * run.lanes * run.workspace.task_bytes;
-  std::byte* arena = arenas.get(0, slots + run.workspace.scratch_bytes);
-  walk(run, arena, arena + slots, 0, run.tasks, 0, run.schedule.steps.size());
+  walk(run, arena, arena + slot_bytes(run), 0, run.tasks, 0, run.schedule.steps.size());
 }
+
+size_t layered_bytes(const Run& run) { return slot_bytes(run) + run.workspace.scratch_bytes; }
 
 void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor& parallel_for) {
   check(run);

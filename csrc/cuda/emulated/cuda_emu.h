@@ -8,10 +8,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <memory>
 #include <source_location>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define __host__
 #define __device__
@@ -65,6 +68,16 @@ struct Launch {
   const void* call;
 };
 void launch(const Launch& launch);
+
+// Between begin_recording and end_recording this thread's launches are kept, with a copy of their arguments, and not run.
+struct Recording {
+  std::vector<Launch> launches;
+  std::vector<std::shared_ptr<const void>> calls;  // what Launch::call points to
+};
+void begin_recording();
+Recording* end_recording();  // the caller's to delete
+void replay(const Recording& recording);
+void launch_or_keep(const Launch& what, const std::function<std::shared_ptr<const void>()>& kept_call);
 
 template <class... Params>
 struct Call {

@@ -1,0 +1,52 @@
+// Where the arrays of a call live and its Steps run: host memory and torch's threads, or a device through torch's allocator and stream.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "bindings/plans.h"
+
+namespace fastmaml {
+
+using torch::stable::Tensor;
+
+class Space {
+ public:
+  using Type = torch::headeronly::ScalarType;
+  using Params = std::vector<Param>;
+  using CallersLoss = std::function<void(const Call&)>;
+
+  virtual ~Space() = default;
+
+  virtual void* take(size_t bytes) = 0;  // 64-byte aligned, until this goes
+  virtual Tensor empty(const std::vector<int64_t>& sizes, Type type) = 0;
+  virtual void copy(void* to, const void* from, size_t bytes) = 0;
+  virtual void numbers(void* to, const double* values, size_t count, size_t real_bytes) = 0;
+  // `count` vectors from torch's order to the engine's, or back; to and from do not overlap
+  virtual void reorder(const Params& params, bool from_torch, void* to, const void* from, int64_t count, size_t real_bytes) = 0;
+  // Args are inputs and places for results; results may be elsewhere afterwards, which `args` says then.
+  virtual void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) = 0;
+  virtual uintptr_t stream() const { return 0; }
+};
+
+// The space of `table`, for tensors that live where `like` does. Throws std::invalid_argument where they cannot be its.
+std::unique_ptr<Space> space_for(const OpTable& table, const char* name, const Tensor& like);
+
+std::unique_ptr<Space> host_space();
+std::unique_ptr<Space> device_space(const OpTable& table, const Tensor& like);
+
+// ---------------------------------------------------------------- devices: recordings of whole calls (device_space.cpp)
+
+// A call whose network, sizes and number of tasks were seen before is recorded, and replayed from then on: its inputs are copied to where
+// the recording expects them, and one launch does the rest. Off: every call launches every Step.
+void set_recording(bool on);
+struct RecordingCounts {
+  int64_t held = 0, replays = 0;  // replays: since the process began
+};
+RecordingCounts recording_counts();
+void forget_recordings();
+
+}  // namespace fastmaml
