@@ -16,11 +16,13 @@ CPP := $(shell find csrc tests/core -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test env build core lint format bench clean
+.PHONY: help train test env build core cuda cuda-all gpu lint format bench clean
 
 help:
 	@echo "make train   environment, build, exact MAML on built-in images, evaluation, report (4 to 8 minutes on 2 cores)"
 	@echo "make test    the test suite: C++ core and Python"
+	@echo "make cuda    the CUDA library by nvcc (cuda-all: for more devices); needs no GPU"
+	@echo "make gpu     on a machine with a GPU: build, all tests, compute-sanitizer, timings"
 	@echo "make env | build | core | lint | format | bench | clean"
 
 # ---------------------------------------------------------------- the two commands
@@ -73,6 +75,17 @@ $(STAMP)/build: $(STAMP)/env $(SOURCES)
 core:
 	$(MAKE) --no-print-directory -j $(JOBS) -C csrc test
 
+# The CUDA library, by the nvcc of CUDA_HOME, of the PATH or of pip's packages, for sm_80, sm_90 and PTX; a float32 kernel that spills
+# registers is an error. cuda-all: sm_100 and sm_120 too.
+cuda: $(STAMP)/env
+	$(PY) fastmaml/build.py --cuda
+
+cuda-all: $(STAMP)/env
+	FASTMAML_CUDA_ARCHS=all $(PY) fastmaml/build.py --cuda
+
+gpu: $(STAMP)/build $(STAMP)/test
+	$(PY) -m bench.gpu $(GPU)
+
 lint: $(STAMP)/lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -88,4 +101,4 @@ bench: $(STAMP)/build
 	$(PY) -m bench.run $(BENCH)
 
 clean:
-	rm -rf build dist fastmaml/_C*.so fastmaml/_C.stamp *.egg-info $(STAMP)/build
+	rm -rf build dist fastmaml/_C*.so fastmaml/_cuda.so fastmaml/_C.stamp *.egg-info $(STAMP)/build

@@ -26,12 +26,25 @@ sys.modules["fastmaml_build"] = build
 _spec.loader.exec_module(build)
 
 
+def progress(done: int, of: int, what: str) -> None:
+    print(f"[{done}/{of}] {what}", flush=True)
+
+
 class BuildModule(build_ext):
     def run(self) -> None:
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name)).resolve()
             folder = ROOT / "build" / str(sys.implementation.cache_tag)
-            build.build(target, folder, lambda done, of, what: print(f"[{done}/{of}] {what}", flush=True))
+            build.build(target, folder, progress)
+            if build.torch_has_cuda():
+                self.build_cuda(target.with_name(build.CUDA_LIBRARY))
+
+    def build_cuda(self, target: Path) -> None:
+        """The CUDA library too, where nvcc is; without it the package is whole, and says at use what is missing."""
+        try:
+            build.build_cuda(target, ROOT / "build" / "cuda", progress)
+        except build.BuildError as reason:
+            print(f"fastmaml: the CUDA library is left out: {reason}", file=sys.stderr)
 
 
 class CopySources(build_py):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
+import sys
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ logger = logging.getLogger("fastmaml")
 
 BACKENDS = ("auto", "cpu", "reference", "autodiff", "cuda", "cuda_emulated")
 MEMORY = ("auto", "low", "stash")
+PRECISIONS = ("float32", "tf32", "tf32x3")
 
 
 @functools.lru_cache(maxsize=1)
@@ -36,6 +39,25 @@ def load_compiled() -> str:
         build.load()
     except build.BuildError as error:
         return f"the compiled module is not available: {error}"
+    return ""
+
+
+@functools.lru_cache(maxsize=1)
+def load_cuda() -> str:
+    """Loads the CUDA library beside the compiled module; returns "" or the sentence that says why it cannot run here."""
+    from fastmaml import build
+
+    if missing := load_compiled():
+        return missing
+    try:
+        ctypes.CDLL("libcuda.so.1")  # before a library is built that could not run
+    except OSError:
+        return "no CUDA driver on this machine"
+    try:
+        build.load_cuda()
+        sys.modules["fastmaml._C"].try_cuda()  # type: ignore[attr-defined]
+    except (build.BuildError, RuntimeError) as error:
+        return str(error)
     return ""
 
 
@@ -55,16 +77,22 @@ class Backend:
         memory: str = "auto",
         batch_norm: str = "transductive",
         label_smoothing: float = 0.0,
+        precision: str = "float32",
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
         if memory not in MEMORY:
             raise ValueError(f"memory {memory!r} is not one of {', '.join(MEMORY)}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+        if precision != "float32" and backend in ("cpu", "reference", "autodiff"):
+            raise ValueError(f"precision {precision!r} is for the backends cuda and cuda_emulated, not {backend!r}")
         batch_norm_modes.check_mode(model, batch_norm)
         self.model = model
         self.loss_name = loss
         self.memory = memory
         self.batch_norm = batch_norm
+        self.precision = precision
         self.label_smoothing = float(label_smoothing)
         self.layout = ParameterLayout(model)
         self._loss = per_example(loss, label_smoothing)
@@ -101,16 +129,18 @@ class Backend:
         wanted = backend if backend != "auto" else os.environ.get("FASTMAML_BACKEND") or "auto"
         if wanted not in BACKENDS:
             raise ValueError(f"backend {wanted!r} is not one of {', '.join(BACKENDS)}")
-        if wanted == "cuda":
-            raise ValueError("backend 'cuda' is not part of this version yet; use 'auto', 'cpu' or 'autodiff'")
         self._mayfall_back = backend == "auto"
         if wanted == "autodiff":
             self.backend, self._why = "autodiff", "backend 'autodiff' was asked for"
             return
-        self.backend = "cpu" if wanted == "auto" else wanted
-        device = next(self.model.parameters()).device
-        if device.type != "cpu":
-            return self.fall_back(f"the model is on {device} and backend '{self.backend}' computes on the CPU")
+        device = next(self.model.parameters()).device.type
+        self._follows = wanted == "auto"
+        self.backend = _of_device(device) if self._follows else wanted
+        missing = load_cuda() if self.backend == "cuda" else ""
+        if missing:
+            return self.fall_back(missing)
+        if device != _device_of(self.backend):
+            return self.fall_back(f"the model is on {device} and backend '{self.backend}' {_computes_on(self.backend)}")
         try:
             network = read_network(self.model, self.layout)
         except Unsupported as reason:
@@ -119,6 +149,17 @@ class Backend:
         if missing:
             return self.fall_back(missing)
         self._network = network
+
+    def _follow(self, device: str) -> None:
+        """With "auto" the backend moves along with the parameters, from the CPU to a CUDA device or back."""
+        if device == _device_of(self.backend):
+            return
+        wanted = _of_device(device) if self._follows else self.backend
+        if device != _device_of(wanted):
+            return self.fall_back(f"the parameters are on {device} and backend '{wanted}' {_computes_on(wanted)}")
+        if wanted == "cuda" and (missing := load_cuda()):
+            return self.fall_back(missing)
+        self.backend = wanted
 
     def fall_back(self, reason: str) -> None:
         name = type(self.model).__name__
@@ -131,8 +172,8 @@ class Backend:
         """The Program for the examples x [T, N, ...]; None when autodiff has to run them."""
         if self._network is None:
             return None
-        if like.device.type != "cpu":
-            self.fall_back(f"the parameters are on {like.device} and backend '{self.backend}' computes on the CPU")
+        self._follow(like.device.type)
+        if self._network is None:
             return None
         if like.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the parameters are {like.dtype}; backend '{self.backend}' takes float32 or float64")
@@ -150,7 +191,8 @@ class Backend:
         return self._programs[shape]
 
     def _compiled(self, program: Program) -> Compiled:
-        return Compiled(program, self.model, self.backend, self.memory, self._caller)
+        backend = self.backend if self.precision == "float32" else f"{self.backend}:{self.precision}"
+        return Compiled(program, self.model, backend, self.memory, self._caller)
 
     def _output_shape(self, name: str, x: Tensor, params: Tensor, program: Program | None) -> tuple[int, ...]:
         """The network's output per example; raises ValueError when the examples do not fit the model."""
@@ -241,3 +283,15 @@ class Backend:
         if w is not None:
             w = plain(checks.weights(w_name, w, tuple(x.shape[:2]), params))
         return program, Given(plain(x), plain(y), w)
+
+
+def _of_device(device: str) -> str:
+    return "cuda" if device == "cuda" else "cpu"
+
+
+def _device_of(backend: str) -> str:
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+def _computes_on(backend: str) -> str:
+    return "computes on a CUDA device" if backend == "cuda" else "computes on the CPU"

@@ -2,6 +2,7 @@
 
 `python -m fastmaml.build` builds in place. `load()` imports the compiled module and builds it first where it is missing,
 once, into the user's cache. The module speaks torch's stable ABI, so one build serves every torch from 2.10 on.
+The CUDA backend is a library of its own, which knows no torch (`--cuda`, `load_cuda()`): it needs nvcc, the module does not.
 This file imports nothing of fastmaml and not torch itself: setup.py runs it where neither is installed.
 """
 
@@ -14,6 +15,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,11 +24,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent
 MODULE = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 STAMP = "_C.stamp"  # lies beside the module and says what it was built from
+CUDA_LIBRARY = "_cuda.so"
 
 BASE_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra")
 # The oldest torch the module runs with (torch's stable ABI). pybind11's headers come with torch.
@@ -42,6 +45,11 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ("avx512", 64, ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma")),
     )
 
+
+# Devices that the CUDA library has code for, without the point: the last one also as PTX, for what comes after it.
+CUDA_ARCHS = ("80", "90")
+ALL_CUDA_ARCHS = ("80", "90", "100", "120")
+CUDA_FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden,-g0")
 
 # The CUDA kernels on the host: csrc/cuda/emulated.
 EMULATE = ("-DFASTMAML_EMULATED", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-sign-compare")
@@ -106,6 +114,21 @@ def _emulated(csrc: Path) -> list[Compilation]:
     return result
 
 
+def cuda_compilations(csrc: Path, archs: tuple[str, ...]) -> list[Compilation]:
+    """nvcc's calls; the library needs one file of program/ beside the kernels."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    sources = [*sorted((csrc / "cuda").glob("*.cu")), csrc / "program" / "op.cpp"]
+    return [
+        Compilation(
+            source,
+            f"cuda/{source.stem}.o",
+            (*CUDA_FLAGS, *codes, *((f"-DFASTMAML_STAMP={stamp()}",) if source.stem == "cuda_ops" else ())),
+        )
+        for source in sources
+    ]
+
+
 def _has_fma() -> bool:
     try:
         return " fma " in Path("/proc/cpuinfo").read_text()
@@ -156,6 +179,40 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
+def nvcc() -> str:
+    """$NVCC, that of CUDA_HOME, the one on the PATH, or that of a pip package. Raises BuildError where there is none."""
+    if os.environ.get("NVCC"):
+        return os.environ["NVCC"]
+    folders = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for folder in folders:
+        if (folder / "nvcc").is_file():
+            return str(folder / "nvcc")
+    if found := shutil.which("nvcc"):
+        return found
+    for site in dict.fromkeys(sysconfig.get_paths()[name] for name in ("purelib", "platlib")):
+        for file in sorted(Path(site, "nvidia").glob("*/bin/nvcc")):  # of nvidia-cuda-nvcc
+            return str(file)
+    raise BuildError("no CUDA compiler found (nvcc in $CUDA_HOME, on the PATH or from pip's nvidia-cuda-nvcc)")
+
+
+def torch_has_cuda() -> bool:
+    """Whether the installed torch is a build for CUDA; without importing it."""
+    try:
+        text = (torch_folder() / "version.py").read_text()
+    except (BuildError, OSError):
+        return False
+    return re.search(r"^cuda\b[^=]*= *'", text, re.MULTILINE) is not None
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """$FASTMAML_CUDA_ARCHS ("80 90", or "all"), or the usual ones. Raises BuildError for anything else."""
+    text = os.environ.get("FASTMAML_CUDA_ARCHS", "").strip()
+    archs = ALL_CUDA_ARCHS if text == "all" else tuple(text.replace(";", " ").replace(",", " ").split()) or CUDA_ARCHS
+    if bad := [arch for arch in archs if not re.fullmatch(r"\d{2,3}[a-z]?", arch)]:
+        raise BuildError(f"FASTMAML_CUDA_ARCHS holds {bad[0]!r}, which is no architecture like 80 or 90")
+    return archs
+
+
 def _ninja() -> str | None:
     beside = Path(sys.executable).parent / "ninja"
     return str(beside) if beside.is_file() else shutil.which("ninja")
@@ -180,45 +237,98 @@ def build(target: Path, folder: Path, progress: Progress | None = None) -> Path:
     if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         raise BuildError("Python.h is missing (install Python's development files)")
     csrc, cxx = source_folder(), compiler()
-    work = compilations(csrc)
-    current = stamp()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "build.log").open("w") as log:
-        run = _with_ninja if _ninja() else _without_ninja
-        code = run(csrc, cxx, work, folder, progress or (lambda done, of, what: None), log)
-    if code:
-        first = next((line for line in (folder / "build.log").read_text().splitlines() if "error" in line), "")
-        raise BuildError(f"{cxx} failed{': ' + first.strip() if first else ''} (all of it in {folder / 'build.log'})")
-    # Written aside and renamed: a process that runs the old module keeps it, none sees half of the new one.
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.copy2(folder / MODULE, aside)
-    os.replace(aside, target)
-    (target.parent / STAMP).write_text(current + "\n")
+    tools = Tools(
+        cxx, f"{cxx} {' '.join(BASE_FLAGS)}", "-MMD", f"{cxx} -o {{}} {{}} {' '.join(map(_quoted, link_flags()))}"
+    )
+    _compile(tools, csrc, compilations(csrc), folder, MODULE, progress)
+    _put(folder / MODULE, target)
+    (target.parent / STAMP).write_text(stamp() + "\n")
     return target
 
 
-def _ninja_file(csrc: Path, cxx: str, work: list[Compilation]) -> str:
+def build_cuda(target: Path, folder: Path, progress: Progress | None = None) -> Path:
+    """Builds the CUDA backend's library as `target`, for cuda_archs(). What ptxas says lies beside the objects, as .log.
+
+    Raises BuildError with one sentence.
+    """
+    csrc, compiler = source_folder(), nvcc()
+    link = f"{compiler} -shared -cudart static -Xcompiler -fvisibility=hidden -o {{}} {{}}"
+    tools = Tools(compiler, compiler, "-MD", link, logs=True)
+    _compile(tools, csrc, cuda_compilations(csrc, cuda_archs()), folder, CUDA_LIBRARY, progress)
+    _put(folder / CUDA_LIBRARY, target)
+    return target
+
+
+def spilled_kernels(folder: Path) -> dict[str, int]:
+    """{symbol: bytes} of the kernels of a CUDA build whose registers spilled to memory, by what ptxas said."""
+    said = re.compile(r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores")
+    found: dict[str, int] = {}
+    for log in sorted(folder.glob("cuda/*.log")):
+        for symbol, stores in said.findall(log.read_text()):
+            if int(stores):
+                found[symbol] = max(int(stores), found.get(symbol, 0))
+    return found
+
+
+def must_not_spill(symbol: str) -> bool:
+    """float32 kernels of the layered walk; those of float64 and the resident ones are only reported."""
+    return "Id" not in symbol and "resident" not in symbol
+
+
+class Tools(NamedTuple):
+    """How to compile and link one thing."""
+
+    name: str
+    compile: str  # the command and the flags for all files
+    dependencies: str  # the flag that writes a make file of headers
+    link: str  # with a {} for the target and one for the objects
+    logs: bool = False  # keep what the compiler says, beside each object
+
+
+def _compile(
+    tools: Tools, csrc: Path, work: list[Compilation], folder: Path, made: str, progress: Progress | None
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "build.log").open("w") as log:
+        run = _with_ninja if _ninja() else _without_ninja
+        code = run(tools, csrc, work, folder, made, progress or (lambda done, of, what: None), log)
+    if code:
+        first = next((line for line in (folder / "build.log").read_text().splitlines() if "error" in line), "")
+        raise BuildError(
+            f"{tools.name} failed{': ' + first.strip() if first else ''} (all of it in {folder / 'build.log'})"
+        )
+
+
+def _put(made: Path, target: Path) -> None:
+    """Copied aside and renamed: a process that runs the old one keeps it, none sees half of the new one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copy2(made, aside)
+    os.replace(aside, target)
+
+
+def _ninja_file(tools: Tools, csrc: Path, work: list[Compilation], made: str) -> str:
     def escaped(text: object) -> str:
         return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
+    compile = f"{tools.compile} -I'{csrc}' $more {tools.dependencies} -MF $out.d -c $in -o $out"
+    if tools.logs:
+        compile += " > $out.log 2>&1 || { cat $out.log; exit 1; }"
     lines = [
         "ninja_required_version = 1.3",
-        f"cxx = {cxx}",
-        f"flags = {' '.join(BASE_FLAGS)} -I'{csrc}'",
         "rule compile",
-        "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compile}",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $out",
         "rule link",
-        f"  command = $cxx -o $out $in {' '.join(map(_quoted, link_flags()))}",
+        f"  command = {tools.link.format('$out', '$in')}",
         "  description = $out",
     ]
     for c in work:
         more = " ".join(map(_quoted, c.flags))
         lines += [f"build {escaped(c.name)}: compile {escaped(c.source)}", f"  more = {more}"]
-    lines.append(f"build {escaped(MODULE)}: link {' '.join(escaped(c.name) for c in work)}")
+    lines.append(f"build {escaped(made)}: link {' '.join(escaped(c.name) for c in work)}")
     return "\n".join(lines) + "\n"
 
 
@@ -226,8 +336,10 @@ def _quoted(flag: str) -> str:
     return f"'{flag}'" if " " in flag else flag
 
 
-def _with_ninja(csrc: Path, cxx: str, work: list[Compilation], folder: Path, progress: Progress, log: IO[str]) -> int:
-    text, file = _ninja_file(csrc, cxx, work), folder / "build.ninja"
+def _with_ninja(
+    tools: Tools, csrc: Path, work: list[Compilation], folder: Path, made: str, progress: Progress, log: IO[str]
+) -> int:
+    text, file = _ninja_file(tools, csrc, work, made), folder / "build.ninja"
     if not file.is_file() or file.read_text() != text:
         file.write_text(text)
     command = [str(_ninja()), "-C", str(folder), "-j", str(_jobs())]
@@ -246,21 +358,26 @@ def _with_ninja(csrc: Path, cxx: str, work: list[Compilation], folder: Path, pro
 
 
 def _without_ninja(
-    csrc: Path, cxx: str, work: list[Compilation], folder: Path, progress: Progress, log: IO[str]
+    tools: Tools, csrc: Path, work: list[Compilation], folder: Path, made: str, progress: Progress, log: IO[str]
 ) -> int:
     def compile_one(c: Compilation) -> subprocess.CompletedProcess[str]:
         (folder / c.name).parent.mkdir(parents=True, exist_ok=True)
-        command = [*cxx.split(), *BASE_FLAGS, f"-I{csrc}", *c.flags, "-c", str(c.source), "-o", c.name]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        command = [*tools.compile.split(), f"-I{csrc}", *c.flags, "-c", str(c.source), "-o", c.name]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if tools.logs:
+            (folder / f"{c.name}.log").write_text(result.stdout + result.stderr)
+        return result
 
     code = 0
     with ThreadPoolExecutor(_jobs()) as pool:
         for done, (c, result) in enumerate(zip(work, pool.map(compile_one, work), strict=True), start=1):
-            log.write(result.stderr)
+            if result.returncode or not tools.logs:
+                log.write(result.stderr)
             code = code or result.returncode
             progress(done, len(work) + 1, c.name)
     if not code:
-        command = [*cxx.split(), "-o", MODULE, *(c.name for c in work), *link_flags()]
+        objects = " ".join(c.name for c in work)
+        command = shlex.split(tools.link.format(made, objects))
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         log.write(result.stderr)
         code = result.returncode
@@ -281,23 +398,60 @@ def load() -> None:
         return
     except ImportError as error:
         reason = error
-    cache = Path(os.environ.get("FASTMAML_CACHE") or Path.home() / ".cache" / "fastmaml")
-    folder = cache / "build" / f"{stamp()}-torch-{importlib.metadata.version('torch')}"
+    folder = _cache() / "build" / f"{stamp()}-torch-{importlib.metadata.version('torch')}"
     target = folder / MODULE
     if not target.is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _lock(folder / "lock"):
-                if not target.is_file():
-                    missing = isinstance(reason, ModuleNotFoundError)
-                    with _progress_line("missing" if missing else f"unusable here ({reason})") as progress:
-                        build(target, folder / "objects", progress)
-        except OSError as error:
-            raise BuildError(f"{folder} cannot be written: {error.strerror or error}") from error
+        missing = isinstance(reason, ModuleNotFoundError)
+        why = f"the compiled module is {'missing' if missing else f'unusable here ({reason})'}"
+        _build_in_cache(folder, MODULE, why, "a minute or two", build)
     try:
         _import_from(target)
     except ImportError as error:
         raise BuildError(f"{target} does not load: {error}") from error
+
+
+def load_cuda() -> None:
+    """Loads the CUDA backend's library into the compiled module: the one in the package, else the one in the user's cache.
+
+    Where neither is there, or both were built from other sources, and nvcc is, it is built into the cache. Raises
+    BuildError, with one sentence.
+    """
+    _C: Any = importlib.import_module("fastmaml._C")
+    if _C.cuda_loaded():
+        return
+    folder = _cache() / "build" / f"{stamp()}-cuda-{'-'.join(cuda_archs())}"
+    reason = "the CUDA library is missing"
+    for file in (PACKAGE / CUDA_LIBRARY, folder / CUDA_LIBRARY):
+        if file.is_file():
+            try:
+                return _C.load_cuda(str(file))
+            except RuntimeError as error:
+                reason = str(error)
+    try:
+        nvcc()
+    except BuildError as error:
+        raise BuildError(f"{reason}, and {error}") from None
+    _build_in_cache(folder, CUDA_LIBRARY, "the CUDA library is missing", "a few minutes", build_cuda)
+    try:
+        _C.load_cuda(str(folder / CUDA_LIBRARY))
+    except RuntimeError as error:
+        raise BuildError(str(error)) from None
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("FASTMAML_CACHE") or Path.home() / ".cache" / "fastmaml")
+
+
+def _build_in_cache(folder: Path, made: str, why: str, long: str, build: Callable[..., Path]) -> None:
+    """One process builds folder/made, others wait."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / "lock"):
+            if not (folder / made).is_file():
+                with _progress_line(why, long) as progress:
+                    build(folder / made, folder / "objects", progress)
+    except OSError as error:
+        raise BuildError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def _import_from(target: Path) -> None:
@@ -328,9 +482,9 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress_line(why: str) -> Iterator[Progress]:
+def _progress_line(why: str, long: str) -> Iterator[Progress]:
     start, live = time.monotonic(), sys.stderr.isatty()
-    print(f"fastmaml: the compiled module is {why}; building it once (a minute or two)", file=sys.stderr, flush=True)
+    print(f"fastmaml: {why}; building it once ({long})", file=sys.stderr, flush=True)
 
     def progress(done: int, of: int, what: str) -> None:
         if live:
@@ -345,21 +499,46 @@ def _progress_line(why: str) -> Iterator[Progress]:
 
 
 def main() -> int:
+    """Builds in place: the module, or with --cuda the CUDA library."""
     start = time.monotonic()
+    cuda = sys.argv[1:] == ["--cuda"]
+    if sys.argv[1:] and not cuda:
+        print(f"fastmaml: build.py takes --cuda or nothing, not {' '.join(sys.argv[1:])}", file=sys.stderr)
+        return 2
+    folder = PACKAGE.parent / "build" / ("cuda" if cuda else str(sys.implementation.cache_tag))
 
     def progress(done: int, of: int, what: str) -> None:
         print(f"[{done}/{of}] {what}", flush=True)
 
     try:
-        target = build(PACKAGE / MODULE, PACKAGE.parent / "build" / str(sys.implementation.cache_tag), progress)
+        target = (
+            build_cuda(PACKAGE / CUDA_LIBRARY, folder, progress) if cuda else build(PACKAGE / MODULE, folder, progress)
+        )
     except BuildError as error:
-        log = PACKAGE.parent / "build" / str(sys.implementation.cache_tag) / "build.log"
+        log = folder / "build.log"
         if log.is_file():
             print(log.read_text(), file=sys.stderr)
         print(f"fastmaml: {error}", file=sys.stderr)
         return 1
     print(f"{target.name} is built ({time.monotonic() - start:.0f} s)")
-    return 0
+    return _report_spills(folder) if cuda else 0
+
+
+def _report_spills(folder: Path) -> int:
+    spilled = spilled_kernels(folder)
+    for symbol, stores in spilled.items():
+        print(f"registers spill ({stores} bytes{', not allowed' if must_not_spill(symbol) else ''}): {symbol}")
+    bad = sum(map(must_not_spill, spilled))
+    kernels = {
+        k for log in folder.glob("cuda/*.log") for k in re.findall(r"Function properties for (\S+)", log.read_text())
+    }
+    print(
+        f"{len(kernels)} kernels for {', '.join(f'sm_{arch}' for arch in cuda_archs())}; "
+        f"{len(spilled) - bad} of float64 or resident ones spill"
+    )
+    if bad:
+        print(f"fastmaml: {bad} float32 kernels spill registers", file=sys.stderr)
+    return int(bad > 0)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class CallerLoss:
             try:
                 given = query if of_query else support
                 assert given is not None
-                arrays = (_tensor(array, backend, given.x.device) for array in (z, z_dot, loss_out, dz_out))
+                arrays = (tensor_of(array, backend, given.x.device) for array in (z, z_dot, loss_out, dz_out))
                 with torch.no_grad():
                     self._answer(given, first, *arrays)
             except BaseException as error:
@@ -84,7 +84,8 @@ class _Memory:
         setattr(self, name, interface)
 
 
-def _tensor(array: Any, backend: str, device: torch.device) -> Any:
+def tensor_of(array: Any, backend: str, device: torch.device) -> Any:
+    """What the operators hand to a loss, a numpy array or the interface of a device's memory, as a tensor in its place."""
     if array is None:
         return None
     if not isinstance(array, dict):

@@ -20,6 +20,7 @@ from fastmaml.compiled import LoopTensors
 from fastmaml.conjugate_gradients import conjugate_gradients
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.inner_loop import InnerLoop
+from fastmaml.interchange import any_arrays
 from fastmaml.losses import Given
 from fastmaml.network import Program
 from fastmaml.parameters import InnerLr, collapse_rates, expand_rates
@@ -73,14 +74,19 @@ class Engine(Backend):
     model: any nn.Module. Its fused layers are listed in the README; anything else runs on the autodiff backend.
     loss: "cross_entropy" (scores [N, C], labels [N]), "mse" (mean over the outputs), or a function
         (output, target) -> [examples]. The loss of a task is the mean over its examples, or sum_i w_i l_i with weights.
-    backend: "auto", "cpu", "reference" (float64 plain loops), "autodiff", "cuda_emulated" (the CUDA kernels run on the
-        host, for tests: slow). The environment variable FASTMAML_BACKEND
-        stands in for "auto". A backend that is named here and cannot run the model raises; "auto" falls back to
-        autodiff and logs one line, or raises with FASTMAML_STRICT=1.
+    backend: "auto", "cpu", "cuda", "reference" (float64 plain loops), "autodiff", "cuda_emulated" (the CUDA kernels run
+        on the host, for tests: slow). "auto" goes with the model: cuda where its parameters are on a CUDA device, cpu
+        where they are on the CPU. The environment variable FASTMAML_BACKEND stands in for "auto". A backend that is
+        named here and cannot run the model raises; "auto" falls back to autodiff and logs one line, or raises with
+        FASTMAML_STRICT=1.
     memory: "low" recomputes activations in the adjoint sweep, "stash" keeps those of the inner steps, "auto" chooses.
         autodiff always recomputes.
     batch_norm: "transductive" (batch statistics everywhere), "support" (the query is normalised with the support set's
         statistics, and differentiated through them), "frozen" (running statistics). Running buffers are never changed.
+    precision: "float32", or what the CUDA backends' products of large layers may be computed in on tensor cores: "tf32"
+        (operands rounded to 10 bits of mantissa), "tf32x3" (split in two: 21 bits). The CPU computes in float32 always.
+
+    Every method takes numpy or cupy arrays as well as tensors, without copies, and returns the kind of its first argument.
 
     Frozen parameters (requires_grad=False) keep their place in theta: they are not adapted and have zero gradients.
     Unused ones have zero gradients; tied ones one entry and the sum of their gradients. Dropout runs (on autodiff)
@@ -94,6 +100,7 @@ class Engine(Backend):
         """The parameters as one vector [P] in the order of model.named_parameters(); a copy without a graph."""
         return self.layout.flatten(self.model if model is None else model)
 
+    @any_arrays
     def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
         """A vector [P] (or [T, P]) as {name: tensor} (or [T, *shape]): views that keep the graph."""
         checks.vector("theta", theta, self.layout.size)
@@ -101,6 +108,7 @@ class Engine(Backend):
 
     # ---------------------------------------------------------------- one evaluation
 
+    @any_arrays
     @_without_graph
     def forward(self, params: Tensor, x: Tensor, support_x: Tensor | None = None) -> Tensor:
         """The network's output [T, N, ...] for params [P] shared or [T, P], x [T, N, ...].
@@ -125,6 +133,7 @@ class Engine(Backend):
             statistics = plain(x)
         return self._compiled(program).forward(params, plain(x), statistics)
 
+    @any_arrays
     @_without_graph
     def grad(self, params: Tensor, x: Tensor, y: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(loss [T], grad [T, P]) at params [P] shared or [T, P], for x [T, N, ...], y and optional weights [T, N]."""
@@ -137,6 +146,7 @@ class Engine(Backend):
             loss, grad = self._compiled(program).grad(params, at)
         return loss, _masked(grad, self._mask(grad))
 
+    @any_arrays
     @_without_graph
     def vjp(self, params: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """(output y [T, N, ...], gradient [T, P] of <dy, y> by the parameters) for params [P] or [T, P], dy as y."""
@@ -153,6 +163,7 @@ class Engine(Backend):
             y, grad = self._compiled(program).vjp(params, plain(x), dy)
         return y, _masked(grad, self._mask(params))
 
+    @any_arrays
     @_without_graph
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, v: Tensor, weights: Tensor | None = None) -> Tensor:
         """The Hessian of each task's loss times v [T, P]: [T, P]. Rows and columns of frozen parameters are zero."""
@@ -171,6 +182,7 @@ class Engine(Backend):
             hv = self._compiled(program).hvp(params, at, v)[1]
         return _masked(hv, mask)
 
+    @any_arrays
     @_without_graph
     def solve(
         self,
@@ -207,6 +219,7 @@ class Engine(Backend):
 
         return Solution(*conjugate_gradients(operator, v, steps)[:2])
 
+    @any_arrays
     @_without_graph
     def loss(self, output: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss [T] of outputs [T, N, ...] against y, with optional weights [T, N]."""
@@ -216,6 +229,7 @@ class Engine(Backend):
 
     # ---------------------------------------------------------------- inner loops
 
+    @any_arrays
     def adapt(
         self,
         theta: Tensor,
@@ -229,6 +243,7 @@ class Engine(Backend):
         """The adapted parameters [T, P] after inner_steps from theta [P] or [T, P]; options as adapt_with's."""
         return self.adapt_with(theta, x, y, inner_lr, inner_steps, weights, **options).params
 
+    @any_arrays
     @_without_graph
     def adapt_with(
         self,
@@ -274,6 +289,7 @@ class Engine(Backend):
         )
         return Adaptation(params.contiguous(), losses, getattr(own, "state", None))
 
+    @any_arrays
     @_without_graph
     def meta_gradient(
         self,
@@ -394,6 +410,7 @@ class Engine(Backend):
         output = self._as_returned(result.output) if program is None else result.output
         return MetaGradient(result.loss, grad, output, of_rates, result.support_losses, by_name, result.query_losses)
 
+    @any_arrays
     @_without_graph
     def check_batch(self, batch: Sequence[Tensor]) -> None:
         """Raises ValueError or TypeError, as meta_gradient does, where support and query sets do not fit the model."""

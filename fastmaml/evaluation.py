@@ -112,10 +112,11 @@ def evaluation_steps(config: RunConfig, learner: Learner) -> list[int]:
 
 
 def adapted_outputs(learner: Learner, batch: TaskBatch, steps: Sequence[int]) -> Iterator[Tensor]:
-    """Query outputs [T, N, ...] after each of the ascending numbers of inner `steps`."""
+    """Query outputs [T, N, ...], on the CPU, after each of the ascending numbers of inner `steps`."""
+    batch = batch.to(learner.device)
     if not _goes_on(learner):
         for count in steps:
-            yield learner.adapt(batch.support_x, batch.support_y, inner_steps=count).predict(batch.query_x)
+            yield learner.adapt(batch.support_x, batch.support_y, inner_steps=count).predict(batch.query_x).cpu()
         return
     engine, taken = learner.engine, 0
     params = learner.start(batch.support_x, batch.support_y)
@@ -123,7 +124,7 @@ def adapted_outputs(learner: Learner, batch: TaskBatch, steps: Sequence[int]) ->
         if count > taken:
             loop = {"inner": learner.inner, "inner_steps": count - taken, **learner.adapt_options()}
             params, taken = engine.adapt(params, batch.support_x, batch.support_y, **loop), count
-        yield engine.forward(params, batch.query_x, batch.support_x)
+        yield engine.forward(params, batch.query_x, batch.support_x).cpu()
 
 
 def _goes_on(learner: Learner) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fastmaml import algorithms, checkpoint, inner, models, tasks
+from fastmaml.backend import load_cuda
 from fastmaml.run_config import RunConfig
 from fastmaml.tasks.source import TaskSource
 from fastmaml.trainer import member_name, model_tensors
@@ -73,11 +74,15 @@ def make_learner(config: RunConfig) -> Any:
         given = {}  # it finds its own step lengths
     if config.algorithm == "metasgd":
         given["seed"] = config.seed  # of the first rates
-    engine = {"backend": config.backend, "memory": config.memory, "batch_norm": config.batch_norm}
+    engine = {name: getattr(config, name) for name in ("backend", "memory", "batch_norm", "precision")}
     if config.algorithm == "maml++" and config.batch_norm == "per_step":
         engine["batch_norm"], given["bn_stats"] = "transductive", "running_per_step"
     with seeded(config.seed):
         model = _model(config)
+        if config.backend == "cuda":
+            if missing := load_cuda():
+                raise ValueError(f"backend 'cuda' cannot run: {missing}")
+            model = model.to("cuda")
         try:
             return _LEARNERS[config.algorithm](
                 model, inner_steps=config.inner_steps, loss=config.loss, **given, **engine, **options

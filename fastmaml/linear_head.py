@@ -31,8 +31,11 @@ class LinearHead:
         *body, head = engine.model.named_children()
         how = (backend, engine.memory, engine.batch_norm)
         self.whole = engine
-        self.body = Engine(nn.Sequential(OrderedDict(body)), "mse", *how)  # its loss is not used
-        self.head = Engine(nn.Sequential(OrderedDict([head])), engine.loss_name, *how, engine.label_smoothing)
+        precision = engine.precision
+        self.body = Engine(nn.Sequential(OrderedDict(body)), "mse", *how, precision=precision)  # its loss is not used
+        self.head = Engine(
+            nn.Sequential(OrderedDict([head])), engine.loss_name, *how, engine.label_smoothing, precision=precision
+        )
         self.loss = per_example(engine.loss_name, engine.label_smoothing)
         self.body_places = engine.layout.positions(self.body.layout.names)
         self.head_places = engine.layout.positions(self.head.layout.names)

@@ -53,6 +53,7 @@ class RunConfig:
     backend: str = "auto"
     batch_norm: str = "transductive"
     memory: str = "auto"
+    precision: str = "float32"
     seed: int = 0
     root: str | None = None
     log_every: int = 10
@@ -125,7 +126,9 @@ def _all(fits: Callable[[Any], bool], value: Any, lengths: tuple[int, ...] = ())
 
 
 _KINDS = {
-    **dict.fromkeys(("dataset", "loss", "algorithm", "schedule", "backend", "batch_norm", "memory"), _TEXT),
+    **dict.fromkeys(
+        ("dataset", "loss", "algorithm", "schedule", "backend", "batch_norm", "memory", "precision"), _TEXT
+    ),
     **dict.fromkeys(("model", "options"), _MAPPING),
     **dict.fromkeys(("outer_lr", "outer_lr_min"), _NUMBER),
     **dict.fromkeys(("clip_grad", "time_limit"), _NUMBER.or_null()),

@@ -145,7 +145,7 @@ class Trainer:
         """One step of the outer loop and, where due, its row of metrics."""
         config = self.config
         started = time.perf_counter()
-        batch = self.train_tasks.sample(config.meta_batch)
+        batch = self.train_tasks.sample(config.meta_batch).to(self.learner.device)
         sampled = time.perf_counter()
         self._set_outer_lr()
         self.learner.at_step(self.step)
@@ -198,7 +198,7 @@ class Trainer:
         self.learner.eval()  # no dropout; what batch norm does is a setting of the learner
         with torch.no_grad():
             for chunk, count in enumerate(chunks(self.config.validation_tasks, CHUNK)):
-                batch = self.validation_tasks.sample(count, step=chunk)
+                batch = self.validation_tasks.sample(count, step=chunk).to(self.learner.device)
                 out = self.learner(*batch)
                 losses.append(out.task_losses.double())
                 after.append(self.metric(out.query_output, batch[3]))

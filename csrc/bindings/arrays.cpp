@@ -51,10 +51,7 @@ Tensor swapped(const Tensor& x, int64_t rows, int64_t a, int64_t b) {
 }  // namespace
 
 Arrays::Arrays(std::string text, const std::string& backend, const Tensor& params)
-    : text_(std::move(text)),
-      program_(program_of(text_)),
-      callers_type_(params.scalar_type()),
-      callers_device_(params.device()) {
+    : text_(std::move(text)), program_(program_of(text_)), callers_type_(params.scalar_type()), callers_device_(params.device()) {
   if (callers_type_ != ScalarType::Float && callers_type_ != ScalarType::Double)
     throw std::invalid_argument(described("params", params) + " must be float32 or float64");
   table_ = &table_named(backend, callers_type_ == ScalarType::Float ? sizeof(float) : sizeof(double));
@@ -256,8 +253,7 @@ void* Arrays::reduced(Arg arg, int64_t size, const std::optional<Tensor>& task_w
     kept_.push_back(*(weights = real("task_weights", *task_weights)));
   }
   void* sum = take(size);
-  table_->tree_reduce(sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size,
-                      space_->stream());
+  table_->tree_reduce(sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size, space_->stream());
   return sum;
 }
 

@@ -131,9 +131,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_loaded", &cuda_loaded, "Whether load_cuda has loaded it.");
   m.def("try_cuda", &try_cuda, "Launches a kernel that does nothing; raises where this machine cannot.");
   m.def("set_recording", &set_recording, "on"_a, "Whether calls on devices are recorded and replayed; on from the start.");
-  m.def(
-      "recordings", [] { return std::pair(recording_counts().held, recording_counts().replays); },
-      "(recordings held, replays so far).");
+  m.def("recordings", [] { return std::pair(recording_counts().held, recording_counts().replays); }, "(recordings held, replays so far).");
 
   m.def("cpu_isa", &cpu_isa, "The instruction set that the cpu backend runs on.");
   m.def("set_cpu_isa", &set_cpu_isa, "name"_a, "Chooses one of available_isas(); \"\" restores the widest.");

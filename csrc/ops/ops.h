@@ -64,7 +64,7 @@ struct Device {
     const void* from;
     size_t bytes;  // a multiple of 4, as are the addresses
   };
-  int (*use)(int index);  // makes a device the thread's current one; returns the one before
+  int (*use)(int index);                                           // makes a device the thread's current one; returns the one before
   void (*copy)(const Piece* pieces, int count, uintptr_t stream);  // of device memory
   // out[r][i] = x[r][index[i]]         out, x [rows, size]   index [size]
   void (*gather)(void* out, const void* x, const int32_t* index, int64_t rows, int64_t size, uintptr_t stream);
@@ -80,11 +80,11 @@ struct Device {
 
 struct OpTable {
   const char* backend = "";
-  size_t real_bytes = 4;         // 4: float, 8: double
-  bool lane_layout = false;      // understands Views with lanes > 1
+  size_t real_bytes = 4;           // 4: float, 8: double
+  bool lane_layout = false;        // understands Views with lanes > 1
   const Device* device = nullptr;  // null: the host, where a task alone is the fast way; else all tasks at once
-  OpFn run[kOps] = {};           // null: this backend lacks the op
-  ScratchFn scratch[kOps] = {};  // null: no scratch
+  OpFn run[kOps] = {};             // null: this backend lacks the op
+  ScratchFn scratch[kOps] = {};    // null: no scratch
   // out[i] = sum_t w[t] x[t][i] (w null: the mean) by a fixed binary tree over t; x [T, size] is overwritten.
   void (*tree_reduce)(void* out, void* x, const void* w, int64_t tasks, int64_t size, uintptr_t stream) = nullptr;
 

@@ -63,5 +63,8 @@ template void params_from_torch(const std::vector<Param>&, float*, const float*,
 template void params_from_torch(const std::vector<Param>&, double*, const double*, int64_t);
 template void params_to_torch(const std::vector<Param>&, float*, const float*, int64_t);
 template void params_to_torch(const std::vector<Param>&, double*, const double*, int64_t);
+// of places, for devices that gather
+template void params_from_torch(const std::vector<Param>&, int32_t*, const int32_t*, int64_t);
+template void params_to_torch(const std::vector<Param>&, int32_t*, const int32_t*, int64_t);
 
 }  // namespace fastmaml

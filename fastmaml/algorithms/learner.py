@@ -81,7 +81,7 @@ class Learner(nn.Module):
     inner_lr: a number, a tensor, or a dict by parameter name (Engine.meta_gradient says which shapes); or `inner`, an
     optimizer of fm.inner. An nn.Parameter among the rates, alone or in the dict, is learnable: it gets its exact
     gradient, and the state_dict holds it as "inner_lr" or "inner_lr.NAME".
-    inner_steps, loss, backend, memory, batch_norm, label_smoothing: as Engine's.
+    inner_steps, loss, backend, memory, batch_norm, label_smoothing, precision: as Engine's.
     first_order: without Hessian terms. truncate=J: with those of the last J steps only. adapted: name patterns of the
     parameters that the inner loop moves ("head.*"); the others are meta-trained all the same.
 
@@ -106,9 +106,10 @@ class Learner(nn.Module):
         inner: Optimizer | None = None,
         truncate: int | None = None,
         adapted: str | Sequence[str] | None = None,
+        precision: str = "float32",
     ):
         super().__init__()
-        self.engine = Engine(model, loss, backend, memory, batch_norm, label_smoothing)
+        self.engine = Engine(model, loss, backend, memory, batch_norm, label_smoothing, precision)
         self.inner_steps = whole_number("inner_steps", inner_steps, 0)
         self.model = model
         optimizer = optimizer_of(inner_lr, inner)
@@ -121,6 +122,11 @@ class Learner(nn.Module):
             self.engine.layout.matching(self.adapted, torch.empty(0))  # refuses a pattern that fits nothing
         self.register_state_dict_post_hook(_strip_model_prefix)
         self.register_load_state_dict_pre_hook(_add_model_prefix)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are, and batches belong."""
+        return next(self.parameters()).device
 
     # ---------------------------------------------------------------- what a trainer calls
 

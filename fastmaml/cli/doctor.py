@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
 import json
 import logging
@@ -20,7 +21,7 @@ import torch
 
 import fastmaml
 from fastmaml import Engine, checkpoint, models
-from fastmaml.backend import BACKENDS
+from fastmaml.backend import BACKENDS, load_cuda
 from fastmaml.experiment import machine
 from fastmaml.tasks import TaskBatch
 from fastmaml.tasks.cache import cache_folder
@@ -157,8 +158,12 @@ def _small_problem(seed: int) -> tuple[torch.nn.Module, TaskBatch]:
 
 
 def _meta_gradient(model: torch.nn.Module, batch: TaskBatch, backend: str) -> torch.Tensor:
+    if backend == "cuda":
+        if missing := load_cuda():
+            raise ValueError(missing)
+        model, batch = copy.deepcopy(model).to("cuda"), batch.to("cuda")
     engine = Engine(model, backend=backend)
-    return engine.meta_gradient(engine.flatten(), batch, inner_lr=0.4, inner_steps=2).grad
+    return engine.meta_gradient(engine.flatten(), batch, inner_lr=0.4, inner_steps=2).grad.cpu()
 
 
 def _compiled_module() -> Iterator[Finding]:

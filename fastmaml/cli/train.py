@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmaml import checkpoint
+from fastmaml.backend import PRECISIONS
 from fastmaml.cli.report import write_report
 from fastmaml.cli.text import command, duration, evaluation_table, rate, size
 from fastmaml.config_file import read_option, read_settings, to_yaml
@@ -23,7 +24,7 @@ _TASK = ("ways", "shots", "train_shots", "query_shots", "meta_batch")
 _INNER = ("algorithm", "options", "inner_lr", "inner_steps", "filters", "batch_norm")
 _OUTER = ("outer_lr", "schedule", "outer_lr_min", "clip_grad", "seed")
 _FIXED = (*_TASK, *_INNER, *_OUTER, "validate_every", "validation_tasks", "ensemble")
-_FREE = ("steps", "time_limit", "backend", "memory", "root", "eval_tasks")
+_FREE = ("steps", "time_limit", "backend", "memory", "precision", "root", "eval_tasks")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -72,7 +73,8 @@ def add_parser(subparsers: Any) -> None:
     )
     loops.add_argument("--seed", type=int, metavar="N", help="of network, tasks and everything random")
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--backend", help="auto, cpu, reference, autodiff")
+    engine.add_argument("--backend", help="auto, cpu, cuda, reference, autodiff")
+    engine.add_argument("--precision", choices=PRECISIONS, help="of large products on CUDA (default: float32)")
     engine.add_argument(
         "--memory", choices=("auto", "low", "stash"), help="recompute or keep activations of the inner steps"
     )

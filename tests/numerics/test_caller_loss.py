@@ -12,6 +12,8 @@ from cases import LoopCase, OpCase, draw_loop, draw_op, program
 from compare import expect_close, expect_same_bits
 from loop_runs import META_GRADIENT, adapt, meta_gradient
 
+from fastmaml.caller_loss import tensor_of
+
 _C = pytest.importorskip("fastmaml._C")
 NOTHING = torch.empty(0, dtype=torch.float64)
 
@@ -30,22 +32,23 @@ class ByTorch:
     def __init__(self, case: LoopCase, support_y: torch.Tensor, query_y: torch.Tensor | None = None) -> None:
         self.case, self.y, self.calls = case, {False: support_y, True: query_y}, []
 
-    def __call__(self, query, first_row, z, z_dot, loss_out, dz_out) -> None:
+    def __call__(self, query, first_row, z, z_dot, loss_out, dz_out, backend="") -> None:
+        z, z_dot, loss_out, dz_out = (tensor_of(a, backend, self.y[query].device) for a in (z, z_dot, loss_out, dz_out))
         self.calls.append((query, first_row, z.shape[1], z_dot is not None))
         T, N = z.shape[:2]
         y = self.y[query][:, first_row : first_row + N]
-        at = torch.from_numpy(z).requires_grad_(True)
+        at = z.contiguous().requires_grad_(True)
         loss = torch.stack(
             [self.case.loss(at[t], y[t].to(at.dtype) if y.is_floating_point() else y[t]).mean() for t in range(T)]
         )
         (dz,) = torch.autograd.grad(loss.sum(), at, create_graph=z_dot is not None)
         if z_dot is None:
             assert loss_out.shape == (T,)
-            loss_out[:] = loss.detach().numpy()
+            loss_out[:] = loss.detach()
         else:
             assert loss_out is None
-            (dz,) = torch.autograd.grad((dz * torch.from_numpy(z_dot)).sum(), at)
-        dz_out[:] = dz.numpy()
+            (dz,) = torch.autograd.grad((dz * z_dot).sum(), at)
+        dz_out[:] = dz
 
 
 @contextmanager

@@ -31,8 +31,7 @@ __global__ void __launch_bounds__(kThreads) copy_pieces(PieceList list) {
   const int64_t bytes = list.bytes[piece], first = int64_t(blockIdx.x) * kThreads + threadIdx.x, step = int64_t(gridDim.x) * kThreads;
   const bool wide = (reinterpret_cast<unsigned long long>(to) | reinterpret_cast<unsigned long long>(from)) % 16 == 0;
   const int64_t chunks = wide ? bytes / 16 : 0;
-  for (int64_t i = first; i < chunks; i += step)
-    reinterpret_cast<Chunk<float>*>(to)[i] = reinterpret_cast<const Chunk<float>*>(from)[i];
+  for (int64_t i = first; i < chunks; i += step) reinterpret_cast<Chunk<float>*>(to)[i] = reinterpret_cast<const Chunk<float>*>(from)[i];
   for (int64_t i = chunks * 4 + first; i < bytes / 4; i += step)
     reinterpret_cast<uint32_t*>(to)[i] = reinterpret_cast<const uint32_t*>(from)[i];
 }

@@ -1,0 +1,82 @@
+"""numpy and cupy arrays in place of tensors: taken and returned without copies.
+
+A method wrapped in `any_arrays` takes arrays wherever it takes tensors, and returns the kind of its first argument.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def any_arrays(method: Method) -> Method:
+    """Lets a method of tensors take numpy and cupy arrays too, also within tuples, lists and dicts."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _holds_array((args, kwargs)):
+            return method(self, *args, **kwargs)
+        first = args[0] if args else next(iter(kwargs.values()))
+        back = _to_numpy if isinstance(first, np.ndarray) else _to_cupy if _is_cupy(first) else _same
+        result = method(self, *_over(_to_tensor, args), **_over(_to_tensor, kwargs))
+        return _over(back, result)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _is_cupy(x: Any) -> bool:
+    cupy = sys.modules.get("cupy")  # whoever has an array of it has imported it
+    return cupy is not None and isinstance(x, cupy.ndarray)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, np.ndarray) or _is_cupy(x)
+
+
+def _holds_array(x: Any) -> bool:
+    if isinstance(x, (tuple, list)):
+        return any(_holds_array(part) for part in x)
+    if isinstance(x, dict):
+        return any(_holds_array(part) for part in x.values())
+    return _is_array(x)
+
+
+def _over(function: Callable[[Any], Any], x: Any) -> Any:
+    """The same structure with `function` applied to what is in it."""
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(_over(function, part) for part in x))
+    if isinstance(x, (tuple, list)):
+        return type(x)(_over(function, part) for part in x)
+    if isinstance(x, Mapping):
+        return {name: _over(function, part) for name, part in x.items()}
+    return function(x)
+
+
+def _to_tensor(x: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        if x.dtype.kind not in "fiub" or x.dtype.byteorder == (">" if sys.byteorder == "little" else "<"):
+            raise TypeError(f"an array of {x.dtype} cannot be taken; give floats, integers or bools of this machine")
+        # torch has neither negative steps nor memory that must not be written
+        shared = x if x.flags.writeable and all(s >= 0 for s in x.strides) else x.copy()
+        return torch.from_numpy(shared)
+    return torch.from_dlpack(x) if _is_cupy(x) else x
+
+
+def _to_numpy(x: Any) -> Any:
+    return x.numpy() if isinstance(x, Tensor) else x
+
+
+def _to_cupy(x: Any) -> Any:
+    return sys.modules["cupy"].from_dlpack(x) if isinstance(x, Tensor) else x
+
+
+def _same(x: Any) -> Any:
+    return x
