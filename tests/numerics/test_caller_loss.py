@@ -155,17 +155,18 @@ def test_an_image_output_arrives_in_torchs_order(compiled):
     text = program((2, 4, 5), ((3, 2, 3, 3),), ("conv2d 0 weight=0 bias=-1 stride=1,1 padding=1,1",), loss="caller")
     seen = []
 
-    def loss(query, first_row, z, z_dot, loss_out, dz_out):
-        seen.append(z.copy())
-        loss_out[:] = (z * weight.numpy()).sum((1, 2, 3, 4))
-        dz_out[:] = weight.numpy()
+    def loss(query, first_row, z, z_dot, loss_out, dz_out, backend=""):
+        z, loss_out, dz_out = (tensor_of(a, backend, x.device) for a in (z, loss_out, dz_out))
+        seen.append(z.clone())
+        loss_out[:] = (z * weight).sum((1, 2, 3, 4))
+        dz_out[:] = weight
 
     with caller_loss(loss):
         value, grad = torch.ops.fastmaml.grad(text, compiled.name, w.flatten(), x, x, None, NOTHING)
     at = w.clone().requires_grad_(True)
     for t in range(T):
         z = torch.nn.functional.conv2d(x[t], at, padding=1)
-        expect_close(torch.from_numpy(seen[0][t]), z, 1e-12)
+        expect_close(seen[0][t], z, 1e-12)
         expected = (z * weight).sum()
         expect_close(value[t], expected, 1e-12)
         expect_close(grad[t], torch.autograd.grad(expected, at)[0].flatten(), 1e-12)

@@ -74,9 +74,21 @@ def test_the_environment_stands_in_for_auto_only(compiled, monkeypatch):
         Engine(small_mlp(), "mse")
 
 
-def test_a_backend_that_is_coming_says_so():
-    with pytest.raises(ValueError, match="backend 'cuda' is not part of this version yet"):
+def test_cuda_says_what_it_lacks_here(compiled, monkeypatch):
+    monkeypatch.setattr(choosing, "load_cuda", lambda: "no CUDA driver on this machine")
+    with pytest.raises(ValueError, match="backend 'cuda' cannot run Sequential: no CUDA driver on this machine"):
         Engine(small_mlp(), "mse", "cuda")
+    monkeypatch.setattr(choosing, "load_cuda", lambda: "")
+    with pytest.raises(ValueError, match="the model is on cpu and backend 'cuda' computes on a CUDA device"):
+        Engine(small_mlp(), "mse", "cuda")
+
+
+def test_precision_is_one_of_the_known_and_for_cuda(compiled):
+    assert Engine(small_mlp(), "mse", "cuda_emulated", precision="tf32").precision == "tf32"
+    with pytest.raises(ValueError, match="precision 'half' is not one of float32, tf32"):
+        Engine(small_mlp(), "mse", precision="half")
+    with pytest.raises(ValueError, match="precision 'tf32' is for the backends cuda and cuda_emulated, not 'cpu'"):
+        Engine(small_mlp(), "mse", "cpu", precision="tf32")
 
 
 def test_without_the_compiled_module_autodiff_runs_and_says_so(monkeypatch, caplog):
