@@ -13,6 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # cases, compare and oracle are imported by plain name
+from on_device import moved_to, why_no_cuda
 
 # The same examples on every run and machine: a red suite must be red twice. No deadline: the first call plans and
 # allocates. Function-scoped fixtures are welcome: the backend must not change between the examples of one test.
@@ -27,8 +28,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fastmaml")
 
 ISAS = ("portable", "avx2", "avx2x16", "avx512")
-COMING = {"cuda": "the CUDA backend has not landed yet"}
-
 
 # Tests are many and tiny: waiting for a second thread costs more than it does. What needs two asks for `threads`.
 torch.set_num_threads(1)
@@ -52,14 +51,17 @@ DEVICES = [Backend("cuda"), Backend("cuda_emulated")]
 
 def activate(backend: Backend) -> Iterator[Backend]:
     """Chooses the backend's instruction set for one test; skips, with the reason, what cannot run here."""
-    if backend.name in COMING:
-        pytest.skip(COMING[backend.name])
     if backend.name == "autodiff":
         yield backend
         return
     from fastmaml import _C
 
-    if backend.isa:
+    if backend.name == "cuda":
+        if reason := why_no_cuda():
+            pytest.skip(reason)
+        with moved_to("cuda", "cuda"):
+            yield backend
+    elif backend.isa:
         if backend.isa not in _C.available_isas():
             pytest.skip(f"this machine has no {backend.isa} (it has {', '.join(_C.available_isas())})")
         before = _C.cpu_isa()

@@ -1,0 +1,43 @@
+# Tests hold their tensors on the CPU. Under `moved_to` the operators of backend "cuda" take them to the device and their results
+# back, so that every test runs on a GPU as it is.
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from fastmaml import backend as choosing
+
+OPS = ("forward", "grad", "hvp", "vjp", "adapt", "meta_gradient", "solve", "passes")
+
+
+@contextmanager
+def moved_to(device: str, backend: str) -> Iterator[None]:
+    """Within the block "cuda" means `backend` on `device`: ("cuda", "cuda"), or the emulator in its place."""
+
+    def moving(op: Any) -> Any:
+        def call(text: str, name: str, *given: Any) -> Any:
+            if name.split(":")[0] != "cuda":
+                return op(text, name, *given)
+            if "loss caller" in text:
+                pytest.skip("a loss in Python needs tensors on the device: tests/unit/test_engine_cuda.py")
+            there = (g.to(device) if isinstance(g, torch.Tensor) else g for g in given)
+            result = op(text, name.replace("cuda", backend, 1), *there)
+            return result.cpu() if isinstance(result, torch.Tensor) else tuple(r.cpu() for r in result)
+
+        return call
+
+    with mock.patch.multiple(torch.ops.fastmaml, **{op: moving(getattr(torch.ops.fastmaml, op)) for op in OPS}):
+        with mock.patch.object(choosing, "_device_of", lambda name: "cpu"):
+            yield
+
+
+def why_no_cuda() -> str:
+    """ "" where this machine can run the CUDA backend, or the sentence that says why it cannot."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return choosing.load_cuda()
