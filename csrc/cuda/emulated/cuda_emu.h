@@ -66,6 +66,9 @@ struct Launch {
 };
 void launch(const Launch& launch);
 
+// choose.h: as many blocks share the scratch of a cut sum. Few, so that small tests need a second launch.
+extern int64_t blocks_at_once;
+
 template <class... Params>
 struct Call {
   void (*kernel)(Params...);
