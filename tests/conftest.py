@@ -13,6 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # cases, compare and oracle are imported by plain name
+import kernel_launches
 from on_device import moved_to, why_no_cuda
 
 # The same examples on every run and machine: a red suite must be red twice. No deadline: the first call plans and
@@ -100,3 +101,22 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which kernels were launched is asked last, after the tests that launch them."""
+    items.sort(key=lambda item: item.path.name == "test_kernel_coverage.py")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the emulator executed, and how much the race build checked."""
+    if line := kernel_launches.summary():
+        terminalreporter.write_line(line)
+    checks = [
+        value
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "race_checks" and report.when == "call"
+    ]
+    if checks:
+        terminalreporter.write_line(f"race build of the CUDA kernels: {sum(checks)} checks passed")

@@ -7,6 +7,9 @@
 #include "bindings/caller_loss.h"
 #include "bindings/calls.h"
 #include "bindings/threads.h"
+#ifdef __linux__
+#include "cuda/emulated/emu.h"
+#endif
 #include "cpu/isa/choose_isa.h"
 #include "meta/step_rows.h"
 #include "program/param_layout.h"
@@ -96,6 +99,15 @@ std::vector<int64_t> output_shape(const std::string& text) {
   return shape.image ? std::vector<int64_t>{shape.C, shape.H, shape.W} : std::vector<int64_t>{shape.C};
 }
 
+#ifdef __linux__
+std::map<std::string, std::pair<int64_t, std::string>> emulated_kernels() {
+  std::map<std::string, emu::Kernel> ran = emu::kernels();
+  std::map<std::string, std::pair<int64_t, std::string>> all;
+  for (const std::string& kernel : emu::compiled_kernels()) all[kernel] = {ran[kernel].launches, emu::readable(kernel)};
+  return all;
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -139,6 +151,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("thread_count", &thread_count, "torch.get_num_threads(), as the engine sees it.");
   m.def("threads_seen", &threads_seen, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "How many threads took part in one parallel loop.");
+
+#ifdef __linux__
+  m.def("emulated_kernels", &emulated_kernels, "Every kernel of the emulated CUDA backend by nvcc's symbol: (launches, readable name).");
+#endif
 
   pybind11::module_::import("fastmaml.fakes");  // the operators' shapes, for torch.compile
 }

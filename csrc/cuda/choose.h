@@ -80,13 +80,14 @@ inline Parts choose_parts(int64_t depth) {
 }
 
 // As many tasks share the scratch of a cut sum, one launch after the other, as fill the largest GPU about four times.
+inline constexpr int64_t kBlocksAtOnce = 2048;
 inline int64_t choose_tasks_at_once(int64_t blocks_per_task) {
 #ifdef FASTMAML_EMULATED
-  constexpr int64_t kBlocks = 16;  // few, so that small tests need a second launch
+  const int64_t blocks = emu::blocks_at_once;
 #else
-  constexpr int64_t kBlocks = 2048;
+  constexpr int64_t blocks = kBlocksAtOnce;
 #endif
-  return std::max<int64_t>(kBlocks / blocks_per_task, 1);
+  return std::max<int64_t>(blocks / blocks_per_task, 1);
 }
 
 // ---------------------------------------------------------------- [rows, C] with numbers for every column (kernels/columns.cuh)

@@ -1,6 +1,7 @@
 // A launch: block after block, and in a block every warp until all its lanes wait or have returned. What cannot go on is diagnosed.
 #include <algorithm>
 #include <cstdlib>
+#include <fstream>
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
@@ -15,11 +16,34 @@ namespace fastmaml::emu {
 Block block;
 Stacks stacks;
 Watcher* watcher = nullptr;
+bool counts_bytes_alone = false;
+int64_t blocks_at_once = 16;
 
 namespace {
 
 std::mutex one_launch;
 std::map<std::string, Kernel> counts;
+std::function<void(const Launched&)> listener;
+bool listener_only = false;
+
+struct LaunchFile {
+  const char* const path = std::getenv("FASTMAML_EMU_LAUNCHED");
+  struct Kernel {
+    int64_t launches = 0;
+    int threads = 0;  // of the largest block
+    size_t shared_bytes = 0;
+  };
+  std::map<std::string, Kernel> kernels;  // reset_counts() or not
+
+  ~LaunchFile() {
+    if (!path || !*path) return;
+    std::ofstream file(path);
+    for (const std::string& name : compiled_kernels()) {
+      const Kernel& kernel = kernels[name];
+      file << kernel.launches << " " << kernel.threads << " " << kernel.shared_bytes << " " << name << "\n";
+    }
+  }
+} launch_file;
 
 // ---------------------------------------------------------------- order
 
@@ -236,6 +260,10 @@ int barrier(Vote vote, bool value, Where where) {
 
 void launch(const Launch& launch) {
   const std::lock_guard<std::mutex> lock(one_launch);
+  const std::string symbol = kernel_symbol(launch.kernel);
+  Launched launched{symbol, int64_t(launch.grid.x) * launch.grid.y * launch.grid.z, int(launch.block.x * launch.block.y * launch.block.z),
+                    launch.shared_bytes};
+  if (listener_only) return listener(launched);
   block.launch = &launch;
   block.running = nullptr;
   block.failure.clear();
@@ -266,13 +294,28 @@ void launch(const Launch& launch) {
     mend_guards();
     throw;
   }
-  Kernel& kernel = counts[kernel_symbol(launch.kernel)];
+  Kernel& kernel = counts[symbol];
   ++kernel.launches;
   kernel.blocks += int64_t(blocks.size());
   kernel.threads += int64_t(blocks.size() * threads);
   kernel.bytes_read += block.bytes_read;
   kernel.bytes_written += block.bytes_written;
+  LaunchFile::Kernel& in_file = launch_file.kernels[symbol];
+  ++in_file.launches;
+  in_file.threads = std::max(in_file.threads, launched.threads);
+  in_file.shared_bytes = std::max(in_file.shared_bytes, launched.shared_bytes);
+  launched.bytes_read = block.bytes_read;
+  launched.bytes_written = block.bytes_written;
+  if (listener) listener(launched);
 }
+
+void listen(std::function<void(const Launched&)> see, bool run) {
+  const std::lock_guard<std::mutex> lock(one_launch);
+  listener = std::move(see);
+  listener_only = listener && !run;
+}
+
+void only_count_bytes(bool only) { counts_bytes_alone = only; }
 
 void set_order(Order order, uint64_t seed) {
   const std::lock_guard<std::mutex> lock(one_launch);

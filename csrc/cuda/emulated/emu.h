@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -35,6 +36,24 @@ struct Kernel {
 std::map<std::string, Kernel> kernels();
 int64_t launches();
 void reset_counts();
-std::vector<std::string> compiled_kernels();  // every kernel of this program or library, launched or not; sorted
+std::vector<std::string> compiled_kernels();      // every kernel of this program or library, launched or not; sorted
+std::string readable(const std::string& kernel);  // without namespaces and parameters
+
+// Where the environment variable FASTMAML_EMU_LAUNCHED names a file, the program leaves there what it launched: for each of its kernels
+// a line "launches threads shared_bytes symbol", with the largest block and dynamic shared memory. tests/kernel_launches.py reads it.
+
+// One launch: its size, and the bytes by the race build alone.
+struct Launched {
+  std::string kernel;
+  int64_t blocks = 0;
+  int threads = 0;  // of a block
+  size_t shared_bytes = 0;
+  int64_t bytes_read = 0, bytes_written = 0;
+};
+// `see` hears of every launch from now on, until it is empty. With run = false kernels are announced and not run.
+void listen(std::function<void(const Launched&)> see, bool run = true);
+
+// The race build stops looking for races and counts bytes alone, which is several times as fast.
+void only_count_bytes(bool only);
 
 }  // namespace fastmaml::emu

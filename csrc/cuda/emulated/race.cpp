@@ -88,6 +88,11 @@ class Race : public Watcher {
     if (stacks[size_t(self.number)].holds(address) || image_.holds(address)) return;
     const Range* shared = shared_near(address);
     if (shared && !shared->holds(address, bytes)) fail_beside(*shared, access, position);
+    if (!shared) {
+      if (access != Access::write) block.bytes_read += int64_t(bytes);
+      if (access != Access::read) block.bytes_written += int64_t(bytes);
+    }
+    if (counts_bytes_alone) return;
     Touch now;
     now.position = position;
     now.block = last_block_;
@@ -101,10 +106,6 @@ class Race : public Watcher {
       now.bytes = uint8_t(((1u << n) - 1) << in_word);
       touch(access, at + done, n, now);
       done += n;
-    }
-    if (!shared) {
-      if (access != Access::write) block.bytes_read += int64_t(bytes);
-      if (access != Access::read) block.bytes_written += int64_t(bytes);
     }
   }
 

@@ -104,6 +104,7 @@ class Watcher {
   virtual void access(Access access, const void* address, size_t bytes, Position position) = 0;  // of the running thread
 };
 extern Watcher* watcher;  // null outside the race build
+extern bool counts_bytes_alone;
 
 // ---------------------------------------------------------------- memory.cpp
 
@@ -130,8 +131,7 @@ std::string kernel_symbol(const void* kernel);
 // The __shared__ variables that the kernel may use, and the memory that holds all there are: of this thread of the host.
 const std::vector<Range>& static_shared(const void* kernel);
 Range static_neighbourhood();
-Range image();                                    // code and static data of this program or library
-std::string readable(const std::string& symbol);  // without namespaces and parameters
-std::string code_position(const void* address);   // file:line, where addr2line can tell
+Range image();                                   // code and static data of this program or library
+std::string code_position(const void* address);  // file:line, where addr2line can tell
 
 }  // namespace fastmaml::emu

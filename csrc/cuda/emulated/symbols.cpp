@@ -103,7 +103,7 @@ struct Module {
 };
 
 const Module& module() {
-  static const Module it;
+  static const Module& it = *new Module;  // never destroyed: asked for names when the program ends
   return it;
 }
 

@@ -1,0 +1,1 @@
+"""CUDA kernels judged without a GPU, and tried one by one: see README.md."""

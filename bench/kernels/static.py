@@ -1,0 +1,418 @@
+"""The CUDA kernels judged without a GPU: registers, occupancy, inner loops, bytes, launches and roofline times."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.kernels import cubins, sass, workloads
+from bench.kernels.cubins import ARCHS, Missing
+from bench.kernels.workloads import FLOPS, LAUNCH_S, Workload
+from bench.measure import RESULTS, facts, write_json
+from tests import kernel_launches
+
+HELP = """
+what it does
+  Compiles the kernels by nvcc for sm_80 and sm_90 (sources that did not change are kept), reads ptxas' report and the
+  disassembly, and counts whole meta-gradients on the emulator: launches for all tasks, and the bytes of global memory
+  that one inner step of one task requests, each kernel executed. The tables go to bench/results/cuda_static.{md,json};
+  with --note "what was done" a line of the history is added. Nothing here was timed on a GPU.
+
+what the columns mean
+  regs        registers a thread; spills are named if there are any
+  shared      bytes of shared memory a block, static and dynamic (the most that a test or a workload asked for)
+  occupancy   warps of a multiprocessor of 64, and what allows no more
+  inner loop  the loop with the most multiply-adds, without loops inside it: all instructions, and the share of FFMA and
+              HMMA (and of fp64) among them
+  requested   bytes that the kernels ask of global memory; caches answer many. Less than compulsory: a ReLU does not
+              need all operands
+  compulsory  every operand of a launch once
+  roofline    the longer of compulsory bytes at 3.35 TB/s and products at 67 TFLOP/s (TF32: 495), launch after launch
+"""
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def short(name: str) -> str:
+    """A kernel's readable name without what is the same in all."""
+    name = name.replace("fastmaml::cuda::", "").replace("(Order)0", "along_k").replace("(Order)1", "along_rows")
+    return re.sub(r"\s+>", ">", name)
+
+
+def kernel_rows(
+    names: Mapping[str, str], launched: Mapping[str, kernel_launches.Launched], jobs: int
+) -> list[dict[str, Any]]:
+    """One row per kernel of the sources: by arch what ptxas and the disassembly say."""
+    rows: dict[str, dict[str, Any]] = {}
+    for arch, machine in ARCHS.items():
+        for cubin in cubins.compile_all(arch, jobs):
+            reports = cubins.parse_report(cubin.with_suffix(".log").read_text())
+            codes = sass.parse(cubins.disassemble(cubin))
+            for symbol, report in reports.items():
+                size = launched[symbol]
+                row = rows.setdefault(
+                    symbol,
+                    {
+                        "kernel": short(names[symbol]),
+                        "symbol": symbol,
+                        "file": f"{cubin.stem}.cu",
+                        "type": "float64" if "double" in names[symbol] else "float32",
+                        "threads": size.threads,
+                        "static_shared": report.shared_bytes,
+                        "dynamic_shared": size.shared_bytes,
+                    },
+                )
+                shared = report.shared_bytes + size.shared_bytes
+                fits = cubins.occupancy(machine, size.threads, report.registers, shared)
+                mix = sass.hot_loop(codes[symbol])
+                row[arch] = {
+                    "registers": report.registers,
+                    "spill_bytes": report.spill_bytes,
+                    "stack_bytes": report.stack_bytes,
+                    "warps": fits.warps,
+                    "occupancy": fits.share(machine),
+                    "limit": fits.limit,
+                    "loop": mix.loop,
+                    "instructions": mix.total,
+                    "math": mix.math,
+                    "mix": mix.counts,
+                }
+    return sorted(rows.values(), key=lambda row: (row["file"], row["kernel"]))
+
+
+def kernel_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    head = ["kernel", "threads", "shared", "regs 80 / 90", "occupancy 80", "occupancy 90", "inner loop on sm_90"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in rows:
+        a, b = row["sm_80"], row["sm_90"]
+        spills = max(a["spill_bytes"], b["spill_bytes"])
+        shared = f"{row['static_shared'] + row['dynamic_shared']:,}"
+        lines.append(
+            _line(
+                [
+                    f"`{row['kernel']}`",
+                    str(row["threads"]),
+                    shared,
+                    f"{a['registers']} / {b['registers']}" + (f", **{spills} bytes spilled**" if spills else ""),
+                    f"{a['warps']} ({a['limit']})",
+                    f"{b['warps']} ({b['limit']})",
+                    loop_text(b),
+                ]
+            )
+        )
+    return lines
+
+
+def loop_text(of_arch: Mapping[str, Any]) -> str:
+    """ "662, 77 % math: 512 ffma, 64 lds.128, ..." """
+    total, math = of_arch["instructions"], of_arch["math"]
+    kinds = sorted(of_arch["mix"].items(), key=lambda item: (-item[1], item[0]))
+    share = f", {100 * math / total:.0f} % math" if math else ""
+    return (
+        f"{total}{share}: "
+        + ", ".join(f"{n} {name}" for name, n in kinds[:7])
+        + ("" if of_arch["loop"] else " (no loop)")
+    )
+
+
+# ---------------------------------------------------------------- workloads
+
+
+def workload_table(all_of_them: Sequence[Workload]) -> list[str]:
+    head = [
+        "meta-gradient", "tasks", "K", "walk", "launches", "launching", "GFLOP", "MB requested", "MB compulsory", "ratio",
+        "roofline", "with requested bytes",
+    ]  # fmt: skip
+    lines = [_line(head), _line(["---"] * len(head))]
+    for w in all_of_them:
+        lines.append(
+            _line(
+                [
+                    f"{w.case.network}, {w.case.support} + {w.case.query} examples",
+                    str(w.case.tasks),
+                    str(w.inner_steps),
+                    w.walk + ("" if w.precision == "float32" else f", {w.precision}"),
+                    str(w.launches),
+                    _time(w.launches * LAUNCH_S),
+                    f"{w.flops / 1e9:.3g}",
+                    f"{w.requested / 1e6:,.1f}",
+                    f"{w.compulsory / 1e6:,.1f}",
+                    f"{w.requested / w.compulsory:.2f}",
+                    _time(w.seconds()),
+                    _time(w.seconds(requested=True)),
+                ]
+            )
+        )
+    return lines
+
+
+def step_table(w: Workload, most: int) -> list[str]:
+    """The Steps that take the longest by their requested bytes or arithmetic."""
+    head = ["Step", "launches", "blocks", "MB requested", "ratio", "GFLOP", "roofline", "with requested bytes"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    speed = FLOPS[w.precision]
+    for a in sorted(w.asked, key=lambda a: -a.seconds(speed, requested=True))[:most]:
+        lines.append(
+            _line(
+                [
+                    a.name,
+                    str(a.launches),
+                    f"{a.blocks:,}",
+                    f"{a.bytes / 1e6:,.2f}",
+                    f"{a.bytes / a.compulsory:.2f}",
+                    f"{a.flops / 1e9:.3g}",
+                    _time(a.seconds(speed)),
+                    _time(a.seconds(speed, requested=True)),
+                ]
+            )
+        )
+    return lines
+
+
+def _time(seconds: float) -> str:
+    return f"{1e6 * seconds:,.1f} us" if seconds < 1e-3 else f"{1e3 * seconds:,.2f} ms"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+# ---------------------------------------------------------------- history
+
+
+def snapshot(
+    note: str, rows: Sequence[Mapping[str, Any]], all_of_them: Sequence[Workload], described: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the history keeps of one state of the kernels."""
+    return {
+        "note": note,
+        "date": described["date"],
+        "commit": described["commit"],
+        "kernels": {
+            row["kernel"]: {
+                "registers": row["sm_90"]["registers"],
+                "warps": row["sm_90"]["warps"],
+                "instructions": row["sm_90"]["instructions"],
+                "math": row["sm_90"]["math"],
+            }
+            for row in rows
+            if row["type"] == "float32"
+        },
+        "workloads": {
+            key_of(w): {
+                "launches": w.launches,
+                "requested": w.requested,
+                "compulsory": w.compulsory,
+                "roofline_us": 1e6 * w.seconds(),
+                "requested_us": 1e6 * w.seconds(requested=True),
+            }
+            for w in all_of_them
+        },
+    }
+
+
+def key_of(w: Workload) -> str:
+    return f"{w.case.network}, K = {w.inner_steps}" + ("" if w.precision == "float32" else f", {w.precision}")
+
+
+def history_text(entries: Sequence[Mapping[str, Any]], most: int = 14) -> list[str]:
+    """Every entry with what it changed against the one before: workloads, and the kernels that changed most."""
+    lines = []
+    for before, after in zip([None, *entries], entries):
+        lines += [f"### {after['date']}, {after['commit']}: {after['note']}", ""]
+        changed = [] if before is None else changes(before, after, most)
+        if before is not None and not changed:
+            lines += ["No number of this table changed.", ""]
+        elif changed:
+            lines += [_line(["what", "before", "after"]), _line(["---"] * 3), *(_line(row) for row in changed), ""]
+    return lines
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], most: int) -> list[list[str]]:
+    rows = []
+    for name, now in after["workloads"].items():
+        was = before["workloads"].get(name)
+        if was and (was["launches"], was["requested"]) != (now["launches"], now["requested"]):
+            rows.append([name, workload_text(was), workload_text(now)])
+    kernels = []
+    for name, now in after["kernels"].items():
+        was = before["kernels"].get(name)
+        if was is None or was == now:
+            continue
+        by = max(abs(now[key] - was[key]) / max(was[key], 1) for key in now)
+        kernels.append((by, [f"`{name}`", *(kernel_text(k) for k in (was, now))]))
+    kernels.sort(key=lambda item: -item[0])
+    rows += [row for _, row in kernels[:most]]
+    fresh = sorted(set(after["kernels"]) - set(before["kernels"]))
+    gone = sorted(set(before["kernels"]) - set(after["kernels"]))
+    rows += [[f"`{name}`", "", kernel_text(after["kernels"][name])] for name in fresh[:most]]
+    rows += [[f"`{name}`", kernel_text(before["kernels"][name]), ""] for name in gone[:most]]
+    left = max(len(kernels) - most, 0) + max(len(fresh) - most, 0) + max(len(gone) - most, 0)
+    if left:
+        rows.append([f"and {left} kernels more", "", ""])
+    return rows
+
+
+def workload_text(w: Mapping[str, Any]) -> str:
+    return f"{w['launches']} launches, {w['requested'] / 1e6:,.1f} MB, {w['requested_us']:,.1f} us"
+
+
+def kernel_text(k: Mapping[str, Any]) -> str:
+    share = f" ({100 * k['math'] / k['instructions']:.0f} % math)" if k["math"] else ""
+    return f"{k['registers']} registers, {k['warps']} warps, loop of {k['instructions']}{share}"
+
+
+# ---------------------------------------------------------------- the page
+
+
+def page(
+    rows: Sequence[Mapping[str, Any]],
+    all_of_them: Sequence[Workload],
+    entries: Sequence[Mapping[str, Any]],
+    described: Mapping[str, Any],
+) -> str:
+    float32 = [row for row in rows if row["type"] == "float32"]
+    float64 = [row for row in rows if row["type"] == "float64"]
+    spilled = [row["kernel"] for row in rows if max(row[arch]["spill_bytes"] for arch in ARCHS)]
+    lines = [
+        "# The CUDA kernels, judged without a GPU",
+        "",
+        f"Made by `python -m bench.kernels.static` from commit {described['commit']} on {described['date']}; nvcc {described['nvcc']}. "
+        "Compiled and emulated, not yet timed on a GPU: static facts and counts alone. `--help` says what the columns mean.",
+        "",
+        f"{len(float32)} kernels of float32 and {len(float64)} of float64 for {' and '.join(ARCHS)}; "
+        + (f"registers spill in {', '.join(spilled)}." if spilled else "no register spills in any."),
+        "",
+        "## Whole meta-gradients",
+        "",
+        'All tasks, exact second order, `memory="low"`. Launches are announced by the real launchers for all tasks; bytes are counted by '
+        "executing one inner step and the query pass of one task on the emulator, and multiplied by tasks and steps, which is exact. "
+        f"`launching` assumes {1e6 * LAUNCH_S:g} us a launch outside of a CUDA graph. Roofline: H100 SXM, 3.35 TB/s and 67 TFLOP/s; "
+        "the products alone count as arithmetic.",
+        "",
+        *workload_table(all_of_them),
+        "",
+        "Rows of the walk `resident` will have one launch and the arena in shared memory.",
+        "",
+    ]
+    for w in all_of_them:
+        if w.inner_steps == 1:
+            lines += [f"### {key_of(w)}: the Steps that matter", "", *step_table(w, 14), ""]
+    lines += [
+        "## Kernels of float32",
+        "",
+        *kernel_table(float32),
+        "",
+        "Those of float64, for gradient checks, are in the JSON file.",
+        "",
+    ]
+    lines += [
+        "## History",
+        "",
+        "Kernels on sm_90; workloads with launches, bytes requested and the roofline with these bytes.",
+        "",
+    ]
+    lines += history_text(entries)
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, read, count, write. 2 with one sentence where a tool is missing, 1 if a float32 kernel spills."""
+    args = _parser().parse_args(argv)
+    try:
+        return run(args)
+    except Missing as missing:
+        print(f"bench.kernels.static: {missing}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    cubins.nvcc(), cubins.nvdisasm()  # before minutes of work
+    described = {**facts(), "nvcc": nvcc_version()}
+    kernel_launches.make("launched")
+    rows = kernel_rows(kernel_launches.readable_names(), kernel_launches.sizes(), args.jobs)
+    counted: list[Workload] = []
+    for size in args.workloads:
+        counted += workloads.count(size, (1,) if size == "mini" else (1, 5))
+    spilled = [
+        row["kernel"] for row in rows if row["type"] == "float32" and max(row[arch]["spill_bytes"] for arch in ARCHS)
+    ]
+    for kernel in spilled:
+        print(f"registers spill: {kernel}", file=sys.stderr)
+
+    folder = Path(args.out)
+    file = folder / "cuda_static_history.json"
+    entries = json.loads(file.read_text())["entries"] if file.is_file() else []
+    if args.note:
+        entries.append(snapshot(args.note, rows, counted, described))
+        write_json(file, {"what": "the static table after each change of the kernels", "entries": entries})
+    text = page(rows, counted, entries, described)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cuda_static.md").write_text(text, encoding="utf-8")
+    write_json(
+        folder / "cuda_static.json",
+        {"what": __doc__, **described, "kernels": rows, "workloads": [as_json(w) for w in counted]},
+    )
+    print("\n".join(workload_table(counted)))
+    return 1 if spilled else 0
+
+
+def as_json(w: Workload) -> dict[str, Any]:
+    return {
+        "case": w.case.name.rsplit("-k", 1)[0],
+        "network": w.case.network,
+        "tasks": w.case.tasks,
+        "inner_steps": w.inner_steps,
+        "precision": w.precision,
+        "walk": w.walk,
+        "launches": w.launches,
+        "flops": w.flops,
+        "requested_bytes": w.requested,
+        "compulsory_bytes": w.compulsory,
+        "roofline_us": 1e6 * w.seconds(),
+        "roofline_requested_us": 1e6 * w.seconds(requested=True),
+        "steps": [
+            {
+                "name": a.name,
+                "launches": a.launches,
+                "blocks": a.blocks,
+                "flops": a.flops,
+                "compulsory_bytes": a.compulsory,
+                "requested_bytes": a.requested,
+            }
+            for a in w.asked
+        ],
+    }
+
+
+def nvcc_version() -> str:
+    answer = subprocess.run([*cubins.nvcc(), "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release ([\d.]+)", answer)
+    return found[1] if found else "of unknown version"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels.static",
+        description=__doc__,
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--note", default="", help="adds an entry with this text to the history")
+    parser.add_argument(
+        "--workloads", nargs="*", choices=workloads.SIZES, default=list(workloads.SIZES), help="default: all"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time (default 2)")
+    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Whole meta-gradients counted on the emulator: launches, bytes of global memory, arithmetic, and the time an H100 needs at least."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastmaml as fm
+from bench.cases import CASES, Case
+from bench.kernels.cubins import BUILD, CSRC, Missing
+from bench.measure import ROOT
+
+# H100 SXM, by its data sheet.
+BYTES_PER_S = 3.35e12
+FLOPS = {"float32": 67e12, "tf32": 495e12, "tf32x3": 495e12 / 3}  # dense; tf32x3 makes three products of each
+LAUNCH_S = 2.5e-6  # assumed, of one launch outside of a CUDA graph
+
+SIZES = ("sinusoid", "mlp", "omniglot", "mini")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """By Steps that ask for the same: sizes of all tasks together, of all such Steps."""
+
+    name: str
+    op: str
+    launches: int
+    blocks: int  # of the largest launch
+    kernels: tuple[str, ...]  # symbols, in the order of their launches
+    flops: float
+    compulsory: float  # bytes: every operand once
+    requested: Mapping[str, float]  # bytes by kernel
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.requested.values())
+
+    def seconds(self, flops_per_s: float, requested: bool = False) -> float:
+        """The roofline: the longer of memory and arithmetic."""
+        return max((self.bytes if requested else self.compulsory) / BYTES_PER_S, self.flops / flops_per_s)
+
+
+@dataclass(frozen=True)
+class Workload:
+    case: Case
+    inner_steps: int
+    precision: str
+    walk: str  # "layered": one launch or more per Step
+    parameters: int
+    asked: tuple[Asked, ...]
+
+    @property
+    def launches(self) -> int:
+        return sum(a.launches for a in self.asked)
+
+    @property
+    def flops(self) -> float:
+        return sum(a.flops for a in self.asked)
+
+    @property
+    def requested(self) -> float:
+        return sum(a.bytes for a in self.asked)
+
+    @property
+    def compulsory(self) -> float:
+        return sum(a.compulsory for a in self.asked)
+
+    def seconds(self, requested: bool = False) -> float:
+        """Roofline time, launch after launch; what is no product runs on float32 units."""
+        return sum(a.seconds(FLOPS[self.precision], requested) for a in self.asked)
+
+
+def build_counter() -> Path:
+    """Builds build/core/count. Raises Missing where that does not work."""
+    done = subprocess.run(
+        ["make", "-j", str(os.cpu_count() or 1), "-C", str(CSRC), "count"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise Missing(f"the counting program does not build: {(done.stderr or done.stdout).strip()[-500:]}")
+    return ROOT / "build" / "core" / "count"
+
+
+def program_text(case: Case) -> str:
+    engine = fm.Engine(case.model(), loss=case.loss, backend="cpu")
+    program = engine._program("x", torch.zeros(1, case.support, *case.input_shape), engine.flatten())
+    if program is None:
+        raise Missing(f"{case} is not fused: {engine.why}")
+    return program.text
+
+
+def count(size: str, inner_steps: tuple[int, ...], precision: str = "float32", memory: str = "low") -> list[Workload]:
+    """The meta-gradients of one case of bench.cases, for several numbers of inner steps."""
+    case = next(c for name, c in CASES.items() if name.startswith(size))
+    file = BUILD / f"{size}.program"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(program_text(case))
+    sizes = {
+        "support": case.support,
+        "query": case.query,
+        "tasks": case.tasks,
+        "steps": ",".join(map(str, inner_steps)),
+        "memory": memory,
+        "precision": precision,
+    }
+    command = [str(build_counter()), str(file), *(f"{k}={v}" for k, v in sizes.items())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
+    return [parse(case, precision, counted) for counted in json.loads(done.stdout)]
+
+
+def parse(case: Case, precision: str, counted: Mapping[str, Any]) -> Workload:
+    """One element of count's list. Bytes and arithmetic are of a task there, but those of the sum over tasks."""
+    asked = []
+    for step in counted["asked"]:
+        times = step["times"] * (1 if step["op"] == "tree_reduce" else case.tasks)
+        asked.append(
+            Asked(
+                name=step["name"].strip(),
+                op=step["op"],
+                launches=step["times"] * len(step["launches"]),
+                blocks=max(launch["blocks"] for launch in step["launches"]),
+                kernels=tuple(launch["kernel"] for launch in step["launches"]),
+                flops=float(times * step["flops"]),
+                compulsory=float(times * step["compulsory"]),
+                requested={
+                    kernel: float(times * (read + written)) for kernel, (read, written) in step["bytes"].items()
+                },
+            )
+        )
+    return Workload(case, counted["steps"], precision, "layered", counted["parameters"], tuple(asked))
+
+
+def bytes_by_kernel(workloads: list[Workload]) -> dict[str, float]:
+    """Bytes requested by each kernel in all of them."""
+    total: dict[str, float] = defaultdict(float)
+    for workload in workloads:
+        for asked in workload.asked:
+            for kernel, number in asked.requested.items():
+                total[kernel] += number
+    return dict(total)

@@ -1,0 +1,91 @@
+"""Which CUDA kernels were launched on the emulator: by the C++ test programs of csrc, and by this process through _C."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = ROOT / "build" / "core"
+
+
+def make(target: str) -> None:
+    """`make -C csrc TARGET`, which does nothing where that is up to date. Raises AssertionError with the end of its output."""
+    done = subprocess.run(["make", "-C", str(ROOT / "csrc"), target], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"make -C csrc {target}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+class Launched(NamedTuple):
+    """What a program launched of one kernel: how often, with blocks of how many threads and how much shared memory at most."""
+
+    launches: int
+    threads: int
+    shared_bytes: int
+
+
+def parse(text: str) -> dict[str, Launched]:
+    """The lines "launches threads shared_bytes symbol" that a program leaves behind, by symbol; what never ran has 0."""
+    lines = [line.split() for line in text.splitlines()]
+    return {symbol: Launched(int(launches), int(threads), int(shared)) for launches, threads, shared, symbol in lines}
+
+
+def sizes() -> dict[str, Launched]:
+    """What the C++ programs launched when they ran last: by symbol, launches added up and the largest sizes."""
+    all_of_them: dict[str, Launched] = {}
+    for file in sorted(set(CORE.glob("test_cuda_*.launched")) - set(CORE.glob("*_race.launched"))):
+        for symbol, more in parse(file.read_text()).items():
+            one = all_of_them.get(symbol, Launched(0, 0, 0))
+            all_of_them[symbol] = Launched(
+                one.launches + more.launches, max(one.threads, more.threads), max(one.shared_bytes, more.shared_bytes)
+            )
+    return all_of_them
+
+
+def of_programs() -> Counter[str]:
+    """symbol -> launches by the C++ programs."""
+    return Counter({symbol: kernel.launches for symbol, kernel in sizes().items()})
+
+
+def of_this_process() -> Counter[str]:
+    """What this process launched through fastmaml._C, if it imported that."""
+    module = sys.modules.get("fastmaml._C")
+    if not hasattr(module, "emulated_kernels"):  # not imported, or built where there is no emulator
+        return Counter()
+    return Counter({symbol: launches for symbol, (launches, _) in module.emulated_kernels().items()})
+
+
+def readable_names() -> dict[str, str]:
+    from fastmaml import _C
+
+    return {symbol: name for symbol, (_, name) in _C.emulated_kernels().items()}
+
+
+def of_nvcc() -> set[str]:
+    """The symbols of the kernels that nvcc compiled, as ptxas names them in its logs. Builds them where they are not up to date."""
+    make("nvcc")
+    return ptxas_entries("".join(log.read_text() for log in sorted((CORE / "nvcc").rglob("*.log"))))
+
+
+def ptxas_entries(log: str) -> set[str]:
+    return set(re.findall(r"Compiling entry function '(\w+)'", log))
+
+
+def has_nvcc() -> bool:
+    return shutil.which("nvcc") is not None
+
+
+def summary() -> str:
+    """One line on what was launched, "" where nothing was."""
+    here, programs = of_this_process(), of_programs()
+    if not sum(here.values()) + sum(programs.values()):
+        return ""
+    both = here + programs  # without the kernels that count 0
+    return (
+        f"emulated CUDA kernels: {sum(here.values())} launches of {len(+here)} kernels in this process, "
+        f"{sum(programs.values())} of {len(+programs)} by the C++ tests; {len(both)} of {len({*here, *programs})} covered"
+    )
