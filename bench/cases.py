@@ -44,6 +44,10 @@ class Problem:
         """The same numbers in float64, so both types share one exact answer."""
         return replace(self, model=copy.deepcopy(self.model).double(), batch=self.batch.to(dtype=torch.float64))
 
+    def to(self, device: str) -> Problem:
+        """The same numbers on a device."""
+        return replace(self, model=copy.deepcopy(self.model).to(device), batch=self.batch.to(device))
+
     def own(self) -> Problem:
         """With an own copy of the model, for an implementation that fills `.grad`."""
         return replace(self, model=copy.deepcopy(self.model))

@@ -55,7 +55,7 @@ def exact(problem: Problem) -> tuple[float, Tensor]:
 
 def error(result: Answer, answer: tuple[float, Tensor]) -> float:
     """The larger relative error of loss and meta-gradient (2-norm); infinite where the result is not finite."""
-    loss, grad = result[0].item(), torch.cat([g.detach().reshape(-1) for g in result[1]]).double()
+    loss, grad = result[0].item(), torch.cat([g.detach().reshape(-1) for g in result[1]]).cpu().double()
     worst = max(abs(loss - answer[0]) / abs(answer[0]), float((grad - answer[1]).norm() / answer[1].norm()))
     return worst if math.isfinite(worst) else math.inf
 
@@ -82,18 +82,24 @@ def summarise(samples: Sequence[float], calls: int = 1) -> Times:
     return Times(median, (high - low) / 2 / median, min(samples), len(samples), calls)
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, least_s: float = 0.05) -> dict[str, Times]:
+Clock = Callable[[Callable[[], Any], int], float]  # seconds a call, of a call and how often to repeat it
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, least_s: float = 0.05, clock: Clock | None = None
+) -> dict[str, Times]:
     """Times every call in turn, `rounds` times, each round from another one onwards, so a busy machine hits all alike.
 
     A sample is as many calls as fill `least_s`, by one call that is not counted. Calls should have run before.
     """
-    repeats = {name: max(1, math.ceil(least_s / max(_seconds(call, 1), 1e-9))) for name, call in calls.items()}
+    clock = clock or _seconds
+    repeats = {name: max(1, math.ceil(least_s / max(clock(call, 1), 1e-9))) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for number in range(rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            samples[name].append(_seconds(calls[name], repeats[name]))
+            samples[name].append(clock(calls[name], repeats[name]))
     return {name: summarise(samples[name], repeats[name]) for name in names}
 
 
@@ -102,6 +108,18 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
+
+
+def device_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """As _seconds, between two events on the current CUDA stream: what the device took, waits for the host included."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
 
 
 # ---------------------------------------------------------------- what a number belongs to

@@ -20,7 +20,7 @@ from bench.baselines import (
     torch_loop,
 )
 from bench.cases import CASES, Case, Problem, arithmetic, problem
-from bench.measure import RESULTS, Call, Times, error, exact, facts, interleaved, table, write_json
+from bench.measure import RESULTS, Call, Clock, Times, error, exact, facts, interleaved, table, write_json
 
 PEERS = {m.NAME: m for m in (torch_loop, learn2learn_maml, higher_loop, torch_func, jax_grad, torch_func_compiled)}
 DEFAULT_PEERS = [name for name in PEERS if name != torch_func_compiled.NAME]
@@ -139,10 +139,14 @@ def measure(
     backend: str = "cpu",
     memory: str = "auto",
     missing: dict[str, str] | None = None,
+    device: str = "cpu",
+    clock: Clock | None = None,
 ) -> Result:
     """Check, then time, fastmaml and the peers on one case. `missing`: peers that cannot be had, with the reason."""
     single = problem(case, seed)
-    double, answer = single.double(), exact(single)
+    answer = exact(single)
+    single = single.to(device)
+    double = single.double()
     yardstick = error(torch_loop.prepare(single)(), answer)
     calls: dict[str, Call] = {}
     errors: dict[str, tuple[float, float]] = {}
@@ -165,10 +169,10 @@ def measure(
             absent[name] = complaint
         else:
             calls[name] = call
-    a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(seed))
+    a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(seed)).to(device)
     out = torch.empty_like(a)
     torch.mm(a, a, out=out)  # starts the threads
-    times = interleaved({**calls, "sgemm": lambda: torch.mm(a, a, out=out)}, rounds)
+    times = interleaved({**calls, "sgemm": lambda: torch.mm(a, a, out=out)}, rounds, clock=clock)
     rows = [Row(name, *errors[name], times[name]) for name in calls]
     return Result(case, arithmetic(single) / 1e9, 2 * 1.024**3 / times["sgemm"].median, rows, absent)
 

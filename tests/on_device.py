@@ -31,9 +31,9 @@ def moved_to(device: str, backend: str) -> Iterator[None]:
 
         return call
 
-    with mock.patch.multiple(torch.ops.fastmaml, **{op: moving(getattr(torch.ops.fastmaml, op)) for op in OPS}):
-        with mock.patch.object(choosing, "_device_of", lambda name: "cpu"):
-            yield
+    ops = {op: moving(getattr(torch.ops.fastmaml, op)) for op in OPS}
+    with mock.patch.multiple(torch.ops.fastmaml, **ops), mock.patch.object(choosing, "_device_of", lambda name: "cpu"):
+        yield
 
 
 def why_no_cuda() -> str:

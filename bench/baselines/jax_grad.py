@@ -36,7 +36,7 @@ def prepare(problem: Problem) -> Call:
     jax, jnp = importlib.import_module("jax"), importlib.import_module("jax.numpy")
 
     def array(value: torch.Tensor) -> Any:
-        return jnp.asarray(value.detach().numpy())
+        return jnp.asarray(value.detach().cpu().numpy())
 
     theta = [array(p) for p in problem.model.parameters()]
     batch = [array(value) for value in problem.batch]

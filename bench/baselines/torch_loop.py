@@ -27,7 +27,7 @@ def prepare(problem: Problem) -> Call:
 
     def call() -> Answer:
         model.zero_grad(set_to_none=True)
-        total = torch.zeros(())
+        total = torch.zeros((), device=start[0].device)
         for support_x, support_y, query_x, query_y in zip(*problem.batch):
             phi: tuple[Tensor, ...] = start
             for _ in range(case.inner_steps):

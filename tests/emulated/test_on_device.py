@@ -26,7 +26,9 @@ def launches() -> int:
 
 
 def test_every_operator_is_taken_along():
-    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastmaml::")}
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastmaml::")
+    }
     assert set(OPS) == registered
 
 

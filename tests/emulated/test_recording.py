@@ -95,9 +95,7 @@ def test_adams_count_of_steps_is_no_part_of_a_recording():
     def loop() -> list[torch.Tensor]:
         now, results = engine.adapt_with(theta, x, y, inner=inner, inner_steps=1), []
         for step in range(1, 5):
-            now = engine.adapt_with(
-                now.params, x, y, inner=inner, inner_steps=1, state=now.state, steps_taken=step
-            )
+            now = engine.adapt_with(now.params, x, y, inner=inner, inner_steps=1, state=now.state, steps_taken=step)
             results.append(now.params)
         return results
 

@@ -69,7 +69,6 @@ struct Launch {
 };
 void launch(const Launch& launch);
 
-<<<<<<< HEAD
 // Between begin_recording and end_recording this thread's launches are kept, with a copy of their arguments, and not run.
 struct Recording {
   std::vector<Launch> launches;
@@ -79,10 +78,9 @@ void begin_recording();
 Recording* end_recording();  // the caller's to delete
 void replay(const Recording& recording);
 void launch_or_keep(const Launch& what, const std::function<std::shared_ptr<const void>()>& kept_call);
-=======
+
 // choose.h: as many blocks share the scratch of a cut sum. Few, so that small tests need a second launch.
 extern int64_t blocks_at_once;
->>>>>>> table
 
 template <class... Params>
 struct Call {

@@ -1,0 +1,230 @@
+"""Everything to do on the day a GPU is there: all tests on it, compute-sanitizer, and timings beside the peers (`make gpu`).
+
+Results go to one file, part by part, so that a run that is interrupted goes on where it stopped; --again forgets them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import hvp, run
+from bench.baselines import learn2learn_maml
+from bench.cases import CASES, Case
+from bench.measure import RESULTS, ROOT, Clock, commit, device_seconds, facts, interleaved, table
+from fastmaml import backend as choosing
+
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Each op once, whole meta-gradients in both walks and all inner optimizers: sanitizers slow a kernel down a hundred times.
+SANITIZED = ("tests/numerics/test_ops.py", "tests/numerics/test_meta_gradient.py", "tests/numerics/test_inner_loops.py")
+PEERS = [name for name in run.PEERS if name != learn2learn_maml.NAME]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is tested and timed. `emulated` stands in for a device, to test this file where there is none."""
+
+    backend: str = "cuda"
+    device: str = "cuda"
+    clock: Clock | None = device_seconds
+    tests: tuple[str, ...] = ("tests",)
+    sanitized: tuple[str, ...] = SANITIZED
+    cases: tuple[Case, ...] = tuple(CASES.values())
+    hvps: tuple[hvp.HvpCase, ...] = hvp.CASES
+    precisions: tuple[str, ...] = ("float32", "tf32", "tf32x3")
+    peers: tuple[str, ...] = tuple(PEERS)
+
+    @property
+    def selected(self) -> str:
+        """pytest's -k for the tests that run on the backend."""
+        return "cuda_emulated" if self.backend == "cuda_emulated" else "cuda and not cuda_emulated"
+
+
+def main(argv: Sequence[str] | None = None, target: Target | None = None) -> int:
+    """0 when all parts ran and were good, 1 when one was not, 3 when there is no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="default: all of them")
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each timing (default 15)")
+    parser.add_argument("--out", metavar="FILE", help="JSON (default: bench/results/gpu-DEVICE.json)")
+    parser.add_argument(
+        "--again", action="store_true", help="forget the parts that an earlier run of this commit has done"
+    )
+    args = parser.parse_args(argv)
+    if target is None:
+        target = Target()
+        if reason := why_no_gpu():
+            print(f"no GPU was found: {reason}", file=sys.stderr)
+            return 3
+    described = device_facts(target)
+    print(", ".join(f"{key} {value}" for key, value in described.items()), flush=True)
+    out = Path(args.out or RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', described['device'].lower())}.json")
+    results = {} if args.again else earlier(out)
+    results = {**results, "what": __doc__, **facts(), "commit": commit(), "device": described}
+    parts: dict[str, Any] = results.setdefault("parts", {})
+    for name in args.parts:
+        if parts.get(name, {}).get("good"):
+            print(f"== {name}: done before, in {out}")
+            continue
+        print(f"== {name}", flush=True)
+        started = time.monotonic()
+        parts[name] = {**PARTS[name](target, args.rounds), "seconds": time.monotonic() - started}
+        write(out, results)
+        print(f"   {'good' if parts[name]['good'] else 'NOT GOOD'} after {parts[name]['seconds']:.0f} s", flush=True)
+    print(f"wrote {out}")
+    return 0 if all(parts[name]["good"] for name in args.parts) else 1
+
+
+def why_no_gpu() -> str:
+    """ "" where the CUDA backend runs here, or the sentence that says why not."""
+    reason = choosing.load_cuda()
+    if not reason and not torch.cuda.is_available():
+        reason = f"torch {torch.__version__} sees no CUDA device; install a build of torch for CUDA"
+    return reason
+
+
+def earlier(out: Path) -> dict[str, Any]:
+    """What an earlier run of the same commit left; nothing where the commit is another or the tree has changes."""
+    if not out.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return found if found.get("commit") == commit() and not commit().endswith("+changes") else {}
+
+
+def write(out: Path, results: dict[str, Any]) -> None:
+    """Whole, or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_suffix(".part")
+    aside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, out)
+
+
+def device_facts(target: Target) -> dict[str, Any]:
+    """Name, capability, driver and clocks."""
+    if target.device != "cuda":
+        return {"device": f"none, {target.backend} in its place"}
+    properties = torch.cuda.get_device_properties(0)
+    found = {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+    }
+    asked = (
+        "driver_version",
+        "clocks.sm",
+        "clocks.max.sm",
+        "clocks.mem",
+        "power.limit",
+        "clocks_throttle_reasons.active",
+    )
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        found |= dict(zip(asked, (word.strip() for word in answer.split(","))))
+    return found
+
+
+# ---------------------------------------------------------------- parts
+
+
+def run_tests(target: Target, rounds: int) -> dict[str, Any]:
+    """The test suite on the device."""
+    return _pytest([sys.executable], target.tests, target.selected)
+
+
+def run_sanitizers(target: Target, rounds: int) -> dict[str, Any]:
+    """compute-sanitizer's four tools over a part of the tests."""
+    folders = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders), "/usr/local/cuda/bin"])
+    program = shutil.which("compute-sanitizer", path=places)
+    if program is None:
+        return {"good": False, "why": "compute-sanitizer is neither on the PATH nor in CUDA_HOME"}
+    found: dict[str, Any] = {}
+    for tool in SANITIZERS:
+        command = [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", sys.executable]
+        # Without torch's own cache every tensor is an allocation of its own, whose ends memcheck knows.
+        found[tool] = _pytest(command, target.sanitized, target.selected, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        print(f"   {tool}: {found[tool]['summary']}", flush=True)
+    return {"good": all(tool["good"] for tool in found.values()), "tools": found}
+
+
+def _pytest(
+    command: list[str], tests: Sequence[str], selected: str, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    whole = [*command, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not race", "-k", selected, *tests]
+    done = subprocess.run(
+        whole, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False
+    )
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    summary = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error)", line)), "no test ran")
+    good = done.returncode == 0 and " passed" in summary
+    return {"good": good, "summary": summary.strip("= "), **({} if good else {"end": lines[-60:]})}
+
+
+def time_meta_gradients(target: Target, rounds: int) -> dict[str, Any]:
+    """The cases of bench.run, each implementation held to the exact result first."""
+    versions, missing = run._versions(target.peers)
+    measured = []
+    for case in target.cases:
+        peers = [peer for peer in target.peers if peer not in missing]
+        result = run.measure(case, peers, rounds, 0, target.backend, "auto", missing, target.device, target.clock)
+        print("\n" + run.show(result), flush=True)
+        measured.append(run.to_json(result))
+    good = all(any(row["name"] == run.OURS for row in case["rows"]) for case in measured)
+    return {"good": good, "versions": versions, "cases": measured}
+
+
+def time_hvps(target: Target, rounds: int) -> dict[str, Any]:
+    """The cases of bench.hvp."""
+    measured = []
+    for case in target.hvps:
+        whole = hvp.problem(case)
+        calls, errors, absent = hvp.prepare(
+            whole.to(target.device), hvp.exact(whole), target.backend, target.precisions
+        )
+        times = interleaved(calls, rounds, clock=target.clock)
+        rows = [
+            {"name": name, **t.to_json(), "products_per_s": case.tasks / t.median, "error": errors[name],
+             "gflop_per_s": case.gflop / t.median}
+            for name, t in times.items()
+        ]  # fmt: skip
+        shown = [
+            [
+                row["name"],
+                f"{row['median_ms']:.4g}",
+                f"{row['products_per_s']:.4g}",
+                f"{row['gflop_per_s']:.4g}",
+                f"{row['error']:.0e}",
+            ]
+            for row in rows
+        ]
+        print("\n" + table([str(case), "ms", "HVP/s", "GFLOP/s", "error"], shown), flush=True)
+        for name, reason in absent.items():
+            print(f"{name}: not measured, {reason}", flush=True)
+        measured.append({"case": str(case), "rows": rows, "absent": absent})
+    return {"good": all(any(row["name"] == "fastmaml" for row in case["rows"]) for case in measured), "cases": measured}
+
+
+PARTS = {
+    "tests": run_tests,
+    "sanitizers": run_sanitizers,
+    "meta-gradients": time_meta_gradients,
+    "hvps": time_hvps,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
