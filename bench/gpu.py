@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None, target: Target | None = None) -> int
 
 
 def why_no_gpu() -> str:
-    """ "" where the CUDA backend runs here, or the sentence that says why not."""
+    """ "" where the CUDA backend runs here, or the sentence that says why not. Builds its library where that is missing."""
     reason = choosing.load_cuda()
     if not reason and not torch.cuda.is_available():
         reason = f"torch {torch.__version__} sees no CUDA device; install a build of torch for CUDA"
