@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <stdexcept>
+#include <type_traits>
 
 #include "cuda/kernels/pointwise.cuh"
 #include "cuda/kernels/update_rule.cuh"
@@ -161,21 +162,17 @@ struct PointwiseOp<T, Op::pointwise_bwd_jvp, Smoothing<T>> : MapOf<T, SmoothBwdJ
 
 // How many numbers of a task an op of this file treats.
 inline int64_t map_size(const Step& step, const Layer& layer) {
-  struct Size {
-    int64_t N;
-    int64_t operator()(const Vector& s) const { return N * s.size; }
-    int64_t operator()(const Add& s) const { return N * s.size; }
-    int64_t operator()(const Pointwise& s) const { return N * s.size; }
-    int64_t operator()(const Axpy& s) const { return s.size; }
-    int64_t operator()(const Clip& s) const { return s.size; }
-    int64_t operator()(const Momentum& s) const { return s.size; }
-    int64_t operator()(const Adam& s) const { return s.size; }
-    template <class Other>
-    int64_t operator()(const Other&) const {
+  const auto size = [N = step.examples](const auto& s) -> int64_t {
+    using Shape = std::decay_t<decltype(s)>;
+    if constexpr (std::is_same_v<Shape, Vector> || std::is_same_v<Shape, Add> || std::is_same_v<Shape, Pointwise>)
+      return N * s.size;
+    else if constexpr (std::is_same_v<Shape, Axpy> || std::is_same_v<Shape, Clip> || std::is_same_v<Shape, Momentum> ||
+                       std::is_same_v<Shape, Adam>)
+      return s.size;
+    else
       throw std::logic_error("not an op on vectors");
-    }
   };
-  return std::visit(Size{step.examples}, layer);
+  return std::visit(size, layer);
 }
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS
