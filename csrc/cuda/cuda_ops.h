@@ -26,5 +26,7 @@ template <class T>
 void add_update_ops(OpTable& table);  // updates.cu
 template <class T>
 void add_update_rule_ops(OpTable& table);  // update_rule.cu
+template <class T>
+void add_resident(OpTable& table);  // resident.cu
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS
