@@ -15,7 +15,7 @@ namespace fastmaml::FASTMAML_CUDA_NS {
 namespace {
 
 // The kernel's own arrays, and those of the sums over a block.
-constexpr size_t kStaticShared = 5 * 1024;
+constexpr size_t kStaticShared = 3 * 1024;
 
 // ---------------------------------------------------------------- Steps
 
