@@ -224,7 +224,11 @@ void Arrays::run(const Work& work) {
   const std::shared_ptr<const Plan> plan = plan_for(text_, *table_, work);
   Run run{*table_, plan->schedule, plan->workspace, args_.data(), tasks_};
   const int workers = static_cast<int>(std::min<int64_t>(tasks_, thread_count()));
-  if (table_->whole_batch) {
+  if (plan->takes_resident()) {  // what the emulator calls device memory is the host's
+    const ResidentCode& code = plan->resident;
+    std::byte* arena = place_->arenas.get(0, size_t(tasks_) * code.arena_bytes);
+    table_->resident->launch(code, code.steps.data(), args_.data(), arena, tasks_, run.stream);
+  } else if (table_->whole_batch) {
     if (program_->loss.kind == Loss::Kind::caller) run.caller = [this](const Call& call) { call_callers_loss(call, element_bytes()); };
     run_layered(run, place_->arenas);
   } else if (program_->loss.kind == Loss::Kind::caller) {

@@ -141,12 +141,14 @@ inline unsigned choose_resident_threads(int64_t chunks) {
   return threads;
 }
 
-// A tile of `chunk` rows reads least from shared memory, but two warps of threads should have one; short of that a row each. Where
+// A tall tile reads least from shared memory, but two warps of threads should have one; short of that a row each. Where
 // threads are left over, up to 32 share a tile's sum, each at least two chunks of it.
-inline ResidentTiles choose_resident_tiles(ProductSize size, int chunk, unsigned threads) {
-  constexpr int64_t kTwoWarps = 64;
-  const int64_t across = (size.cols + chunk - 1) / chunk, high = (size.rows + chunk - 1) / chunk;
-  const bool tall = across * high >= kTwoWarps;
+template <class T>
+ResidentTiles choose_resident_tiles(ProductSize size, bool dual, unsigned threads) {
+  constexpr int64_t kTwoWarps = 64, chunk = kChunk<T>;
+  const int64_t tall_rows = dual ? kTallRows<T, true> : kTallRows<T, false>;
+  const int64_t across = (size.cols + chunk - 1) / chunk, high = (size.rows + tall_rows - 1) / tall_rows;
+  const bool tall = tall_rows > 1 && across * high >= kTwoWarps;
   const int64_t tiles = across * (tall ? high : size.rows);
   int split = 1;
   while (2 * split * tiles <= threads && 4 * split * chunk <= size.depth && split < 32) split *= 2;

@@ -84,7 +84,8 @@ class Drafts {
 
   // operands: out out' a a' b b' bias bias' sums
   void product(Op op, const Step& step, ProductSize size, std::vector<int> operands) {
-    Draft& d = draft(step, choose_resident_tiles(size, kChunk<T>, threads_));
+    const bool dual = op == Op::linear_fwd_dual || op == Op::linear_bwd_data_dual;
+    Draft& d = draft(step, choose_resident_tiles<T>(size, dual, threads_));
     d.step.op = op;
     operands.resize(kMaxOperands, -1);
     const auto has = [&](int i) { return operands[size_t(i)] >= 0 && step.operand[size_t(operands[size_t(i)])]; };

@@ -18,11 +18,11 @@ __device__ __forceinline__ void write_stats(T* stats, int c, int C, double mean,
   stats[2 * C + c] = T(mean - double(stats[c]));
 }
 
-// Mean and squared deviations of a thread's rows, less `shift`: eight rows at a time in two passes through registers, eights merged.
-template <bool kWide, class T>
+// Mean and squared deviations of a thread's rows, less `shift`: kRows at a time in two passes through registers, then merged.
+template <bool kWide, int kRows, class T>
 __device__ __forceinline__ int thread_moments(T (&mean)[kChunk<T>], T (&squares)[kChunk<T>], const T* x, const Chunk<T>& shift, int C,
                                               const ColumnThread<T>& t) {
-  constexpr int kRows = 8, n = kChunk<T>;
+  constexpr int n = kChunk<T>;
   int seen = 0;
   for (int row = t.row; row < t.end; row += kRows * t.step) {
     const int rows = min((t.end - row + t.step - 1) / t.step, kRows);
@@ -58,7 +58,7 @@ struct ColumnMoments {  // in shared memory
 };
 
 // Mean, less the `shift`, and squared deviations of the thread's part of the rows: in `shared`, at the threads of row_lane 0.
-template <class T>
+template <int kRows, class T>
 __device__ __forceinline__ void column_moments_of_part(ColumnMoments<T>& shared, const T* x, const Chunk<T>& shift, const Columns& s,
                                                        const ColumnThread<T>& t, bool wide) {
   constexpr int n = kChunk<T>;
@@ -66,9 +66,9 @@ __device__ __forceinline__ void column_moments_of_part(ColumnMoments<T>& shared,
   T mean[n] = {}, square[n] = {};
   int rows = 0;
   if (wide && t.count > 0)
-    rows = thread_moments<true>(mean, square, x, shift, s.C, t);
+    rows = thread_moments<true, kRows>(mean, square, x, shift, s.C, t);
   else if (t.count > 0)
-    rows = thread_moments<false>(mean, square, x, shift, s.C, t);
+    rows = thread_moments<false, kRows>(mean, square, x, shift, s.C, t);
 
   seen[threadIdx.x] = rows;
 #pragma unroll
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   // Differences from the part's first row: exactly zero for a constant channel.
   const T* const first = x.of(blockIdx.x) + blockIdx.y * s.part_rows * s.C;
   const Chunk<T> shift = channels(first, t.c, t.count, T(0));
-  column_moments_of_part(shared, x.of(blockIdx.x), shift, s, t, wide);
+  column_moments_of_part<8>(shared, x.of(blockIdx.x), shift, s, t, wide);
   if (t.row_lane > 0) return;
 #pragma unroll
   for (int j = 0; j < kChunk<T>; ++j) {

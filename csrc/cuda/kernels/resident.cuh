@@ -112,7 +112,7 @@ FASTMAML_NOINLINE __device__ void batch_norm_stats_step(Here here) {
     const ColumnThread<T> t(c, 0, group);
     if (group > 0) __syncthreads();  // `shared` is used again
     const Chunk<T> shift = channels(x, t.c, t.count, T(0));
-    column_moments_of_part(shared, x, shift, c, t, wide);
+    column_moments_of_part<4>(shared, x, shift, c, t, wide);
     if (t.row_lane > 0) continue;
     for (int j = 0; j < t.count; ++j)
       write_stats(stats, t.c + j, c.C, double(shift.at[j]) + shared.means[j][threadIdx.x], shared.squares[j][threadIdx.x] / double(c.rows),
@@ -347,7 +347,7 @@ struct ResidentArgs {
 
 // steps: `count` of them, and kStageSteps more that do nothing. In shared memory the scratch lies at scratch_at, behind the slots.
 template <class T>
-__global__ void __launch_bounds__(kResidentThreads, 1)
+__global__ void __launch_bounds__(kResidentThreads, 2)
     resident(const ResidentStep* steps, int count, ResidentArgs args, unsigned char* arena, int64_t arena_bytes, int scratch_at) {
   FASTMAML_SHARED;
   __shared__ ResidentStep stages[2][kStageSteps];

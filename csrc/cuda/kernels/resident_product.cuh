@@ -1,5 +1,5 @@
 // Products of small matrices by one block, from wherever they lie:  out [rows, cols] = sum over k of a [rows, k] b [k, cols].
-// A thread makes a tile of one row or of a chunk of rows, and of a chunk of columns, in registers. k goes in chunks that `split`
+// A thread makes a tile of one row or a few, and of a chunk of columns, in registers. k goes in chunks that `split`
 // neighbouring threads take in turn and add up by shuffles. The order of the sum depends on the sizes alone, never on alignment.
 #pragma once
 
@@ -7,9 +7,13 @@
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
+// The rows of a tall tile; two sums a thread leave room for half of them. float64 is for gradient checks: one size.
+template <class T, bool dual>
+inline constexpr int kTallRows = sizeof(T) == 8 ? 1 : dual ? kChunk<T> / 2 : kChunk<T>;
+
 struct ResidentTiles {
   int rows, cols, depth;
-  bool tall;  // tiles of a chunk of rows
+  bool tall;  // tiles of kTallRows, else of one
   int split;  // a power of two
 };
 
@@ -76,7 +80,7 @@ struct TileOfThread {
     const int shift = order_b == Order::along_k && steps % 2 == 0 ? col % steps : 0;
     const auto k_of = [&](int step) { return (step + shift < steps ? step + shift : step + shift - steps) * kStep; };
     if constexpr (dual) {
-#pragma unroll 2
+#pragma unroll(kRows == 1 ? 2 : 1)
       for (int step = part; step < steps; step += s.split) {
         const int k = k_of(step);
         T a[kStep][kRows], b[kStep][kCols], other_a[kStep][kRows], other_b[kStep][kCols];
@@ -91,7 +95,7 @@ struct TileOfThread {
     } else {
       for (int term = 0; term < (p.a[1] ? 2 : 1); ++term) {
         const T *const from_a = p.a[term], *const from_b = p.b[term];
-#pragma unroll(kStep == 1 ? 4 : 2)
+#pragma unroll(kStep == 1 ? 4 : kRows == 1 ? 2 : 1)
         for (int step = part; step < steps; step += s.split) {
           const int k = k_of(step);
           T a[kStep][kRows], b[kStep][kCols];
@@ -154,10 +158,11 @@ __device__ __forceinline__ void multiply(const ResidentProduct<T>& p, const Resi
   const bool cols_fit = order_b == Order::along_k || s.cols % n == 0;
   const bool rows_fit = order_a == Order::along_k || !s.tall || s.rows % n == 0;
   const bool wide = aligned && k_fits && cols_fit && rows_fit;
-  if (s.tall && wide)
-    multiply_tiles<T, order_a, order_b, dual, n, true>(p, s, rank);
-  else if (s.tall)
-    multiply_tiles<T, order_a, order_b, dual, n, false>(p, s, rank);
+  constexpr int kTall = kTallRows<T, dual>;
+  if (kTall > 1 && s.tall && wide)
+    multiply_tiles<T, order_a, order_b, dual, kTall, true>(p, s, rank);
+  else if (kTall > 1 && s.tall)
+    multiply_tiles<T, order_a, order_b, dual, kTall, false>(p, s, rank);
   else if (wide)
     multiply_tiles<T, order_a, order_b, dual, 1, true>(p, s, rank);
   else
