@@ -269,7 +269,6 @@ struct Access {
     return (writes || other.writes) && memory == other.memory && from < other.to && other.from < to;
   }
 };
-constexpr int kScratch = -2;  // as a memory
 
 // Consecutive Steps that do not hinder each other make a stage.
 class Stages {
@@ -383,7 +382,7 @@ ResidentCode resident_code(const Schedule& schedule, size_t fast_bytes) {
   for (const Draft& draft : drafts) {
     ResidentStep step = draft.step;
     std::vector<Access> accesses;
-    if (draft.uses_scratch) accesses.push_back({kScratch, 0, 1, true});
+    if (draft.uses_scratch) accesses.push_back({kInScratch, 0, 1, true});
     for (size_t i = 0; i < kMaxOperands; ++i) {
       if (draft.operands[i] < 0) continue;
       const fastmaml::Operand& operand = draft.from->operand[size_t(draft.operands[i])];

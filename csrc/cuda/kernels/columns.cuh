@@ -58,12 +58,12 @@ __global__ void __launch_bounds__(kColumnThreads) map_columns(F f, Columns s, bo
 // 32 rows of a thread are summed in T, the rest in double: the error does not grow with the number of rows.
 inline constexpr int kRowsInT = 32;
 
-template <bool kWide, class T, class F>
+template <bool kWide, int kUnroll, class T, class F>
 __device__ __forceinline__ void add_rows(double (&total)[2][kChunk<T>], const F& f, int64_t task, const ColumnThread<T>& t) {
   const typename F::Channels at(f, task, t.c, t.count);
   for (int row = t.row; row < t.end;) {
     T sum[2][kChunk<T>] = {};
-#pragma unroll 4
+#pragma unroll kUnroll
     for (int k = 0; k < kRowsInT && row < t.end; ++k, row += t.step) at.template add<kWide>(sum, row);
 #pragma unroll
     for (int q = 0; q < 2; ++q)
@@ -77,14 +77,14 @@ using ColumnSums = double[2][kChunk<T>][kColumnThreads];  // in shared memory
 
 // The sums of f's two numbers over the thread's part of the rows, of its channels: in `shared`, at the threads of row_lane 0.
 // F::Channels(f, task, c, count) has  template <bool kWide> void add(T (&sum)[2][kChunk<T>], int row) const.
-template <class T, class F>
+template <int kUnroll, class T, class F>
 __device__ __forceinline__ void sum_columns_of_part(ColumnSums<T>& shared, const F& f, int64_t task, const Columns& s,
                                                     const ColumnThread<T>& t, bool wide) {
   double total[2][kChunk<T>] = {};
   if (wide && t.count > 0)
-    add_rows<true>(total, f, task, t);
+    add_rows<true, kUnroll>(total, f, task, t);
   else if (t.count > 0)
-    add_rows<false>(total, f, task, t);
+    add_rows<false, kUnroll>(total, f, task, t);
 
 #pragma unroll
   for (int q = 0; q < 2; ++q)
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kColumnThreads)
     sum_columns(F f, PerTask<T> out0, PerTask<T> out1, double scale, double* parts, Columns s, bool wide) {
   __shared__ ColumnSums<T> shared;
   const ColumnThread<T> t(s);
-  sum_columns_of_part<T>(shared, f, blockIdx.x, s, t, wide);
+  sum_columns_of_part<4, T>(shared, f, blockIdx.x, s, t, wide);
   if (t.row_lane > 0) return;
 #pragma unroll
   for (int j = 0; j < kChunk<T>; ++j) {

@@ -86,12 +86,12 @@ __device__ __forceinline__ void map_columns_here(const F& f, const Columns& s, b
 template <class T, class F>
 __device__ __forceinline__ void sum_columns_here(const Here& here, const F& f, T* out0, T* out1, double scale, const Columns& s,
                                                  bool wide) {
-  auto& shared = *reinterpret_cast<ColumnSums<T>*>(here.scratch);
+  auto& shared = here.scratch<ColumnSums<T>>();
   const int across = s.lanes * kChunk<T>;
   for (int group = 0; group * across < s.C; ++group) {
     const ColumnThread<T> t(s, 0, group);
     if (group > 0) __syncthreads();  // `shared` is used again
-    sum_columns_of_part<T>(shared, f, 0, s, t, wide);
+    sum_columns_of_part<2, T>(shared, f, 0, s, t, wide);
     if (t.row_lane > 0) continue;
     for (int j = 0; j < t.count; ++j) {
       out0[t.c + j] = T(scale * shared[0][j][threadIdx.x]);
@@ -104,7 +104,7 @@ template <class T>
 FASTMAML_NOINLINE __device__ void batch_norm_stats_step(Here here) {
   const ColumnSettings& s = here.settings<ColumnSettings>();
   const Columns& c = s.columns;
-  auto& shared = *reinterpret_cast<ColumnMoments<T>*>(here.scratch);
+  auto& shared = here.scratch<ColumnMoments<T>>();
   T* const stats = here.operand<T>(0);
   const T* const x = here.operand<const T>(1);
   const bool wide = Here::aligned(x) && c.C % kChunk<T> == 0;
@@ -363,16 +363,17 @@ __global__ void __launch_bounds__(kResidentThreads, 2)
 
   fetch(0, 0);
   for (int m = threadIdx.x; m < kMemories; m += blockDim.x)
-    memory[m] = m == kInShared  ? shared_bytes
-                : m == kInArena ? arena + task * arena_bytes
-                                : args.data[m - kFirstArg] + task * args.task_stride[m - kFirstArg];
+    memory[m] = m == kInShared    ? shared_bytes
+                : m == kInScratch ? shared_bytes + scratch_at
+                : m == kInArena   ? arena + task * arena_bytes
+                                  : args.data[m - kFirstArg] + task * args.task_stride[m - kFirstArg];
   async_wait<0>();
   __syncthreads();
   for (int first = 0, stage = 0; first < count; stage ^= 1) {
-    const int here = stages[stage][0].stage;
-    first += here;
+    const int together = stages[stage][0].stage;
+    first += together;
     fetch(stage ^ 1, first);
-    for (int i = 0; i < here; ++i) run_step<T>({stages[stage][i], memory, shared_bytes + scratch_at});
+    for (int i = 0; i < together; ++i) run_step<T>({stages[stage][i], memory});
     async_wait<0>();
     __syncthreads();
   }

@@ -9,7 +9,9 @@ namespace fastmaml::FASTMAML_CUDA_NS {
 
 // The rows of a tall tile; two sums a thread leave room for half of them. float64 is for gradient checks: one size.
 template <class T, bool dual>
-inline constexpr int kTallRows = sizeof(T) == 8 ? 1 : dual ? kChunk<T> / 2 : kChunk<T>;
+inline constexpr int kTallRows = sizeof(T) == 8 ? 1
+                                 : dual         ? kChunk<T> / 2
+                                                : kChunk<T>;
 
 struct ResidentTiles {
   int rows, cols, depth;
@@ -85,11 +87,11 @@ struct TileOfThread {
         const int k = k_of(step);
         T a[kStep][kRows], b[kStep][kCols], other_a[kStep][kRows], other_b[kStep][kCols];
         read_a(a, p.a[0], k);
-        read_b(b, p.b[0], k);
         read_b(other_b, p.b[1], k);
-        read_a(other_a, p.a[1], k);
-        add_outer_products(sum[0], a, b);
         add_outer_products(sum[1], a, other_b);
+        read_b(b, p.b[0], k);
+        add_outer_products(sum[0], a, b);
+        read_a(other_a, p.a[1], k);
         add_outer_products(sum[1], other_a, b);
       }
     } else {

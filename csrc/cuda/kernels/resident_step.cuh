@@ -13,8 +13,8 @@ namespace fastmaml::FASTMAML_CUDA_NS {
 inline constexpr int kResidentThreads = kColumnThreads;  // at most
 inline constexpr int kStageSteps = 4;                    // at most; Steps of a stage do not wait for each other
 
-// The memories of a task: shared memory, its piece of the arena, and the arguments.
-inline constexpr int kInShared = 0, kInArena = 1, kFirstArg = 2, kMemories = kFirstArg + kArgs;
+// The memories of a task: shared memory, its piece of the arena, what column sums take of shared memory, and the arguments.
+inline constexpr int kInShared = 0, kInArena = 1, kInScratch = 2, kFirstArg = 3, kMemories = kFirstArg + kArgs;
 
 struct Place {
   int32_t memory = -1;  // -1: absent
@@ -99,12 +99,15 @@ struct ClipSettings {
 struct Here {
   const ResidentStep& step;
   unsigned char* const* memory;  // [kMemories], of this task
-  unsigned char* scratch;        // ColumnSums or ColumnMoments
 
   template <class T>
   __device__ T* operand(int i) const {
     const Place place = step.place[i];
     return place.memory < 0 ? nullptr : reinterpret_cast<T*>(memory[place.memory] + place.offset);
+  }
+  template <class Sums>  // ColumnSums or ColumnMoments
+  __device__ Sums& scratch() const {
+    return *reinterpret_cast<Sums*>(memory[kInScratch]);
   }
   template <class T>
   __device__ PerTask<T> per_task(int i) const {
