@@ -85,6 +85,32 @@ Tensor reorder_index(const Space::Params& params, bool from_torch, const stable:
   return known->emplace(key, stable::to(index, device)).first->second;
 }
 
+// ---------------------------------------------------------------- Steps for a kernel that reads them
+
+// In the device's memory, copied there once for a plan.
+const void* resident_steps(const std::shared_ptr<const Plan>& plan, const stable::Device& device) {
+  if (device.type() == stable::DeviceType::CPU) return plan->resident.steps.data();  // the emulator's memory is the host's
+  struct Copy {
+    std::shared_ptr<const Plan> plan;
+    stable::Device device;
+    Tensor steps;
+  };
+  static std::mutex mutex;
+  static auto* known = new std::list<Copy>;  // the one used last in front; outlives calls made while the process ends
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (auto it = known->begin(); it != known->end(); ++it)
+    if (it->plan == plan && it->device == device) {
+      known->splice(known->begin(), *known, it);
+      return bytes_of(known->front().steps);
+    }
+  const std::vector<std::byte>& steps = plan->resident.steps;
+  const Tensor here = stable::empty({int64_t(steps.size())}, ScalarType::Byte);
+  std::memcpy(here.mutable_data_ptr(), steps.data(), steps.size());
+  known->push_front({plan, device, stable::to(here, device)});
+  if (known->size() > 64) known->pop_back();
+  return bytes_of(known->front().steps);
+}
+
 // ---------------------------------------------------------------- recordings
 
 constexpr size_t kMostRecordings = 16;
@@ -169,6 +195,12 @@ class DeviceSpace : public Space {
 
   void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) override {
     Run run{*plan->table, plan->schedule, plan->workspace, args, tasks, 1, stream_};
+    if (plan->takes_resident()) {
+      const ResidentCode& code = plan->resident;
+      void* const arena = take(size_t(tasks) * code.arena_bytes);
+      plan->table->resident->launch(code, resident_steps(plan, place_), args, arena, tasks, stream_);
+      return;
+    }
     const bool callers = plan->program->loss.kind == Loss::Kind::caller;
     if (callers) run.caller = loss;
     if (!callers && replayed(plan, run, args)) return;

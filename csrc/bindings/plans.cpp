@@ -1,6 +1,7 @@
 #include "bindings/plans.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -55,6 +56,7 @@ std::string key_of(const std::string& text, const OpTable& table, const Work& wo
       how.mask,
       how.state,
       how.step_count,
+      table.resident ? int64_t(table.resident->fast_bytes()) : 0,  // which devices differ in
   };
   return std::string(reinterpret_cast<const char*>(numbers), sizeof numbers) + how.loop.text + '\n' + text;
 }
@@ -87,13 +89,21 @@ Plan make_plan(const std::string& text, const OpTable& table, Work work) {
   work.how.stash = work.memory != Memory::low;
   plan.schedule = schedule_of(*plan.program, work);
   plan.workspace = plan_workspace(plan.schedule, table);
+  if (table.resident) plan.resident = table.resident->encode(plan.schedule, table.resident->fast_bytes());
   const bool all_at_once = plan.program->loss.kind == Loss::Kind::caller;
   if (work.memory == Memory::automatic && plan.arena_bytes() > (all_at_once ? kStashBytesOfAll : kStashBytes)) {
     work.memory = Memory::low;
     return make_plan(text, table, work);
   }
+  if (work.memory == Memory::automatic && !plan.resident.declines.empty()) {  // it may be the activations that do not fit
+    work.memory = Memory::low;
+    Plan low = make_plan(text, table, work);
+    if (low.resident.declines.empty()) return low;
+  }
   return plan;
 }
+
+std::atomic<Walk> forced_walk{Walk::automatic};
 
 std::mutex idle_mutex;
 std::vector<std::unique_ptr<Workplace>>& idle() {
@@ -117,6 +127,26 @@ Kind kind_named(const std::string& name) {
 
 Memory memory_named(const std::string& name) {
   return named<Memory>("memory", name, {{"low", Memory::low}, {"stash", Memory::stash}, {"auto", Memory::automatic}});
+}
+
+Walk walk_named(const std::string& name) {
+  return named<Walk>("walk", name, {{"auto", Walk::automatic}, {"layered", Walk::layered}, {"resident", Walk::resident}});
+}
+
+void set_cuda_walk(Walk walk) { forced_walk = walk; }
+
+bool Plan::takes_resident() const {
+  if (!table->resident || forced_walk == Walk::layered) return false;
+  if (forced_walk == Walk::resident && !resident.declines.empty()) throw std::invalid_argument("no resident walk: " + resident.declines);
+  return resident.declines.empty();
+}
+
+std::string Plan::walk() const {
+  if (!table->device) return program->loss.kind == Loss::Kind::caller ? "segments" : "resident: a thread of the host a task";
+  if (!table->resident) return "layered";
+  if (!takes_resident()) return "layered" + (resident.declines.empty() ? std::string() : ": " + resident.declines);
+  return "resident: " + std::to_string(resident.threads) + " threads, " + std::to_string(resident.shared_bytes) +
+         " bytes of shared memory and " + std::to_string(resident.arena_bytes) + " of device memory a task";
 }
 
 std::shared_ptr<const Program> program_of(const std::string& text) {

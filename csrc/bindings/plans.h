@@ -25,12 +25,21 @@ struct Work {
   bool dual = false;  // passes
 };
 
+// How a table that works on whole batches walks a Schedule. automatic: resident, unless that declines.
+enum class Walk : uint8_t { automatic, layered, resident };
+Walk walk_named(const std::string& name);  // "auto", "layered" or "resident"
+void set_cuda_walk(Walk walk);             // of this process, for tests and benchmarks
+
 struct Plan {
   std::shared_ptr<const Program> program;
   const OpTable* table;
   Schedule schedule;
   Workspace workspace;
+  ResidentCode resident = {};  // where the table has a resident walk
 
+  // Does a run take the resident walk of the table? Throws std::invalid_argument where that is asked for and declines.
+  bool takes_resident() const;
+  std::string walk() const;  // which walk it takes, what that needs, or why not the other; a line
   size_t arena_bytes() const { return workspace.task_bytes + workspace.scratch_bytes; }  // one worker's
 };
 

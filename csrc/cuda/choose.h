@@ -7,6 +7,7 @@
 
 #include "cuda/kernels/columns.cuh"
 #include "cuda/kernels/gemm_tensor.cuh"
+#include "cuda/kernels/resident_step.cuh"
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
@@ -92,11 +93,11 @@ inline int64_t choose_tasks_at_once(int64_t blocks_per_task) {
 
 // ---------------------------------------------------------------- [rows, C] with numbers for every column (kernels/columns.cuh)
 
-// `lanes` threads side by side, at most `widest`, and as many below as make a block of 256, but no more than have four rows each.
-inline Columns choose_columns(int64_t rows, int64_t C, int chunk, int64_t widest) {
+// `lanes` threads side by side, at most `widest`, and as many below as make a block, but no more than have four rows each.
+inline Columns choose_columns(int64_t rows, int64_t C, int chunk, int64_t widest, int64_t threads = kColumnThreads) {
   const int64_t chunks = (C + chunk - 1) / chunk, groups = (chunks + widest - 1) / widest, lanes = (chunks + groups - 1) / groups;
   int row_lanes = 1;
-  while (2 * row_lanes * lanes <= kColumnThreads && 4 * row_lanes < rows) row_lanes *= 2;
+  while (2 * row_lanes * lanes <= threads && 4 * row_lanes < rows) row_lanes *= 2;
   return {int(rows), int(C), int(lanes), row_lanes, int(rows)};
 }
 
@@ -116,6 +117,43 @@ inline Columns choose_column_map(int64_t rows, int64_t C, int chunk) {
   while ((rows + part_rows - 1) / part_rows > 65535) part_rows *= 2;
   s.part_rows = int(part_rows);
   return s;
+}
+
+// About two classes a thread.
+inline int choose_loss_lanes(int64_t classes) {
+  int lanes = 1;
+  while (2 * lanes < classes && lanes < 32) lanes *= 2;
+  return lanes;
+}
+
+// ---------------------------------------------------------------- one block for a task (resident.cu)
+
+// Walked layer by layer, a Step costs at least the 4 us of its launch, in which one block does about half a million products; a task
+// whose Steps take twice as many on average is better spread over the whole GPU.
+inline constexpr int64_t kMostResidentProducts = int64_t(1) << 20;
+
+// The share of the Steps' operands that must lie in shared memory; with less of it the block waits for the L2 cache most of its time.
+inline constexpr double kLeastInShared = 0.5;
+
+// As many threads as the Schedule's widest Step has use for: chunks of the output, of one row each.
+inline unsigned choose_resident_threads(int64_t chunks) {
+  unsigned threads = 32;
+  while (threads < kResidentThreads && threads < chunks) threads *= 2;
+  return threads;
+}
+
+// A tall tile reads least from shared memory, but two warps of threads should have one; short of that a row each. Where
+// threads are left over, up to 32 share a tile's sum, each at least two chunks of it.
+template <class T>
+ResidentTiles choose_resident_tiles(ProductSize size, bool dual, unsigned threads) {
+  constexpr int64_t kTwoWarps = 64, chunk = kChunk<T>;
+  const int64_t tall_rows = dual ? kTallRows<T, true> : kTallRows<T, false>;
+  const int64_t across = (size.cols + chunk - 1) / chunk, high = (size.rows + tall_rows - 1) / tall_rows;
+  const bool tall = tall_rows > 1 && across * high >= kTwoWarps;
+  const int64_t tiles = across * (tall ? high : size.rows);
+  int split = 1;
+  while (2 * split * tiles <= threads && 4 * split * chunk <= size.depth && split < 32) split *= 2;
+  return {int(size.rows), int(size.cols), int(size.depth), tall, split};
 }
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS

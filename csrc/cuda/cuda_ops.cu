@@ -21,6 +21,7 @@ OpTable make_table(const char* backend) {
   add_loss_ops<T>(table);
   add_update_ops<T>(table);
   add_update_rule_ops<T>(table);
+  add_resident<T>(table);
   return table;
 }
 

@@ -28,5 +28,7 @@ template <class T>
 void add_update_rule_ops(OpTable& table);  // update_rule.cu
 template <class T>
 const Device* device();  // device.cu
+template <class T>
+void add_resident(OpTable& table);  // resident.cu
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS

@@ -20,6 +20,14 @@ using uint64_t = unsigned long long;
 #define FASTMAML_SHARED extern __shared__ __align__(16) unsigned char shared_bytes[]
 #endif
 
+// A device function that is called, not copied into its caller: large ones that one kernel calls in turn keep to their own registers.
+// (CUDA's own word for it is a macro that the standard library of g++ does not survive.)
+#ifdef FASTMAML_EMULATED
+#define FASTMAML_NOINLINE __attribute__((noinline))
+#else
+#define FASTMAML_NOINLINE __noinline__
+#endif
+
 namespace fastmaml::FASTMAML_CUDA_NS {
 
 // ---------------------------------------------------------------- copies from global to shared memory

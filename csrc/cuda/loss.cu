@@ -1,6 +1,7 @@
 // Losses of [N, size].
 #include <algorithm>
 
+#include "cuda/choose.h"
 #include "cuda/cuda_ops.h"
 #include "cuda/kernels/loss.cuh"
 #include "cuda/launch.h"
@@ -11,13 +12,10 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// About two classes a thread.
 Examples examples_of(const Call& call) {
   const Loss& s = call.shape<Loss>();
   check_sizes("loss", {call.step.examples * s.size});
-  int lanes = 1;
-  while (2 * lanes < s.size && lanes < 32) lanes *= 2;
-  return {int(call.step.examples), int(s.size), lanes};
+  return {int(call.step.examples), int(s.size), choose_loss_lanes(s.size)};
 }
 
 template <class T>

@@ -1,10 +1,10 @@
-// Launches kernels/map.cuh for an op whose operands come outputs first and then inputs, as program/op.h lists them.
+// Launches kernels/map.cuh for the ops of map_ops.h.
 #pragma once
 
 #include <algorithm>
 
-#include "cuda/kernels/map.cuh"
 #include "cuda/launch.h"
+#include "cuda/map_ops.h"
 #include "cuda/operands.h"
 
 namespace fastmaml::FASTMAML_CUDA_NS {
@@ -19,24 +19,35 @@ Blocks blocks_of(int64_t size) {
   return {unsigned(threads), unsigned(std::min<int64_t>((chunks + threads - 1) / threads, 65535))};
 }
 
-template <class T, class F>
-void launch_map(const Call& call, const F& f, const MapOperands<T, F>& operands, int64_t size) {
+template <class T, class F, int... outs, int... ins>
+MapOperands<T, F> map_operands(const Call& call, At<outs...>, At<ins...>) {
+  return {{operand<T>(call, outs)...}, {operand<const T>(call, ins)...}};
+}
+
+// Map: a MapOf of map_ops.h
+template <class Map>
+void run_map(const Call& call) {
+  using T = typename Map::T;
+  using F = typename Map::Function;
+  const int64_t size = map_size(call.step, call.layer);
   check_sizes(op_name(call.step.op), {size});
+  if (size == 0) return;
+  const MapOperands<T, F> operands = map_operands<T, F>(call, typename Map::Outs(), typename Map::Ins());
   bool aligned = true;
   for (const PerTask<T>& out : operands.out) aligned = aligned && wide(out, 0);
   for (const PerTask<const T>& x : operands.x) aligned = aligned && wide(x, 0);
   const Blocks blocks = blocks_of<T>(size);
-  if (size > 0)
-    launch(map<T, F>, dim3(unsigned(call.tasks), blocks.count), dim3(blocks.threads), 0, call.stream, f, operands, int(size), aligned);
+  const dim3 grid(unsigned(call.tasks), blocks.count), block(blocks.threads);
+  if constexpr (Map::kNumber < 0)
+    launch(map<T, F>, grid, block, 0, call.stream, Map::function(call.layer), operands, int(size), aligned);
+  else
+    launch(map_with_number<T, F>, grid, block, 0, call.stream, Map::function(call.layer), operands, operand<const T>(call, Map::kNumber),
+           int(size), aligned);
 }
 
-// f's outputs are the op's first operands, f's inputs those from `first_input` on: beside the outputs, or the same where it is 0.
-template <class T, class F>
-void run_map(const Call& call, const F& f, int64_t size, int first_input = F::kOut) {
-  MapOperands<T, F> operands;
-  for (int k = 0; k < F::kOut; ++k) operands.out[k] = operand<T>(call, k);
-  for (int k = 0; k < F::kIn; ++k) operands.x[k] = operand<const T>(call, first_input + k);
-  launch_map<T>(call, f, operands, size);
+template <class T, Op op>
+void set_map(OpTable& table) {
+  set_op(table, op, run_map<MapOp<T, op>>);
 }
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS

@@ -9,26 +9,6 @@ namespace {
 
 int64_t size_of(const Call& call) { return call.shape<Vector>().size; }
 
-template <class T>
-void sgd_update(const Call& call) {
-  run_map<T>(call, SgdUpdate{}, size_of(call));
-}
-
-template <class T>
-void scale_by_rate(const Call& call) {
-  run_map<T>(call, ScaleByRate{}, size_of(call));
-}
-
-template <class T>
-void rate_grad(const Call& call) {
-  run_map<T>(call, RateGrad{}, size_of(call), 0);
-}
-
-template <class T>
-void adjoint_update(const Call& call) {
-  run_map<T>(call, AdjointUpdate{}, size_of(call), 0);
-}
-
 constexpr int kCgThreads = 512;
 
 bool wide_operands(const Call& call, size_t real_bytes, std::initializer_list<int> operands) {
@@ -74,10 +54,10 @@ void run_tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t s
 
 template <class T>
 void add_update_ops(OpTable& table) {
-  set_op(table, Op::sgd_update, sgd_update<T>);
-  set_op(table, Op::scale_by_rate, scale_by_rate<T>);
-  set_op(table, Op::rate_grad, rate_grad<T>);
-  set_op(table, Op::adjoint_update, adjoint_update<T>);
+  set_map<T, Op::sgd_update>(table);
+  set_map<T, Op::scale_by_rate>(table);
+  set_map<T, Op::rate_grad>(table);
+  set_map<T, Op::adjoint_update>(table);
   set_op(table, Op::cg_start, run_cg_start<T>);
   set_op(table, Op::cg_step, run_cg_step<T>);
   set_op(table, Op::cg_residual, run_cg_residual<T>);

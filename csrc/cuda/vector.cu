@@ -6,26 +6,6 @@
 namespace fastmaml::FASTMAML_CUDA_NS {
 namespace {
 
-int64_t size_of(const Call& call) {
-  if (const Add* add = std::get_if<Add>(&call.layer)) return call.step.examples * add->size;
-  return call.step.examples * call.shape<Vector>().size;
-}
-
-template <class T>
-void fill_zero(const Call& call) {
-  launch_map<T>(call, Copy{}, {{operand<T>(call, 0)}, {}}, size_of(call));
-}
-
-template <class T>
-void copy(const Call& call) {
-  run_map<T>(call, Copy{}, size_of(call));
-}
-
-template <class T>
-void add(const Call& call) {
-  run_map<T>(call, Sum{}, size_of(call));
-}
-
 // out [N, cols, rows] = x [N, rows, cols]
 template <class T>
 void run_transpose(const Call& call, int64_t rows, int64_t cols) {
@@ -54,9 +34,9 @@ void flatten_bwd(const Call& call) {
 
 template <class T>
 void add_vector_ops(OpTable& table) {
-  set_op(table, Op::fill_zero, fill_zero<T>);
-  set_op(table, Op::copy, copy<T>);
-  set_op(table, Op::add, add<T>);
+  set_map<T, Op::fill_zero>(table);
+  set_map<T, Op::copy>(table);
+  set_map<T, Op::add>(table);
   set_op(table, Op::flatten_fwd, flatten_fwd<T>);
   set_op(table, Op::flatten_bwd, flatten_bwd<T>);
 }

@@ -2,9 +2,11 @@
 // everything below sees pointers and sizes and knows nothing of MAML.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "ops/workspace.h"
@@ -78,13 +80,33 @@ struct Device {
   bool (*is_recorded)(uintptr_t stream);  // by somebody else
 };
 
+// A Schedule encoded for a kernel that walks all of it in one launch, a task alone in fast memory. Plain bytes and sizes.
+struct ResidentCode {
+  std::string declines = {};                      // why this Schedule is not walked so, in one sentence; empty: it is
+  std::vector<std::byte> steps = {};              // what the kernel reads: a copy of it in the device's memory goes to launch()
+  int count = 0;                                  // of Steps in it
+  unsigned threads = 0;                           // that share a task
+  size_t shared_bytes = 0;                        // of a task's fast memory
+  size_t arena_bytes = 0;                         // of a task, in the device's memory: what fast memory has no room for
+  std::array<uint8_t, kArgs> element_bytes = {};  // of the arguments
+};
+
+// How a backend walks a Schedule in one launch, beside run_layered.
+struct ResidentWalk {
+  size_t (*fast_bytes)();  // of a block of the current device
+  ResidentCode (*encode)(const Schedule& schedule, size_t fast_bytes);
+  // steps: a copy of code.steps; arena: tasks x code.arena_bytes, 64-byte aligned. Both in the device's memory. args: [kArgs]
+  void (*launch)(const ResidentCode& code, const void* steps, const View* args, void* arena, int64_t tasks, uintptr_t stream);
+};
+
 struct OpTable {
   const char* backend = "";
-  size_t real_bytes = 4;           // 4: float, 8: double
-  bool lane_layout = false;        // understands Views with lanes > 1
-  const Device* device = nullptr;  // null: the host, where a task alone is the fast way; else all tasks at once
-  OpFn run[kOps] = {};             // null: this backend lacks the op
-  ScratchFn scratch[kOps] = {};    // null: no scratch
+  size_t real_bytes = 4;                   // 4: float, 8: double
+  bool lane_layout = false;                // understands Views with lanes > 1
+  const Device* device = nullptr;          // null: the host, where a task alone is the fast way; else all tasks at once
+  OpFn run[kOps] = {};                     // null: this backend lacks the op
+  ScratchFn scratch[kOps] = {};            // null: no scratch
+  const ResidentWalk* resident = nullptr;  // null: this backend has none
   // out[i] = sum_t w[t] x[t][i] (w null: the mean) by a fixed binary tree over t; x [T, size] is overwritten.
   void (*tree_reduce)(void* out, void* x, const void* w, int64_t tasks, int64_t size, uintptr_t stream) = nullptr;
 

@@ -1,7 +1,6 @@
 #include "ops/workspace.h"
 
 #include <algorithm>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -13,12 +12,6 @@ namespace {
 constexpr size_t kAlign = 64;  // a cache line, and the widest vector
 
 size_t round_up(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-
-struct Life {
-  int slot;
-  size_t bytes;
-  int first, last;  // Steps
-};
 
 }  // namespace
 
@@ -34,47 +27,59 @@ size_t element_bytes(Type type, size_t real_bytes) {
   return 0;
 }
 
-Workspace plan_workspace(const Schedule& schedule, const OpTable& table) {
-  Workspace plan;
+std::vector<Life> lives_of(const Schedule& schedule, size_t real_bytes) {
   std::vector<Life> lives(schedule.slots.size());
   for (size_t i = 0; i < schedule.slots.size(); ++i)
-    lives[i] = {int(i), round_up(schedule.slots[i].size * element_bytes(schedule.slots[i].type, table.real_bytes)), -1, -1};
-  for (size_t s = 0; s < schedule.steps.size(); ++s) {
-    const Step& step = schedule.steps[s];
-    if (!is_callers(step.op) && !table.supports(step.op))
-      throw std::invalid_argument(std::string("backend ") + table.backend + " has no op " + op_name(step.op));
-    if (ScratchFn scratch = table.scratch[static_cast<int>(step.op)])
-      plan.scratch_bytes = std::max(plan.scratch_bytes, round_up(scratch(step, schedule.layers[step.layer])));
-    for (const Operand& operand : step.operand) {
+    lives[i] = {int(i), round_up(size_t(schedule.slots[i].size) * element_bytes(schedule.slots[i].type, real_bytes)), -1, -1};
+  for (size_t s = 0; s < schedule.steps.size(); ++s)
+    for (const Operand& operand : schedule.steps[s].operand) {
       if (!operand) continue;
       Life& life = lives[operand.slot];
       if (life.first < 0) life.first = int(s);
       life.last = int(s);
     }
-  }
+  std::erase_if(lives, [&](const Life& life) { return life.first < 0 || life.bytes == 0 || schedule.slots[life.slot].arg != Arg::none; });
+  return lives;
+}
 
-  // Largest first, each at the lowest gap between the slots that are alive at the same time. Long rows of equal slots (the
-  // phi[k]) stack without holes, so memory grows by exactly one of them per inner step.
-  std::vector<Life> order;
-  for (const Life& life : lives)
-    if (life.first >= 0 && life.bytes > 0 && schedule.slots[life.slot].arg == Arg::none) order.push_back(life);
-  std::stable_sort(order.begin(), order.end(), [](const Life& a, const Life& b) { return a.bytes > b.bytes; });
-  plan.offset.assign(schedule.slots.size(), 0);
-  std::vector<const Life*> alive;
-  for (size_t i = 0; i < order.size(); ++i) {
-    const Life& life = order[i];
-    alive.clear();
-    for (size_t j = 0; j < i; ++j)
-      if (order[j].first <= life.last && life.first <= order[j].last) alive.push_back(&order[j]);
-    std::sort(alive.begin(), alive.end(), [&](const Life* a, const Life* b) { return plan.offset[a->slot] < plan.offset[b->slot]; });
-    size_t at = 0;
-    for (const Life* other : alive) {
-      if (plan.offset[other->slot] >= at + life.bytes) break;
-      at = std::max(at, plan.offset[other->slot] + other->bytes);
-    }
-    plan.offset[life.slot] = at;
-    plan.task_bytes = std::max(plan.task_bytes, at + life.bytes);
+size_t Packing::lowest_gap(const Life& life) const {
+  std::vector<const Placed*> alive;
+  for (const Placed& placed : placed_)
+    if (placed.life.meets(life)) alive.push_back(&placed);
+  std::sort(alive.begin(), alive.end(), [](const Placed* a, const Placed* b) { return a->offset < b->offset; });
+  size_t at = 0;
+  for (const Placed* other : alive) {
+    if (other->offset >= at + life.bytes) break;
+    at = std::max(at, other->offset + other->life.bytes);
   }
+  return at;
+}
+
+size_t Packing::put(const Life& life) {
+  const size_t at = lowest_gap(life);
+  placed_.push_back({life, at});
+  bytes_ = std::max(bytes_, at + life.bytes);
+  return at;
+}
+
+void largest_first(std::vector<Life>& lives) {
+  std::stable_sort(lives.begin(), lives.end(), [](const Life& a, const Life& b) { return a.bytes > b.bytes; });
+}
+
+Workspace plan_workspace(const Schedule& schedule, const OpTable& table) {
+  Workspace plan;
+  for (const Step& step : schedule.steps) {
+    if (!is_callers(step.op) && !table.supports(step.op))
+      throw std::invalid_argument(std::string("backend ") + table.backend + " has no op " + op_name(step.op));
+    if (ScratchFn scratch = table.scratch[static_cast<int>(step.op)])
+      plan.scratch_bytes = std::max(plan.scratch_bytes, round_up(scratch(step, schedule.layers[step.layer])));
+  }
+  std::vector<Life> lives = lives_of(schedule, table.real_bytes);
+  largest_first(lives);
+  plan.offset.assign(schedule.slots.size(), 0);
+  Packing arena;
+  for (const Life& life : lives) plan.offset[life.slot] = arena.put(life);
+  plan.task_bytes = arena.bytes();
   return plan;
 }
 

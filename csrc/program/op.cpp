@@ -29,4 +29,54 @@ const char* op_name(Op op) { return kNames[static_cast<int>(op)]; }
 const char* op_roles(Op op) { return kRoles[static_cast<int>(op)]; }
 const char* arg_name(Arg arg) { return kArgNames[static_cast<int>(arg)]; }
 
+size_t op_outputs(Op op) {
+  switch (op) {
+    case Op::linear_fwd_dual:
+    case Op::linear_bwd_data_dual:
+    case Op::linear_bwd_weight:
+    case Op::linear_bwd_weight_jvp:
+    case Op::conv2d_fwd_dual:
+    case Op::conv2d_bwd_data_dual:
+    case Op::conv2d_bwd_weight:
+    case Op::conv2d_bwd_weight_jvp:
+    case Op::batch_norm_bwd_weight:
+    case Op::batch_norm_bwd_weight_jvp:
+    case Op::group_norm_fwd:
+    case Op::group_norm_fwd_jvp:
+    case Op::max_pool2d_fwd:
+    case Op::cross_entropy:
+    case Op::mse:
+    case Op::momentum_adjoint:
+    case Op::caller_loss:
+      return 2;
+    case Op::group_norm_bwd:
+    case Op::group_norm_bwd_jvp:
+    case Op::momentum_update:
+    case Op::adam_update:
+      return 3;
+    case Op::adam_adjoint:
+      return 5;
+    case Op::cg_start:
+    case Op::cg_step:
+      return 4;
+    default:
+      return 1;
+  }
+}
+
+bool op_in_place(Op op) {
+  switch (op) {
+    case Op::rate_grad:
+    case Op::adjoint_update:
+    case Op::cg_step:
+    case Op::axpy:
+    case Op::proximal:
+    case Op::momentum_adjoint:
+    case Op::adam_adjoint:
+      return true;
+    default:
+      return false;
+  }
+}
+
 }  // namespace fastmaml

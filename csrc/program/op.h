@@ -2,6 +2,7 @@
 // A role in [brackets] may be absent (a null View): an absent tangent is zero, an absent gain is one, an absent weight is 1/N.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace fastmaml {
@@ -112,5 +113,7 @@ constexpr bool is_callers(Op op) { return op == Op::caller_loss || op == Op::cal
 
 const char* op_name(Op op);
 const char* op_roles(Op op);
+size_t op_outputs(Op op);  // how many operands it writes, the first ones
+bool op_in_place(Op op);   // it reads some of them too
 
 }  // namespace fastmaml

@@ -94,56 +94,6 @@ int64_t size_of(const Case& c, const std::string& role) {
   return std::visit(Sizes{role, c.op, c.N}, c.layer);
 }
 
-// How many operands the op writes, and whether it reads them too.
-size_t outputs(Op op) {
-  switch (op) {
-    case Op::linear_fwd_dual:
-    case Op::linear_bwd_data_dual:
-    case Op::linear_bwd_weight:
-    case Op::linear_bwd_weight_jvp:
-    case Op::conv2d_fwd_dual:
-    case Op::conv2d_bwd_data_dual:
-    case Op::conv2d_bwd_weight:
-    case Op::conv2d_bwd_weight_jvp:
-    case Op::batch_norm_bwd_weight:
-    case Op::batch_norm_bwd_weight_jvp:
-    case Op::group_norm_fwd:
-    case Op::group_norm_fwd_jvp:
-    case Op::max_pool2d_fwd:
-    case Op::cross_entropy:
-    case Op::mse:
-      return 2;
-    case Op::momentum_adjoint:
-      return 2;
-    case Op::group_norm_bwd:
-    case Op::group_norm_bwd_jvp:
-    case Op::momentum_update:
-    case Op::adam_update:
-      return 3;
-    case Op::adam_adjoint:
-      return 5;
-    case Op::cg_start:
-    case Op::cg_step:
-      return 4;
-    default:
-      return 1;
-  }
-}
-bool in_place(Op op) {
-  switch (op) {
-    case Op::rate_grad:
-    case Op::adjoint_update:
-    case Op::cg_step:
-    case Op::axpy:
-    case Op::proximal:
-    case Op::momentum_adjoint:
-    case Op::adam_adjoint:
-      return true;
-    default:
-      return false;
-  }
-}
-
 template <class T>
 size_t element_bytes(const std::string& role) {
   return role == "index" ? 4 : role == "labels" ? 8 : sizeof(T);
@@ -234,7 +184,7 @@ template <class T, class Alloc, class Free>
 Operands run(const OpTable& table, const Case& c, const Operands& given, const How& how, Alloc alloc, Free release) {
   const std::vector<Role> role = roles(c.op);
   const int64_t T_ = how.tasks ? how.tasks : c.tasks;
-  const size_t written = outputs(c.op);
+  const size_t written = op_outputs(c.op);
   std::vector<std::byte*> memory(role.size(), nullptr);
   std::vector<View> views(kMaxOperands);
   for (size_t k = 0; k < role.size(); ++k) {
@@ -244,7 +194,7 @@ Operands run(const OpTable& table, const Case& c, const Operands& given, const H
     const size_t shift = how.aligned ? 0 : bytes;
     memory[k] = static_cast<std::byte*>(alloc(shift + bytes * size * size_t(shared ? 1 : T_)));
     views[k] = {memory[k] + shift, shared ? 0 : int64_t(size), 1};
-    if (k < written && !in_place(c.op)) continue;  // stays poisoned
+    if (k < written && !op_in_place(c.op)) continue;  // stays poisoned
     for (int64_t t = 0; t < (shared ? 1 : T_); ++t)
       for (size_t i = 0; i < size; ++i)
         put<T>(role[k].name, static_cast<std::byte*>(views[k].data) + (size_t(t) * size + i) * bytes,
@@ -313,7 +263,7 @@ struct Worst {
 Worst worst(const Case& c, const Operands& got, const Operands& want) {
   const std::vector<Role> role = roles(c.op);
   Worst w;
-  for (size_t k = 0; k < outputs(c.op); ++k) {
+  for (size_t k = 0; k < op_outputs(c.op); ++k) {
     if (got.values[k].empty()) continue;
     double scale = 0;
     for (const Vec& x : want.values[k])

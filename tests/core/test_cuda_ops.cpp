@@ -66,7 +66,7 @@ void check(const Case& c) {
     }
     const auto name = [&](const std::string& more) { return name_of(c, sizeof(T), variant + more); };
     try {
-      const size_t written = outputs(c.op);
+      const size_t written = op_outputs(c.op);
       const Operands got = on_device<T>(c, given, {});
       const Worst w = worst(c, got, on_reference(c, given, {}));
       report(w.error <= kTolerance<T>, name(""), w.where);
@@ -250,7 +250,7 @@ void tensor_products() {
         How unaligned;
         unaligned.aligned = false;
         emu::set_order(emu::Order::random, 5);
-        report(same_bits(got, 0, on_tensor_cores(unaligned), c.tasks, outputs(op)), name + ": the same bits where nothing is aligned");
+        report(same_bits(got, 0, on_tensor_cores(unaligned), c.tasks, op_outputs(op)), name + ": the same bits where nothing is aligned");
         emu::set_order(emu::Order::ascending);
       }
 }
@@ -264,7 +264,7 @@ void special_numbers() {
   const Vec odd{0, -0.0, nan, inf, -inf, 1, 1, -1, 1, nan, -inf, -inf, 2, 2, -2, 0};
   const auto expect_same = [&](const Case& c, Operands given) {
     const Operands got = on_device<T>(c, given, {}), want = on_reference(c, given, {});
-    report(same_bits(got, 0, want, 1, outputs(c.op)), name_of(c, sizeof(T), "ties, NaN and infinities"));
+    report(same_bits(got, 0, want, 1, op_outputs(c.op)), name_of(c, sizeof(T), "ties, NaN and infinities"));
   };
   const Vec hole(16, 0.0), ones(16, 1.0);
   for (auto kind : {Pointwise::Kind::relu, Pointwise::Kind::leaky_relu}) {

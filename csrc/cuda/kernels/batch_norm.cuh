@@ -18,11 +18,11 @@ __device__ __forceinline__ void write_stats(T* stats, int c, int C, double mean,
   stats[2 * C + c] = T(mean - double(stats[c]));
 }
 
-// Mean and squared deviations of a thread's rows, less `shift`: eight rows at a time in two passes through registers, eights merged.
-template <bool kWide, class T>
+// Mean and squared deviations of a thread's rows, less `shift`: kRows at a time in two passes through registers, then merged.
+template <bool kWide, int kRows, class T>
 __device__ __forceinline__ int thread_moments(T (&mean)[kChunk<T>], T (&squares)[kChunk<T>], const T* x, const Chunk<T>& shift, int C,
                                               const ColumnThread<T>& t) {
-  constexpr int kRows = 8, n = kChunk<T>;
+  constexpr int n = kChunk<T>;
   int seen = 0;
   for (int row = t.row; row < t.end; row += kRows * t.step) {
     const int rows = min((t.end - row + t.step - 1) / t.step, kRows);
@@ -51,23 +51,24 @@ __device__ __forceinline__ int thread_moments(T (&mean)[kChunk<T>], T (&squares)
   return seen;
 }
 
-// stats of all rows; or, where `parts` is given, mean and squared deviations part by part in double [T, parts, 2, C].
 template <class T>
-__global__ void __launch_bounds__(kColumnThreads)
-    batch_norm_stats(PerTask<T> stats, PerTask<const T> x, double eps, double* parts, Columns s, bool wide) {
+struct ColumnMoments {  // in shared memory
+  double means[kChunk<T>][kColumnThreads], squares[kChunk<T>][kColumnThreads];
+  int seen[kColumnThreads];
+};
+
+// Mean, less the `shift`, and squared deviations of the thread's part of the rows: in `shared`, at the threads of row_lane 0.
+template <int kRows, class T>
+__device__ __forceinline__ void column_moments_of_part(ColumnMoments<T>& shared, const T* x, const Chunk<T>& shift, const Columns& s,
+                                                       const ColumnThread<T>& t, bool wide) {
   constexpr int n = kChunk<T>;
-  __shared__ double means[n][kColumnThreads], squares[n][kColumnThreads];
-  __shared__ int seen[kColumnThreads];
-  const ColumnThread<T> t(s);
-  // Differences from the part's first row: exactly zero for a constant channel.
-  const T* const first = x.of(blockIdx.x) + blockIdx.y * s.part_rows * s.C;
-  const Chunk<T> shift = channels(first, t.c, t.count, T(0));
+  auto& [means, squares, seen] = shared;
   T mean[n] = {}, square[n] = {};
   int rows = 0;
   if (wide && t.count > 0)
-    rows = thread_moments<true>(mean, square, x.of(blockIdx.x), shift, s.C, t);
+    rows = thread_moments<true, kRows>(mean, square, x, shift, s.C, t);
   else if (t.count > 0)
-    rows = thread_moments<false>(mean, square, x.of(blockIdx.x), shift, s.C, t);
+    rows = thread_moments<false, kRows>(mean, square, x, shift, s.C, t);
 
   seen[threadIdx.x] = rows;
 #pragma unroll
@@ -88,17 +89,29 @@ __global__ void __launch_bounds__(kColumnThreads)
     }
     seen[here] += seen[there];
   }
+}
+
+// stats of all rows; or, where `parts` is given, mean and squared deviations part by part in double [T, parts, 2, C].
+template <class T>
+__global__ void __launch_bounds__(kColumnThreads)
+    batch_norm_stats(PerTask<T> stats, PerTask<const T> x, double eps, double* parts, Columns s, bool wide) {
+  __shared__ ColumnMoments<T> shared;
+  const ColumnThread<T> t(s);
+  // Differences from the part's first row: exactly zero for a constant channel.
+  const T* const first = x.of(blockIdx.x) + blockIdx.y * s.part_rows * s.C;
+  const Chunk<T> shift = channels(first, t.c, t.count, T(0));
+  column_moments_of_part<8>(shared, x.of(blockIdx.x), shift, s, t, wide);
   if (t.row_lane > 0) return;
 #pragma unroll
-  for (int j = 0; j < n; ++j) {
+  for (int j = 0; j < kChunk<T>; ++j) {
     if (j >= t.count) break;
-    const double whole_mean = double(shift.at[j]) + means[j][threadIdx.x];
+    const double whole_mean = double(shift.at[j]) + shared.means[j][threadIdx.x], squares = shared.squares[j][threadIdx.x];
     if (parts) {
       double* const to = parts + (int64_t(blockIdx.x) * gridDim.y + blockIdx.y) * 2 * s.C + t.c + j;
       to[0] = whole_mean;
-      to[s.C] = squares[j][threadIdx.x];
+      to[s.C] = squares;
     } else {
-      write_stats(stats.of(blockIdx.x), t.c + j, s.C, whole_mean, squares[j][threadIdx.x] / double(s.rows), eps);
+      write_stats(stats.of(blockIdx.x), t.c + j, s.C, whole_mean, squares / double(s.rows), eps);
     }
   }
 }

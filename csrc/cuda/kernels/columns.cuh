@@ -20,10 +20,12 @@ struct ColumnThread {
   int c, count;        // its channels c .. c + count - 1; the last group may have threads without any
   int row, end, step;  // its rows
 
-  __device__ explicit ColumnThread(const Columns& s)
-      : lane(threadIdx.x % s.lanes), row_lane(threadIdx.x / s.lanes), c((blockIdx.z * s.lanes + lane) * kChunk<T>), step(s.row_lanes) {
-    count = c < s.C ? min(s.C - c, kChunk<T>) : 0;
-    const int first = blockIdx.y * s.part_rows;
+  __device__ explicit ColumnThread(const Columns& s) : ColumnThread(s, blockIdx.y, blockIdx.z) {}
+  // of a part of the rows and a group of channels; threads beyond lanes x row_lanes have no channels
+  __device__ ColumnThread(const Columns& s, int part, int group)
+      : lane(threadIdx.x % s.lanes), row_lane(threadIdx.x / s.lanes), c((group * s.lanes + lane) * kChunk<T>), step(s.row_lanes) {
+    count = c < s.C && row_lane < s.row_lanes ? min(s.C - c, kChunk<T>) : 0;
+    const int first = part * s.part_rows;
     row = first + row_lane;
     end = min(first + s.part_rows, s.rows);
   }
@@ -56,12 +58,12 @@ __global__ void __launch_bounds__(kColumnThreads) map_columns(F f, Columns s, bo
 // 32 rows of a thread are summed in T, the rest in double: the error does not grow with the number of rows.
 inline constexpr int kRowsInT = 32;
 
-template <bool kWide, class T, class F>
-__device__ __forceinline__ void add_rows(double (&total)[2][kChunk<T>], const F& f, const ColumnThread<T>& t) {
-  const typename F::Channels at(f, blockIdx.x, t.c, t.count);
+template <bool kWide, int kUnroll, class T, class F>
+__device__ __forceinline__ void add_rows(double (&total)[2][kChunk<T>], const F& f, int64_t task, const ColumnThread<T>& t) {
+  const typename F::Channels at(f, task, t.c, t.count);
   for (int row = t.row; row < t.end;) {
     T sum[2][kChunk<T>] = {};
-#pragma unroll 4
+#pragma unroll kUnroll
     for (int k = 0; k < kRowsInT && row < t.end; ++k, row += t.step) at.template add<kWide>(sum, row);
 #pragma unroll
     for (int q = 0; q < 2; ++q)
@@ -70,18 +72,19 @@ __device__ __forceinline__ void add_rows(double (&total)[2][kChunk<T>], const F&
   }
 }
 
-// out[q] [C] = scale times the sum of f's q-th number over the rows; or, where `parts` is given, part by part in double [T, parts, 2, C].
+template <class T>
+using ColumnSums = double[2][kChunk<T>][kColumnThreads];  // in shared memory
+
+// The sums of f's two numbers over the thread's part of the rows, of its channels: in `shared`, at the threads of row_lane 0.
 // F::Channels(f, task, c, count) has  template <bool kWide> void add(T (&sum)[2][kChunk<T>], int row) const.
-template <class T, class F>
-__global__ void __launch_bounds__(kColumnThreads)
-    sum_columns(F f, PerTask<T> out0, PerTask<T> out1, double scale, double* parts, Columns s, bool wide) {
-  __shared__ double shared[2][kChunk<T>][kColumnThreads];
-  const ColumnThread<T> t(s);
+template <int kUnroll, class T, class F>
+__device__ __forceinline__ void sum_columns_of_part(ColumnSums<T>& shared, const F& f, int64_t task, const Columns& s,
+                                                    const ColumnThread<T>& t, bool wide) {
   double total[2][kChunk<T>] = {};
   if (wide && t.count > 0)
-    add_rows<true>(total, f, t);
+    add_rows<true, kUnroll>(total, f, task, t);
   else if (t.count > 0)
-    add_rows<false>(total, f, t);
+    add_rows<false, kUnroll>(total, f, task, t);
 
 #pragma unroll
   for (int q = 0; q < 2; ++q)
@@ -95,6 +98,15 @@ __global__ void __launch_bounds__(kColumnThreads)
 #pragma unroll
         for (int j = 0; j < kChunk<T>; ++j) shared[q][j][threadIdx.x] += shared[q][j][threadIdx.x + half * s.lanes];
   }
+}
+
+// out[q] [C] = scale times the sum of f's q-th number over the rows; or, where `parts` is given, part by part in double [T, parts, 2, C].
+template <class T, class F>
+__global__ void __launch_bounds__(kColumnThreads)
+    sum_columns(F f, PerTask<T> out0, PerTask<T> out1, double scale, double* parts, Columns s, bool wide) {
+  __shared__ ColumnSums<T> shared;
+  const ColumnThread<T> t(s);
+  sum_columns_of_part<4, T>(shared, f, blockIdx.x, s, t, wide);
   if (t.row_lane > 0) return;
 #pragma unroll
   for (int j = 0; j < kChunk<T>; ++j) {

@@ -37,38 +37,38 @@ __device__ __forceinline__ double dot(const Chunk<T>& a, const Chunk<T>& b) {
 }
 
 // s = 0,  r = p = v
-template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    cg_start(PerTask<T> s, PerTask<T> r, PerTask<T> p, PerTask<T> state, PerTask<const T> v, int size, bool wide) {
-  const int64_t task = blockIdx.x;
+template <class T>
+__device__ __forceinline__ void cg_start_of_task(T* s, T* r, T* p, T* state, const T* v, int size, bool wide) {
   double vv[1] = {0};
   for_chunks<T>(size, wide, [&](bool wide_here, int i, int count) {
-    const Chunk<T> chunk = chunk_at(v.of(task), wide_here, i, count);
-    put_chunk(s.of(task), Chunk<T>{}, wide_here, i, count);
-    put_chunk(r.of(task), chunk, wide_here, i, count);
-    put_chunk(p.of(task), chunk, wide_here, i, count);
+    const Chunk<T> chunk = chunk_at(v, wide_here, i, count);
+    put_chunk(s, Chunk<T>{}, wide_here, i, count);
+    put_chunk(r, chunk, wide_here, i, count);
+    put_chunk(p, chunk, wide_here, i, count);
     vv[0] += dot(chunk, chunk);
   });
   block_sum(vv);
   if (threadIdx.x > 0) return;
-  T* const to = state.of(task);
-  to[0] = to[1] = T(vv[0]);
-  to[2] = to[0] == T(0) ? T(0) : T(1);  // a NaN goes on, and shows in the solution
+  state[0] = state[1] = T(vv[0]);
+  state[2] = state[0] == T(0) ? T(0) : T(1);  // a NaN goes on, and shows in the solution
+}
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    cg_start(PerTask<T> s, PerTask<T> r, PerTask<T> p, PerTask<T> state, PerTask<const T> v, int size, bool wide) {
+  const int64_t task = blockIdx.x;
+  cg_start_of_task(s.of(task), r.of(task), p.of(task), state.of(task), v.of(task), size, wide);
 }
 
 // alpha = r.r / p.Ap,  s += alpha p,  r' = r - alpha Ap,  p = r' + (r'.r' / r.r) p.
 // Ends where p.Ap <= 0 (s stays) or where the residual is small.
-template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads) cg_step(PerTask<T> s, PerTask<T> r, PerTask<T> p, PerTask<T> state, PerTask<const T> hp,
-                                                    PerTask<const T> settings, int size, bool wide) {
+template <class T>
+__device__ __forceinline__ void cg_step_of_task(T* s, T* r, T* p, T* status, const T* hp, const T* settings, int size, bool wide) {
   constexpr double kConverged = 1e-10;  // of r.r
-  const int64_t task = blockIdx.x;
-  T* const status = state.of(task);
   if (status[2] == T(0)) return;
   const double rr = double(status[0]);
-  const T over = T(1) / settings.of(task)[0], diagonal = T(1) + settings.of(task)[1];
+  const T over = T(1) / settings[0], diagonal = T(1) + settings[1];
   const auto Ap_at = [&](const Chunk<T>& p_here, bool wide_here, int i, int count) {
-    Chunk<T> Ap = chunk_at(hp.of(task), wide_here, i, count);
+    Chunk<T> Ap = chunk_at(hp, wide_here, i, count);
 #pragma unroll
     for (int j = 0; j < kChunk<T>; ++j) Ap.at[j] = diagonal * p_here.at[j] + Ap.at[j] * over;
     return Ap;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) cg_step(PerTask<T> s, PerTask<T> r, 
 
   double curvature[1] = {0};
   for_chunks<T>(size, wide, [&](bool wide_here, int i, int count) {
-    const Chunk<T> p_here = chunk_at<T>(p.of(task), wide_here, i, count);
+    const Chunk<T> p_here = chunk_at<T>(p, wide_here, i, count);
     curvature[0] += dot(p_here, Ap_at(p_here, wide_here, i, count));
   });
   block_sum(curvature);
@@ -88,38 +88,47 @@ __global__ void __launch_bounds__(kThreads) cg_step(PerTask<T> s, PerTask<T> r, 
 
   double next[1] = {0};
   for_chunks<T>(size, wide, [&](bool wide_here, int i, int count) {
-    const Chunk<T> p_here = chunk_at<T>(p.of(task), wide_here, i, count), Ap = Ap_at(p_here, wide_here, i, count);
-    Chunk<T> s_here = chunk_at<T>(s.of(task), wide_here, i, count), r_here = chunk_at<T>(r.of(task), wide_here, i, count);
+    const Chunk<T> p_here = chunk_at<T>(p, wide_here, i, count), Ap = Ap_at(p_here, wide_here, i, count);
+    Chunk<T> s_here = chunk_at<T>(s, wide_here, i, count), r_here = chunk_at<T>(r, wide_here, i, count);
 #pragma unroll
     for (int j = 0; j < kChunk<T>; ++j) {
       s_here.at[j] += alpha * p_here.at[j];
       r_here.at[j] -= alpha * Ap.at[j];
     }
-    put_chunk(s.of(task), s_here, wide_here, i, count);
-    put_chunk(r.of(task), r_here, wide_here, i, count);
+    put_chunk(s, s_here, wide_here, i, count);
+    put_chunk(r, r_here, wide_here, i, count);
     next[0] += dot(r_here, r_here);
   });
   block_sum(next);
   const T beta = T(next[0] / rr);
   for_chunks<T>(size, wide, [&](bool wide_here, int i, int count) {
-    const Chunk<T> r_here = chunk_at<T>(r.of(task), wide_here, i, count);
-    Chunk<T> p_here = chunk_at<T>(p.of(task), wide_here, i, count);
+    const Chunk<T> r_here = chunk_at<T>(r, wide_here, i, count);
+    Chunk<T> p_here = chunk_at<T>(p, wide_here, i, count);
 #pragma unroll
     for (int j = 0; j < kChunk<T>; ++j) p_here.at[j] = r_here.at[j] + beta * p_here.at[j];
-    put_chunk(p.of(task), p_here, wide_here, i, count);
+    put_chunk(p, p_here, wide_here, i, count);
   });
   if (threadIdx.x > 0) return;
   status[0] = T(next[0]);
   if (next[0] < kConverged) status[2] = T(0);
 }
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads) cg_step(PerTask<T> s, PerTask<T> r, PerTask<T> p, PerTask<T> state, PerTask<const T> hp,
+                                                    PerTask<const T> settings, int size, bool wide) {
+  const int64_t task = blockIdx.x;
+  cg_step_of_task(s.of(task), r.of(task), p.of(task), state.of(task), hp.of(task), settings.of(task), size, wide);
+}
 
-// residual = |r| / |v|, the relative error of A s = v; 0 for v = 0
+// |r| / |v|, the relative error of A s = v; 0 for v = 0
+template <class T>
+__device__ __forceinline__ T relative_residual(const T* state) {
+  const T rr = state[0], vv = state[1];
+  return vv == T(0) ? T(0) : T(sqrt(double(rr)) / sqrt(double(vv)));
+}
 template <class T>
 __global__ void cg_residual(PerTask<T> residual, PerTask<const T> state, int64_t tasks) {
   const int64_t task = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (task >= tasks) return;
-  const T rr = state.of(task)[0], vv = state.of(task)[1];
-  residual.of(task)[0] = vv == T(0) ? T(0) : T(sqrt(double(rr)) / sqrt(double(vv)));
+  if (task < tasks) residual.of(task)[0] = relative_residual(state.of(task));
 }
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS

@@ -15,11 +15,12 @@ struct Groups {
   __device__ int count() const { return N * groups; }
 };
 
-// A block takes one group of one example at a time. body(i, c, count) for its chunks: place in x and first channel.
-template <class T, class Body>
+// A team of threads (kernels/reduce.cuh) takes one group of one example at a time. body(i, c, count) for its chunks: place in x and first
+// channel.
+template <class T, class Team, class Body>
 __device__ __forceinline__ void for_group(const Groups& s, int group, Body body) {
   const int first = group % s.groups * s.width, start = group / s.groups * s.spatial * s.channels + first;
-  for (int q = threadIdx.x; q < s.spatial * s.chunks; q += blockDim.x) {
+  for (int q = Team::rank(); q < s.spatial * s.chunks; q += Team::size()) {
     const int pixel = q / s.chunks, c = q % s.chunks * kChunk<T>;
     body(start + pixel * s.channels + c, first + c, min(s.width - c, kChunk<T>));
   }
@@ -32,12 +33,12 @@ struct GroupNormFwd {
   double eps;
 
   // Chunks in two passes through registers, merged with the thread's chunks before them in T, and threads in double.
-  template <bool kWide>
+  template <class Team, bool kWide>
   __device__ Moments moments(const T* x, const Groups& s, int group) const {
     const T shift = x[group / s.groups * s.spatial * s.channels + group % s.groups * s.width];
     int seen = 0;
     T mean = T(0), squares = T(0);
-    for_group<T>(s, group, [&](int i, int, int count) {
+    for_group<T, Team>(s, group, [&](int i, int, int count) {
       Chunk<T> d = load<kWide, kChunk<T>>(x + i, count);
       T sum = T(0), more = T(0);
 #pragma unroll
@@ -53,20 +54,20 @@ struct GroupNormFwd {
       squares += more + difference * difference * (T(seen) * share);
       seen += count;
     });
-    Moments all = block_moments({double(seen), double(mean), double(squares)});
+    Moments all = Team::moments({double(seen), double(mean), double(squares)});
     all.mean += double(shift);
     return all;
   }
 
-  template <bool kWide>
+  template <class Team, bool kWide>
   __device__ void run(int64_t task, const Groups& s, int group) const {
-    const Moments m = moments<kWide>(x.of(task), s, group);
+    const Moments m = moments<Team, kWide>(x.of(task), s, group);
     const T mean = T(m.mean), r = T(1.0 / sqrt(m.squares / m.n + eps));
-    if (threadIdx.x == 0) {
+    if (Team::rank() == 0) {
       stats.of(task)[2 * group] = mean;
       stats.of(task)[2 * group + 1] = r;
     }
-    for_group<T>(s, group, [&](int i, int c, int count) {
+    for_group<T, Team>(s, group, [&](int i, int c, int count) {
       Chunk<T> out = load<kWide, kChunk<T>>(x.of(task) + i, count);
       const Chunk<T> g = channels(gamma.of(task), c, count, T(1)), b = channels(beta.of(task), c, count, T(0));
 #pragma unroll
@@ -82,13 +83,13 @@ struct GroupNormFwdJvp {
   PerTask<T> y_dot, stats_dot;
   PerTask<const T> x, x_dot, stats, gamma, gamma_dot, beta_dot;
 
-  template <bool kWide>
+  template <class Team, bool kWide>
   __device__ void run(int64_t task, const Groups& s, int group) const {
     const T mean = stats.of(task)[2 * group], r = stats.of(task)[2 * group + 1];
     const T *const x_of = x.of(task), *const x_dot_of = x_dot.of(task);
     double sums[2] = {0, 0};
     if (x_dot_of) {
-      for_group<T>(s, group, [&](int i, int, int count) {
+      for_group<T, Team>(s, group, [&](int i, int, int count) {
         const Chunk<T> x_here = load<kWide, kChunk<T>>(x_of + i, count), x_dot_here = load<kWide, kChunk<T>>(x_dot_of + i, count);
         T sum[2] = {};
 #pragma unroll
@@ -99,15 +100,15 @@ struct GroupNormFwdJvp {
         sums[0] += double(sum[0]);
         sums[1] += double(sum[1]);
       });
-      block_sum(sums);
+      Team::sum(sums);
     }
     const double size = double(s.spatial) * s.width;
     const T mean_dot = T(sums[0] / size), slope = T(sums[1] / size);
-    if (threadIdx.x == 0) {
+    if (Team::rank() == 0) {
       stats_dot.of(task)[2 * group] = mean_dot;
       stats_dot.of(task)[2 * group + 1] = slope;
     }
-    for_group<T>(s, group, [&](int i, int c, int count) {
+    for_group<T, Team>(s, group, [&](int i, int c, int count) {
       Chunk<T> out = load<kWide, kChunk<T>>(x_of + i, count), x_dot_here = {};
       if (x_dot_of) x_dot_here = load<kWide, kChunk<T>>(x_dot_of + i, count);
       const Chunk<T> g = channels(gamma.of(task), c, count, T(1)), g_dot = channels(gamma_dot.of(task), c, count, T(0)),
@@ -128,7 +129,7 @@ struct GroupNormBwdData {
   PerTask<T> dx;
   PerTask<const T> x, dy, stats, gamma;
 
-  template <bool kWide>
+  template <class Team, bool kWide>
   __device__ void run(int64_t task, const Groups& s, int group) const {
     const T mean = stats.of(task)[2 * group], r = stats.of(task)[2 * group + 1];
     const auto values = [&](Chunk<T>& h, Chunk<T>& xhat, int i, int c, int count) {
@@ -142,7 +143,7 @@ struct GroupNormBwdData {
       }
     };
     double sums[2] = {0, 0};
-    for_group<T>(s, group, [&](int i, int c, int count) {
+    for_group<T, Team>(s, group, [&](int i, int c, int count) {
       Chunk<T> h, xhat;
       values(h, xhat, i, c, count);
       T sum[2] = {};
@@ -154,10 +155,10 @@ struct GroupNormBwdData {
       sums[0] += double(sum[0]);
       sums[1] += double(sum[1]);
     });
-    block_sum(sums);
+    Team::sum(sums);
     const double size = double(s.spatial) * s.width;
     const T p = T(sums[0] / size), q = T(sums[1] / size);
-    for_group<T>(s, group, [&](int i, int c, int count) {
+    for_group<T, Team>(s, group, [&](int i, int c, int count) {
       Chunk<T> h, xhat;
       values(h, xhat, i, c, count);
 #pragma unroll
@@ -174,7 +175,7 @@ struct GroupNormBwdDataJvp {
   PerTask<T> dx_dot;
   PerTask<const T> x, x_dot, dy, dy_dot, stats, stats_dot, gamma, gamma_dot;
 
-  template <bool kWide>
+  template <class Team, bool kWide>
   __device__ void run(int64_t task, const Groups& s, int group) const {
     const T mean = stats.of(task)[2 * group], r = stats.of(task)[2 * group + 1];
     const T* const dot = stats_dot.of(task);
@@ -195,7 +196,7 @@ struct GroupNormBwdDataJvp {
       }
     };
     double sums[4] = {0, 0, 0, 0};
-    for_group<T>(s, group, [&](int i, int c, int count) {
+    for_group<T, Team>(s, group, [&](int i, int c, int count) {
       Chunk<T> h, h_dot, xhat, xhat_dot;
       values(h, h_dot, xhat, xhat_dot, i, c, count);
       T sum[4] = {};
@@ -209,10 +210,10 @@ struct GroupNormBwdDataJvp {
 #pragma unroll
       for (int k = 0; k < 4; ++k) sums[k] += double(sum[k]);
     });
-    block_sum(sums);
+    Team::sum(sums);
     const double size = double(s.spatial) * s.width;
     const T p = T(sums[0] / size), q = T(sums[1] / size), p_dot = T(sums[2] / size), q_dot = T(sums[3] / size), r_dot = -r * r * slope;
-    for_group<T>(s, group, [&](int i, int c, int count) {
+    for_group<T, Team>(s, group, [&](int i, int c, int count) {
       Chunk<T> h, h_dot, xhat, xhat_dot;
       values(h, h_dot, xhat, xhat_dot, i, c, count);
 #pragma unroll
@@ -229,9 +230,9 @@ template <class F>
 __global__ void __launch_bounds__(256) map_groups(F f, Groups s, bool wide) {
   for (int group = blockIdx.y; group < s.count(); group += gridDim.y) {
     if (wide)
-      f.template run<true>(blockIdx.x, s, group);
+      f.template run<BlockTeam, true>(blockIdx.x, s, group);
     else
-      f.template run<false>(blockIdx.x, s, group);
+      f.template run<BlockTeam, false>(blockIdx.x, s, group);
   }
 }
 

@@ -57,73 +57,92 @@ __device__ __forceinline__ void for_examples(const Examples& s, int first, int s
 }
 
 // loss = -sum of w target log p,  dz = w (p - target),  target = (1 - smoothing) onehot + smoothing / classes.    A block for a task.
-template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads) cross_entropy(PerTask<T> loss, PerTask<T> dz, PerTask<const T> z, PerTask<const int64_t> labels,
-                                                          PerTask<const T> weights, double smoothing, Examples s) {
-  const int64_t task = blockIdx.x;
+template <class T>
+__device__ __forceinline__ void cross_entropy_of_task(T* loss, T* dz, const T* z, const int64_t* labels, const T* weights, double smoothing,
+                                                      const Examples& s) {
   const double spread = smoothing / double(s.size);
   double total[1] = {0};
-  for_examples(s, 0, kThreads / s.lanes, [&](int n, int lane, bool exists) {
+  for_examples(s, 0, blockDim.x / s.lanes, [&](int n, int lane, bool exists) {
     const int at = n * s.size, count = exists ? s.size : 0;
-    const T* const row = z.of(task) + at;
+    const T* const row = z + at;
     const Softmax<T> softmax(row, lane, s.lanes, count);
-    const double w = example_weight(weights.of(task), n, s.N);
-    const int64_t label = labels.of(task)[n];
+    const double w = example_weight(weights, n, s.N);
+    const int64_t label = labels[n];
     double example = 0;
     for (int c = lane; c < count; c += s.lanes) {
       const double target = (c == label ? 1.0 - smoothing : 0.0) + spread;
       // A class that is no target adds nothing, even where its log-probability is -inf.
       if (target != 0) example -= target * softmax.log_p(row[c]);
-      if (dz.data) dz.of(task)[at + c] = T(w * (softmax.p(row[c]) - target));
+      if (dz) dz[at + c] = T(w * (softmax.p(row[c]) - target));
     }
     total[0] += w * example;
   });
   block_sum(total);
-  if (threadIdx.x == 0) loss.of(task)[0] = T(total[0]);
+  if (threadIdx.x == 0) loss[0] = T(total[0]);
+}
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads) cross_entropy(PerTask<T> loss, PerTask<T> dz, PerTask<const T> z, PerTask<const int64_t> labels,
+                                                          PerTask<const T> weights, double smoothing, Examples s) {
+  const int64_t task = blockIdx.x;
+  cross_entropy_of_task(loss.of(task), dz.of(task), z.of(task), labels.of(task), weights.of(task), smoothing, s);
 }
 
-// dz' = w p (z' - <p, z'>)
+// dz' = w p (z' - <p, z'>)     of the examples from `first` on, and `step` further ones each
+template <class T>
+__device__ __forceinline__ void cross_entropy_jvp_of_task(T* dz_dot, const T* z, const T* z_dot, const T* weights, const Examples& s,
+                                                          int first, int step) {
+  for_examples(s, first, step, [&](int n, int lane, bool exists) {
+    const int at = n * s.size, count = exists ? s.size : 0;
+    const T *const row = z + at, *const row_dot = z_dot + at;
+    const Softmax<T> softmax(row, lane, s.lanes, count);
+    double mean = 0;
+    for (int c = lane; c < count; c += s.lanes) mean += softmax.p(row[c]) * double(row_dot[c]);
+    mean = lane_sum(mean, s.lanes);
+    const double w = example_weight(weights, n, s.N);
+    for (int c = lane; c < count; c += s.lanes) dz_dot[at + c] = T(w * softmax.p(row[c]) * (double(row_dot[c]) - mean));
+  });
+}
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     cross_entropy_jvp(PerTask<T> dz_dot, PerTask<const T> z, PerTask<const T> z_dot, PerTask<const T> weights, Examples s) {
   const int64_t task = blockIdx.x;
   const int examples = kThreads / s.lanes;
-  for_examples(s, blockIdx.y * examples, gridDim.y * examples, [&](int n, int lane, bool exists) {
-    const int at = n * s.size, count = exists ? s.size : 0;
-    const T *const row = z.of(task) + at, *const row_dot = z_dot.of(task) + at;
-    const Softmax<T> softmax(row, lane, s.lanes, count);
-    double mean = 0;
-    for (int c = lane; c < count; c += s.lanes) mean += softmax.p(row[c]) * double(row_dot[c]);
-    mean = lane_sum(mean, s.lanes);
-    const double w = example_weight(weights.of(task), n, s.N);
-    for (int c = lane; c < count; c += s.lanes) dz_dot.of(task)[at + c] = T(w * softmax.p(row[c]) * (double(row_dot[c]) - mean));
-  });
+  cross_entropy_jvp_of_task(dz_dot.of(task), z.of(task), z_dot.of(task), weights.of(task), s, blockIdx.y * examples, gridDim.y * examples);
 }
 
 // loss = sum of w mean((z - target)^2),  dz = 2 w (z - target) / size.    A block for a task.
+template <class T>
+__device__ __forceinline__ void mse_of_task(T* loss, T* dz, const T* z, const T* target, const T* weights, int N, int size) {
+  double total[1] = {0};
+  for (int i = threadIdx.x; i < N * size; i += blockDim.x) {
+    const double w = example_weight(weights, i / size, N) / double(size);
+    const double error = double(z[i]) - double(target[i]);
+    total[0] += w * error * error;
+    if (dz) dz[i] = T(2 * w * error);
+  }
+  block_sum(total);
+  if (threadIdx.x == 0) loss[0] = T(total[0]);
+}
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     mse(PerTask<T> loss, PerTask<T> dz, PerTask<const T> z, PerTask<const T> target, PerTask<const T> weights, int N, int size) {
   const int64_t task = blockIdx.x;
-  double total[1] = {0};
-  for (int i = threadIdx.x; i < N * size; i += kThreads) {
-    const double w = example_weight(weights.of(task), i / size, N) / double(size);
-    const double error = double(z.of(task)[i]) - double(target.of(task)[i]);
-    total[0] += w * error * error;
-    if (dz.data) dz.of(task)[i] = T(2 * w * error);
-  }
-  block_sum(total);
-  if (threadIdx.x == 0) loss.of(task)[0] = T(total[0]);
+  mse_of_task(loss.of(task), dz.of(task), z.of(task), target.of(task), weights.of(task), N, size);
 }
 
-// dz' = 2 w z' / size
+// dz' = 2 w z' / size     of every `step`-th number from `first` on
+template <class T>
+__device__ __forceinline__ void mse_jvp_of_task(T* dz_dot, const T* z_dot, const T* weights, int N, int size, int64_t first, int64_t step) {
+  for (int64_t i = first; i < N * size; i += step) {
+    const double w = 2 * example_weight(weights, int(i) / size, N) / double(size);
+    dz_dot[i] = T(w * double(z_dot[i]));
+  }
+}
 template <class T>
 __global__ void mse_jvp(PerTask<T> dz_dot, PerTask<const T> z_dot, PerTask<const T> weights, int N, int size) {
   const int64_t task = blockIdx.x;
-  for (int64_t i = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; i < N * size; i += int64_t(gridDim.y) * blockDim.x) {
-    const double w = 2 * example_weight(weights.of(task), int(i) / size, N) / double(size);
-    dz_dot.of(task)[i] = T(w * double(z_dot.of(task)[i]));
-  }
+  mse_jvp_of_task(dz_dot.of(task), z_dot.of(task), weights.of(task), N, size, int64_t(blockIdx.y) * blockDim.x + threadIdx.x,
+                  int64_t(gridDim.y) * blockDim.x);
 }
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS

@@ -32,17 +32,32 @@ __device__ __forceinline__ void map_chunk(const F& f, const MapOperands<T, F>& o
     if (operands.out[k].data) store<kWide>(operands.out[k].of(task) + i, out[k], count);
 }
 
+// Of all chunks of the task, those of the thread: every `step`-th from `first` on.
+template <class T, class F>
+__device__ __forceinline__ void map_chunks(const F& f, const MapOperands<T, F>& operands, int64_t task, int64_t first, int64_t step,
+                                           int size, bool wide) {
+  constexpr int n = kChunk<T>;
+  for (int64_t i = first * n; i < size; i += step * n) {
+    const int count = size - int(i) < n ? size - int(i) : n;
+    if (wide && count == n)
+      map_chunk<true>(f, operands, task, int(i), n);
+    else
+      map_chunk<false>(f, operands, task, int(i), count);
+  }
+}
+
 // A block for (task, piece of its numbers); a thread takes one chunk, or several where the blocks run out.
 template <class T, class F>
 __global__ void map(F f, MapOperands<T, F> operands, int size, bool wide) {
-  constexpr int n = kChunk<T>;
-  for (int64_t i = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * n; i < size; i += int64_t(gridDim.y) * blockDim.x * n) {
-    const int count = size - int(i) < n ? size - int(i) : n;
-    if (wide && count == n)
-      map_chunk<true>(f, operands, blockIdx.x, int(i), n);
-    else
-      map_chunk<false>(f, operands, blockIdx.x, int(i), count);
-  }
+  map_chunks(f, operands, blockIdx.x, int64_t(blockIdx.y) * blockDim.x + threadIdx.x, int64_t(gridDim.y) * blockDim.x, size, wide);
+}
+
+// map for a function that also takes one number of the task: F::number, left as it is where the operand is absent.
+template <class T, class F>
+__global__ void map_with_number(F f, MapOperands<T, F> operands, PerTask<const T> number, int size, bool wide) {
+  if (number.data) f.number = number.of(blockIdx.x)[0];
+  f.begin();
+  map_chunks(f, operands, blockIdx.x, int64_t(blockIdx.y) * blockDim.x + threadIdx.x, int64_t(gridDim.y) * blockDim.x, size, wide);
 }
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS

@@ -38,9 +38,8 @@ struct Moments {
   }
 };
 
-// Every thread of the block gets the moments of all its numbers; the block consists of whole warps.
-__device__ __forceinline__ Moments block_moments(Moments x) {
-  __shared__ double of_warp[32][3];
+// Lane 0 gets the moments of the numbers of all lanes.
+__device__ __forceinline__ Moments warp_moments(Moments x) {
 #pragma unroll
   for (int by = 16; by > 0; by /= 2) {
     Moments more;
@@ -49,6 +48,13 @@ __device__ __forceinline__ Moments block_moments(Moments x) {
     more.squares = __shfl_down_sync(0xffffffffu, x.squares, by);
     if (int(threadIdx.x % 32) < by) x.merge(more);
   }
+  return x;
+}
+
+// Every thread of the block gets the moments of all its numbers; the block consists of whole warps.
+__device__ __forceinline__ Moments block_moments(Moments x) {
+  __shared__ double of_warp[32][3];
+  x = warp_moments(x);
   if (threadIdx.x % 32 == 0) {
     of_warp[threadIdx.x / 32][0] = x.n;
     of_warp[threadIdx.x / 32][1] = x.mean;
@@ -60,5 +66,32 @@ __device__ __forceinline__ Moments block_moments(Moments x) {
   __syncthreads();  // of_warp may be used again
   return x;
 }
+
+// Who shares a piece of work: the whole block, or one warp of it.
+struct BlockTeam {
+  static __device__ int rank() { return threadIdx.x; }
+  static __device__ int size() { return blockDim.x; }
+  template <int kSums>
+  static __device__ void sum(double (&x)[kSums]) {
+    block_sum(x);
+  }
+  static __device__ Moments moments(const Moments& x) { return block_moments(x); }
+};
+
+struct WarpTeam {
+  static __device__ int rank() { return threadIdx.x % 32; }
+  static __device__ int size() { return 32; }
+  template <int kSums>
+  static __device__ void sum(double (&x)[kSums]) {
+#pragma unroll
+    for (int k = 0; k < kSums; ++k)
+#pragma unroll
+      for (int with = 16; with > 0; with /= 2) x[k] += __shfl_xor_sync(0xffffffffu, x[k], with);
+  }
+  static __device__ Moments moments(Moments x) {
+    x = warp_moments(x);
+    return {__shfl_sync(0xffffffffu, x.n, 0), __shfl_sync(0xffffffffu, x.mean, 0), __shfl_sync(0xffffffffu, x.squares, 0)};
+  }
+};
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS

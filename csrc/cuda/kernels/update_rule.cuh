@@ -7,21 +7,6 @@
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
-// map for a function that also takes one number of the task: F::number, left as it is where the operand is absent.
-template <class T, class F>
-__global__ void map_with_number(F f, MapOperands<T, F> operands, PerTask<const T> number, int size, bool wide) {
-  constexpr int n = kChunk<T>;
-  if (number.data) f.number = number.of(blockIdx.x)[0];
-  f.begin();
-  for (int64_t i = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * n; i < size; i += int64_t(gridDim.y) * blockDim.x * n) {
-    const int count = size - int(i) < n ? size - int(i) : n;
-    if (wide && count == n)
-      map_chunk<true>(f, operands, blockIdx.x, int(i), n);
-    else
-      map_chunk<false>(f, operands, blockIdx.x, int(i), count);
-  }
-}
-
 // y += factor alpha x
 template <class T>
 struct AxpyBy {
@@ -130,7 +115,7 @@ struct AdamAdjoint {
   }
 };
 
-// ---------------------------------------------------------------- clipping by the norm: a block for every task
+// ---------------------------------------------------------------- clipping by the norm: a block for a task (..._of_task)
 
 // The squared norm of g over the entries that count, and <g, u> over all; every thread gets both.
 template <class T>
@@ -152,44 +137,53 @@ __device__ __forceinline__ void clip_sums(double (&sums)[2], const T* g, const T
 }
 
 // n = |g|,  clipped = limit / n g where n > limit, else g
+template <class T>
+__device__ __forceinline__ void clip_norm_of_task(T* clipped, const T* g, const T* mask, double limit, int size, bool wide) {
+  double sums[2];
+  clip_sums<T>(sums, g, nullptr, mask, size, wide);
+  const double n = sqrt(sums[0]);
+  const T scale = n > limit ? T(limit / n) : T(1);
+  for_chunks<T>(size, wide, [&](bool wide_here, int i, int count) {
+    Chunk<T> here = chunk_at(g, wide_here, i, count);
+#pragma unroll
+    for (int j = 0; j < kChunk<T>; ++j) here.at[j] *= scale;
+    put_chunk(clipped, here, wide_here, i, count);
+  });
+}
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     clip_norm(PerTask<T> clipped, PerTask<const T> g, PerTask<const T> mask, double limit, int size, bool wide) {
   const int64_t task = blockIdx.x;
-  double sums[2];
-  clip_sums<T>(sums, g.of(task), nullptr, mask.of(task), size, wide);
-  const double n = sqrt(sums[0]);
-  const T scale = n > limit ? T(limit / n) : T(1);
-  for_chunks<T>(size, wide, [&](bool wide_here, int i, int count) {
-    Chunk<T> here = chunk_at(g.of(task), wide_here, i, count);
-#pragma unroll
-    for (int j = 0; j < kChunk<T>; ++j) here.at[j] *= scale;
-    put_chunk(clipped.of(task), here, wide_here, i, count);
-  });
+  clip_norm_of_task(clipped.of(task), g.of(task), mask.of(task), limit, size, wide);
 }
 
 // u_raw = limit / n (u - ghat <ghat, u>) with ghat = g / n, where n > limit; the entries that do not count are scaled too
-template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    clip_norm_adjoint(PerTask<T> u_raw, PerTask<const T> u, PerTask<const T> g, PerTask<const T> mask, double limit, int size, bool wide) {
-  const int64_t task = blockIdx.x;
+template <class T>
+__device__ __forceinline__ void clip_norm_adjoint_of_task(T* u_raw, const T* u, const T* g, const T* mask, double limit, int size,
+                                                          bool wide) {
   double sums[2];
-  clip_sums<T>(sums, g.of(task), u.of(task), mask.of(task), size, wide);
+  clip_sums<T>(sums, g, u, mask, size, wide);
   const double n = sqrt(sums[0]);
   const bool clips = n > limit;
   const T scale = clips ? T(limit / n) : T(1), along = clips ? T(sums[1] / sums[0]) : T(0);
   for_chunks<T>(size, wide, [&](bool wide_here, int i, int count) {
-    Chunk<T> here = chunk_at(u.of(task), wide_here, i, count), part = chunk_at(g.of(task), wide_here, i, count);
-    if (mask.data) {
-      const Chunk<T> counts = chunk_at(mask.of(task), wide_here, i, count);
+    Chunk<T> here = chunk_at(u, wide_here, i, count), part = chunk_at(g, wide_here, i, count);
+    if (mask) {
+      const Chunk<T> counts = chunk_at(mask, wide_here, i, count);
 #pragma unroll
       for (int j = 0; j < kChunk<T>; ++j)
         if (counts.at[j] == T(0)) part.at[j] = T(0);
     }
 #pragma unroll
     for (int j = 0; j < kChunk<T>; ++j) here.at[j] = scale * (here.at[j] - part.at[j] * along);
-    put_chunk(u_raw.of(task), here, wide_here, i, count);
+    put_chunk(u_raw, here, wide_here, i, count);
   });
+}
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    clip_norm_adjoint(PerTask<T> u_raw, PerTask<const T> u, PerTask<const T> g, PerTask<const T> mask, double limit, int size, bool wide) {
+  const int64_t task = blockIdx.x;
+  clip_norm_adjoint_of_task(u_raw.of(task), u.of(task), g.of(task), mask.of(task), limit, size, wide);
 }
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS
