@@ -220,16 +220,26 @@ struct Places {
 // How often a Step touches an operand's numbers: a product's come back for every tile.
 double touches(const Draft& draft) { return draft.products > 0 ? 8 : 1; }
 
+// Gives all of them a place in one memory. Returns its size.
+size_t pack(const std::vector<Life>& lives, int memory, std::vector<Place>& of_slot) {
+  Packing packing;
+  for (const Life& life : lives) of_slot[size_t(life.slot)] = {memory, uint32_t(packing.put(life))};
+  return packing.bytes();
+}
+
 // All slots in shared memory where they fit; else first those with the most touches for the room and the time they take there.
 Places place(const Schedule& schedule, const std::vector<Draft>& drafts, size_t real_bytes, size_t shared_bytes) {
   Places places;
   places.of_slot.resize(schedule.slots.size());
   std::vector<Life> lives = lives_of(schedule, real_bytes);
   largest_first(lives);
-  Packing shared;
-  for (const Life& life : lives) places.of_slot[size_t(life.slot)] = {kInShared, uint32_t(shared.put(life))};
-  places.shared_bytes = places.all_bytes = shared.bytes();
-  if (shared.bytes() <= shared_bytes) return places;
+  // A Step more than they live, so that the next Step does not write where one still reads, and both may share a stage.
+  std::vector<Life> longer = lives;
+  for (Life& life : longer) ++life.last;
+  places.shared_bytes = pack(longer, kInShared, places.of_slot);
+  if (places.shared_bytes <= shared_bytes) return places;
+  places.shared_bytes = places.all_bytes = pack(lives, kInShared, places.of_slot);
+  if (places.shared_bytes <= shared_bytes) return places;
 
   std::vector<double> touched(schedule.slots.size(), 0);
   for (const Draft& draft : drafts)
@@ -237,7 +247,7 @@ Places place(const Schedule& schedule, const std::vector<Draft>& drafts, size_t 
       if (i >= 0 && draft.from->operand[size_t(i)]) touched[size_t(draft.from->operand[size_t(i)].slot)] += touches(draft);
   const auto worth = [&](const Life& life) { return touched[size_t(life.slot)] / double(life.last - life.first + 1); };
   std::stable_sort(lives.begin(), lives.end(), [&](const Life& a, const Life& b) { return worth(a) > worth(b); });
-  Packing part, arena;
+  Packing part;
   std::vector<Life> rest;
   double in_shared = 0, in_all = 0;  // numbers touched
   for (const Life& life : lives) {
@@ -251,9 +261,8 @@ Places place(const Schedule& schedule, const std::vector<Draft>& drafts, size_t 
     in_shared += traffic;
   }
   largest_first(rest);
-  for (const Life& life : rest) places.of_slot[size_t(life.slot)] = {kInArena, uint32_t(arena.put(life))};
   places.shared_bytes = part.bytes();
-  places.arena_bytes = arena.bytes();
+  places.arena_bytes = pack(rest, kInArena, places.of_slot);
   places.in_shared = in_shared / in_all;
   return places;
 }

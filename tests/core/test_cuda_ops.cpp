@@ -344,7 +344,7 @@ void coverage() {
   const std::map<std::string, emu::Kernel> ran = emu::kernels();
   size_t missing = 0;
   for (const std::string& kernel : emu::compiled_kernels())
-    if (!ran.count(kernel)) {
+    if (!ran.count(kernel) && kernel.find("8resident") == std::string::npos) {  // test_cuda_resident.cpp launches that one
       ++missing;
       report(false, "a kernel that never ran", kernel);
     }

@@ -329,8 +329,11 @@ void declines() {
          "does not decline a small network");
 }
 
-// Every op that some table has, and that is not of convolutions or pools, is walked above.
+// Both kernels ran, and every op was walked but those of convolutions and pools.
 void coverage() {
+  int kernels = 0;
+  for (const auto& [name, kernel] : emu::kernels()) kernels += name.find("8resident") != std::string::npos;
+  report(kernels == 2, "the walks of float32 and float64 ran");
   for (int op = 0; op < kOps; ++op) {
     const std::string name = op_name(Op(op));
     const bool other = name.find("2d") != std::string::npos || is_callers(Op(op));

@@ -96,7 +96,7 @@ struct TileOfThread {
       }
     } else {
       for (int term = 0; term < (p.a[1] ? 2 : 1); ++term) {
-        const T *const from_a = p.a[term], *const from_b = p.b[term];
+        const T *const from_a = term ? p.a[1] : p.a[0], *const from_b = term ? p.b[1] : p.b[0];
 #pragma unroll(kStep == 1 ? 4 : kRows == 1 ? 2 : 1)
         for (int step = part; step < steps; step += s.split) {
           const int k = k_of(step);
