@@ -83,7 +83,8 @@ Schedule schedule_of(const Program& net, const Work& work) {
 }
 
 Plan make_plan(const std::string& text, const OpTable& table, Work work) {
-  Plan plan{program_of(text), &table, {}, {}};
+  const auto supports = [&](Op op) { return table.supports(op); };
+  Plan plan{std::make_shared<const Program>(fuse(*program_of(text), supports)), &table, {}, {}};
   work.how.stash = work.memory != Memory::low;
   plan.schedule = schedule_of(*plan.program, work);
   plan.workspace = plan_workspace(plan.schedule, table);

@@ -27,7 +27,7 @@ struct Work {
 };
 
 struct Plan {
-  std::shared_ptr<const Program> program;
+  std::shared_ptr<const Program> program;  // as the backend runs it: fused
   const OpTable* table;
   Schedule schedule;
   Workspace workspace;

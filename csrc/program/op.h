@@ -63,6 +63,16 @@ namespace fastmaml {
   X(avg_pool2d_bwd, "dx dy")                                                                                                       \
   X(flatten_fwd, "y x")                                                                                                            \
   X(flatten_bwd, "dx dy")                                                                                                          \
+  /* batch norm, max-pool and activation in one (NormPoolAct). winner [N, OH, OW, C]: the x of each window's winning pixel;     */ \
+  /* tap: its number kh KW + kw, or ~ of that where the activation's argument is not positive. Without a pool: tap is absent,   */ \
+  /* winner is x */                                                                                                                \
+  X(norm_pool_act_fwd, "y [tap] [winner] x stats [gamma] [beta]")                                                                  \
+  X(norm_pool_act_fwd_jvp, "y_dot [winner_dot] [tap] winner [x_dot] stats [stats_dot] [gamma] [gamma_dot] [beta] [beta_dot]")      \
+  X(norm_pool_act_bwd_weight, "dgamma dbeta winner dy stats [gamma] [beta]")                                                       \
+  X(norm_pool_act_bwd_weight_jvp, "dgamma_dot dbeta_dot winner [winner_dot] dy dy_dot stats [stats_dot] [gamma] [beta]")           \
+  X(norm_pool_act_bwd_data, "dx [tap] x dy stats [gamma] [beta] dgamma dbeta")                                                     \
+  X(norm_pool_act_bwd_data_jvp,                                                                                                    \
+    "dx_dot [tap] x [x_dot] dy dy_dot stats [stats_dot] [gamma] [gamma_dot] [beta] dgamma dbeta dgamma_dot dbeta_dot")             \
   /* losses: the weighted sum over examples and its gradient by the network's output z */                                          \
   X(cross_entropy, "loss [dz] z labels [weights]")                                                                                 \
   X(cross_entropy_jvp, "dz_dot z z_dot labels [weights]")                                                                          \
@@ -106,7 +116,7 @@ inline constexpr int kOps = 0
     FASTMAML_OPS(X) FASTMAML_CALLER_OPS(X)
 #undef X
     ;
-inline constexpr int kMaxOperands = 13;
+inline constexpr int kMaxOperands = 15;
 
 constexpr bool is_callers(Op op) { return op == Op::caller_loss || op == Op::caller_loss_jvp; }
 

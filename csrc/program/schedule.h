@@ -55,7 +55,7 @@ enum class Arg : uint8_t {
 inline constexpr int kArgs = static_cast<int>(Arg::count);
 const char* arg_name(Arg arg);
 
-enum class Type : uint8_t { real, index, label };  // float or double; int32; int64
+enum class Type : uint8_t { real, index, label, tap };  // float or double; int32; int64; int8
 
 struct Slot {
   int64_t size = 0;  // elements per task
