@@ -86,7 +86,7 @@ Plan make_plan(const std::string& text, const OpTable& table, Work work) {
   const auto supports = [&](Op op) { return table.supports(op); };
   Plan plan{std::make_shared<const Program>(fuse(*program_of(text), supports)), &table, {}, {}};
   work.how.stash = work.memory != Memory::low;
-  plan.schedule = schedule_of(*plan.program, work);
+  plan.schedule = fuse(schedule_of(*plan.program, work), supports);
   plan.workspace = plan_workspace(plan.schedule, table);
   const bool all_at_once = plan.program->loss.kind == Loss::Kind::caller;
   if (work.memory == Memory::automatic && plan.arena_bytes() > (all_at_once ? kStashBytesOfAll : kStashBytes)) {

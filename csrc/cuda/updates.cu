@@ -29,6 +29,13 @@ void adjoint_update(const Call& call) {
   run_map<T>(call, AdjointUpdate{}, size_of(call), 0);
 }
 
+template <class T>
+void sgd_adjoint(const Call& call) {
+  const auto in = [&](int i) { return operand<const T>(call, i); };
+  launch_map<T>(call, SgdAdjoint{}, {{operand<T>(call, 0), operand<T>(call, 1), operand<T>(call, 2)}, {in(0), in(1), in(3), in(4), in(5)}},
+                size_of(call));
+}
+
 constexpr int kCgThreads = 512;
 
 bool wide_operands(const Call& call, size_t real_bytes, std::initializer_list<int> operands) {
@@ -78,6 +85,7 @@ void add_update_ops(OpTable& table) {
   set_op(table, Op::scale_by_rate, scale_by_rate<T>);
   set_op(table, Op::rate_grad, rate_grad<T>);
   set_op(table, Op::adjoint_update, adjoint_update<T>);
+  set_op(table, Op::sgd_adjoint, sgd_adjoint<T>);
   set_op(table, Op::cg_start, run_cg_start<T>);
   set_op(table, Op::cg_step, run_cg_step<T>);
   set_op(table, Op::cg_residual, run_cg_residual<T>);

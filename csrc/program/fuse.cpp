@@ -1,8 +1,9 @@
-// Layers that touch the same numbers become one, where the backend has the ops for it.
+// Layers, and Steps of the sweep, that touch the same numbers become one, where the backend has the ops for it.
 #include <algorithm>
 #include <limits>
 
 #include "program/program.h"
+#include "program/schedule.h"
 
 namespace fastmaml {
 namespace {
@@ -73,6 +74,34 @@ Program fuse(const Program& net, const std::function<bool(Op)>& supports) {
   }
   out.output = now[net.output];
   return out;
+}
+
+// rate_grad g lambda;  adjoint_update lambda hu;  scale_by_rate u rate lambda:  the second with one or both of the others
+Schedule fuse(Schedule schedule, const std::function<bool(Op)>& supports) {
+  if (!supports(Op::sgd_adjoint)) return schedule;
+  const std::vector<Step> parts = std::move(schedule.steps);
+  schedule.steps.clear();
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const auto follows = [&](size_t at, Op op, const Operand& lambda, int role) {
+      return at < parts.size() && parts[at].op == op && parts[at].operand[role] == lambda;
+    };
+    const Step* rate_grad =
+        parts[i].op == Op::rate_grad && follows(i + 1, Op::adjoint_update, parts[i].operand[2], 0) ? &parts[i] : nullptr;
+    const size_t at = rate_grad ? i + 1 : i;
+    const Operand lambda = parts[at].operand[0];
+    const Step* scale = parts[at].op == Op::adjoint_update && follows(at + 1, Op::scale_by_rate, lambda, 2) ? &parts[at + 1] : nullptr;
+    if (!rate_grad && !scale) {
+      schedule.steps.push_back(parts[i]);
+      continue;
+    }
+    const auto of = [](const Step* step, int role) { return step ? step->operand[role] : Operand{}; };
+    Step fused = parts[at];
+    fused.op = Op::sgd_adjoint;
+    fused.operand = {lambda, of(rate_grad, 0), of(scale, 0), parts[at].operand[1], of(rate_grad, 1), of(scale, 1)};
+    schedule.steps.push_back(fused);
+    i = scale ? at + 1 : at;
+  }
+  return schedule;
 }
 
 }  // namespace fastmaml

@@ -79,11 +79,12 @@ namespace fastmaml {
   X(mse, "loss [dz] z target [weights]")                                                                                           \
   X(mse_jvp, "dz_dot z z_dot target [weights]")                                                                                    \
   /* the inner loop and its adjoint */                                                                                             \
-  X(sgd_update, "phi_next phi g rate") /* phi_next = phi - rate g                    */                                            \
-  X(scale_by_rate, "u rate lambda")    /* u = rate lambda                            */                                            \
-  X(rate_grad, "rate_grad g lambda")   /* rate_grad -= g lambda (in place)           */                                            \
-  X(adjoint_update, "lambda hu")       /* lambda -= hu (in place)                    */                                            \
-  X(proximal, "g lam phi theta")       /* g += lam (phi - theta) (in place)          */                                            \
+  X(sgd_update, "phi_next phi g rate")                   /* phi_next = phi - rate g                    */                          \
+  X(scale_by_rate, "u rate lambda")                      /* u = rate lambda                            */                          \
+  X(rate_grad, "rate_grad g lambda")                     /* rate_grad -= g lambda (in place)           */                          \
+  X(adjoint_update, "lambda hu")                         /* lambda -= hu (in place)                    */                          \
+  X(sgd_adjoint, "lambda [rate_grad] [u] hu [g] [rate]") /* rate_grad, adjoint_update and the next scale_by_rate in one */         \
+  X(proximal, "g lam phi theta")                         /* g += lam (phi - theta) (in place)          */                          \
   /* clipping of a gradient, by value or by the norm over the entries with mask != 0; u: the adjoint of what comes out */          \
   X(clip_value, "clipped g")                                                                                                       \
   X(clip_value_adjoint, "u_raw u g")                                                                                               \

@@ -126,6 +126,7 @@ size_t outputs(Op op) {
     case Op::group_norm_bwd:
     case Op::group_norm_bwd_jvp:
     case Op::norm_pool_act_fwd:
+    case Op::sgd_adjoint:
     case Op::momentum_update:
     case Op::adam_update:
       return 3;
@@ -142,6 +143,7 @@ bool in_place(Op op) {
   switch (op) {
     case Op::rate_grad:
     case Op::adjoint_update:
+    case Op::sgd_adjoint:
     case Op::cg_step:
     case Op::axpy:
     case Op::proximal:

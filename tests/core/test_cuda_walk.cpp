@@ -120,6 +120,8 @@ bool last_task_alone(const Schedule& schedule, const OpTable& table) {
   return same;
 }
 
+bool supported(Op op) { return cuda_emulated_ops(sizeof(float)).supports(op); }
+
 template <class T>
 void check(const std::string& name, const Schedule& schedule, const Results& definition, double tolerance) {
   try {
@@ -136,14 +138,15 @@ void check(const std::string& name, const Schedule& schedule, const Results& def
   }
 }
 
-void check_both(const std::string& name, const Schedule& schedule) {
+void check_both(const std::string& name, const Schedule& parts) {
+  const Schedule schedule = fuse(parts, supported);
   const Results definition = results<double>(reference_ops(), schedule);
   check<double>(name, schedule, definition, 1e-12);  // sums in another order
   check<float>(name, schedule, definition, 1e-5);    // float32 through two inner steps, where no mask flips
 }
 
 void network(const std::string& name, const std::string& text) {
-  const Program net = fuse(Program::parse(text), [](Op op) { return cuda_emulated_ops(sizeof(float)).supports(op); });
+  const Program net = fuse(Program::parse(text), supported);
   Adaptation how;
   how.support_examples = 5;
   how.query_examples = 3;

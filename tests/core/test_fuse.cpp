@@ -82,7 +82,7 @@ void joins() {
 
 using Results = std::vector<std::vector<double>>;
 
-Results results(const Schedule& schedule) {
+Results results(const Schedule& schedule) {  // on the reference
   constexpr int64_t kTasks = 2;
   Arguments<double> arguments(schedule, kTasks, 3);
   for (double& v : arguments.real[static_cast<int>(Arg::buffers)]) v = std::fabs(v) + 0.1;
@@ -113,6 +113,36 @@ void same(const std::string& what, const Program& net, const std::function<Sched
   report(worst <= 1e-12 && largest > 0, what, text);
   report(listing.find("norm_pool_act_fwd") != std::string::npos && listing.find("batch_norm_fwd") == std::string::npos,
          what + ": is fused");
+}
+
+// Of the sweep's steps: exactly the same numbers, for nothing is added up in another order.
+void same_sweep(const std::string& loop, int rate_grads, int adjoint_updates, int scales, int fused_steps) {
+  const Program net = Program::parse(kMlp);
+  Adaptation how;
+  how.support_examples = 4;
+  how.query_examples = 3;
+  how.loop = InnerLoop::parse(loop);
+  how.loss_weights = how.loop.queries.size() > 1;
+  const Schedule parts = meta_gradient_schedule(net, how), fused = fuse(parts, everything);
+  const auto count = [&](Op op) {
+    return int(std::count_if(fused.steps.begin(), fused.steps.end(), [op](const Step& s) { return s.op == op; }));
+  };
+  const std::string what = "sweep of " + loop;
+  report(results(parts) == results(fused), what);
+  report(count(Op::rate_grad) == rate_grads && count(Op::adjoint_update) == adjoint_updates && count(Op::scale_by_rate) == scales &&
+             count(Op::sgd_adjoint) == fused_steps,
+         what + ": is fused");
+  report(fuse(parts, [](Op op) { return op != Op::sgd_adjoint; }).steps.size() == parts.steps.size(), what + ": is not without the op");
+}
+
+void sweeps() {
+  same_sweep("steps=3", 0, 1, 1, 2);  // the first scaling and the last update stand alone
+  same_sweep("steps=3 rate_grad=1", 0, 0, 1, 3);
+  same_sweep("steps=3 rate_grad=1 order=1", 0, 0, 1, 1);  // the sweep ends behind the last step
+  same_sweep("steps=3 weight_decay=0.1 rate_grad=1", 0, 0, 3, 3);
+  same_sweep("steps=3 momentum=0.9 rate_grad=1", 0, 0, 0, 3);
+  same_sweep("steps=3 momentum=0.9", 0, 3, 0, 0);
+  same_sweep("steps=3 queries=1,2,3", 0, 3, 3, 0);  // a query's gradient comes between
 }
 
 std::string block(const std::string& mode, const std::string& rest) {
@@ -186,6 +216,7 @@ int main() {
   joins();
   passes();
   networks();
+  sweeps();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

@@ -863,6 +863,10 @@ void test_vectors() {
   expect_close("scale_by_rate", {run({Op::scale_by_rate, flat}, {hole(3), rate, b})[0]}, {{1, 4, 15}}, kRounding);
   expect_close("rate_grad is in place", {run({Op::rate_grad, flat}, {{100, 100, 100}, a, b})[0]}, {{90, 60, 10}}, 0);
   expect_close("adjoint_update is in place", {run({Op::adjoint_update, flat}, {b, a})[0]}, {{9, 18, 27}}, 0);
+  const Values swept = run({Op::sgd_adjoint, flat}, {b, {100, 100, 100}, hole(3), a, a, rate});
+  expect_close("sgd_adjoint: lambda and rate_grad in place, u", {swept[0], swept[1], swept[2]},
+               {{9, 18, 27}, {90, 60, 10}, {0.9, 3.6, 13.5}}, kRounding);
+  expect_close("sgd_adjoint: lambda alone", {run({Op::sgd_adjoint, flat}, {b, {}, {}, a, {}, {}})[0]}, {{9, 18, 27}}, 0);
   expect_close("axpy is in place", {run({Op::axpy, Axpy{3, -2}}, {b, {}, a})[0], run({Op::axpy, Axpy{3, -2}}, {b, {10}, a})[0]},
                {{8, 16, 24}, {-10, -20, -30}}, 0);
   expect_close("proximal is in place", {run({Op::proximal, flat}, {a, {2}, b, {9, 18, 31}})[0]}, {{3, 6, 1}}, 0);
