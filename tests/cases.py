@@ -253,6 +253,46 @@ def pool2d(kind: str, image, kernel, stride, padding=(0, 0), count_include_pad=T
     return OpCase(name, tuple(image), (line,), function, **how)
 
 
+def norm_pool_act(
+    shape, kernel=None, stride=None, padding=(0, 0), act="relu", affine=True, frozen=False, eps=1e-3, **how
+) -> OpCase:
+    """batch norm, max-pool (where a kernel is given), ReLU or leaky ReLU: one layer where the backend fuses them."""
+    C = shape[0]
+    stride = stride or kernel
+
+    def act_and_pool(y: Tensor) -> Tensor:
+        y = POINTWISE[act](y)
+        return F.max_pool2d(y, kernel, stride, padding) if kernel else y
+
+    def function(p: list[Tensor], x: Tensor) -> Tensor:
+        gamma, beta = p[:2] if affine else (None, None)
+        if not frozen:
+            return act_and_pool(written_batch_norm(x, gamma, beta, eps))
+        form = (1, C) + (1,) * (x.dim() - 2)
+        y = (x - p[-2].view(form)) / (p[-1].view(form) + eps).sqrt()
+        return act_and_pool(y * gamma.view(form) + beta.view(form) if affine else y)
+
+    def plain(p: list[Tensor], x: Tensor) -> Tensor:
+        gamma, beta = p if affine else (None, None)
+        return act_and_pool(F.batch_norm(x, None, None, gamma, beta, training=True, eps=eps))
+
+    mode = "frozen mean=0 var=1" if frozen else "batch"
+    affines = "weight=0 bias=1" if affine else "weight=-1 bias=-1"
+    lines = [f"batch_norm 0 {affines} eps={eps:g} mode={mode}", f"{act} 1" + (" slope=0.1" if "leaky" in act else "")]
+    name = f"batch_norm {act}"
+    if kernel:
+        window = [f"{key}={h},{w}" for key, (h, w) in (("kernel", kernel), ("stride", stride), ("padding", padding))]
+        lines.append("max_pool2d 2 " + " ".join(window))
+        name += " max_pool2d k{}x{} s{}x{} p{}x{}".format(*kernel, *stride, *padding)
+    name += "".join(f" {word}" for word, there in (("frozen", frozen), ("not affine", not affine)) if there)
+    name += " with ties" if "grid" in how else ""
+    # gamma is drawn around 0, so half of the channels turn: their largest y has the smallest x.
+    return OpCase(
+        name, tuple(shape), tuple(lines), function, None if frozen else plain,
+        params=((C,), (C,)) if affine else (), buffers=(C, C) if frozen else (), **how,
+    )  # fmt: skip
+
+
 OP_CASES: list[OpCase] = [
     linear(
         1, 40, tasks=9, examples=10
@@ -331,6 +371,19 @@ OP_CASES: list[OpCase] = [
     OpCase(
         "global_avg_pool2d", (17, 1, 1), ("global_avg_pool2d 0",), lambda p, x: x.mean((2, 3), keepdim=True), examples=1
     ),
+    norm_pool_act((4, 6, 6), (2, 2), tasks=1),
+    norm_pool_act((1, 5, 7), (2, 2), act="leaky_relu"),  # rest pixels: a last row and column outside of all windows
+    norm_pool_act((2, 9, 8), (3, 3), examples=1),
+    norm_pool_act((3, 7, 5), (3, 3), (2, 2), (1, 1), act="leaky_relu"),  # overlapping windows
+    norm_pool_act((5, 6, 7), (3, 2), (1, 2), (1, 0)),
+    norm_pool_act((33, 5, 4), (2, 2), (1, 1), affine=False),
+    norm_pool_act((3, 7, 8), (2, 2), (3, 3), tasks=3),  # pixels between the windows
+    norm_pool_act((8, 4, 6), (2, 2), grid=1.0),
+    norm_pool_act((5, 6, 5), (2, 2), act="leaky_relu", frozen=True),
+    norm_pool_act((3, 5, 5), (3, 3), (2, 2), (1, 1), frozen=True, affine=False),
+    norm_pool_act((5, 3, 4)),
+    norm_pool_act((3, 3, 3), act="leaky_relu", frozen=True, tasks=1),
+    norm_pool_act((13,), examples=6),
     OpCase("flatten", (3, 4, 5), ("flatten 0",), lambda p, x: x.flatten(1)),
     OpCase("flatten", (9, 2, 2), ("flatten 0",), lambda p, x: x.flatten(1), examples=1, tasks=9),
     OpCase("add to itself", (3, 4, 5), ("add 0,0",), lambda p, x: x + x),

@@ -1,5 +1,5 @@
 # Backends by name. `backend` runs a test on every one, `compiled` on the C++ ones, `cpu` on each instruction set of
-# this machine.
+# this machine, `device` on the CUDA kernels, on a GPU and emulated.
 from __future__ import annotations
 
 import os
@@ -85,6 +85,11 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 @pytest.fixture(params=CPUS, ids=str)
 def cpu(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    yield from activate(request.param)
+
+
+@pytest.fixture(params=DEVICES, ids=str)
+def device(request: pytest.FixtureRequest) -> Iterator[Backend]:
     yield from activate(request.param)
 
 

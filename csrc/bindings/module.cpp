@@ -117,7 +117,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "describe", [](const std::string& program) { return to_string(*program_of(program)); }, "program"_a,
-      "The network as the engine computes it, a line per value.");
+      "The network before a backend fuses its layers, a line per value.");
   m.def("output_shape", &output_shape, "program"_a, "The output of one example, in torch's order.");
   m.def("loop_sizes", &loop_sizes, "program"_a, "loop"_a, "What the shapes of adapt's and meta_gradient's results depend on.");
   m.def("set_caller_loss", &set_callers_loss, "loss"_a,

@@ -85,11 +85,19 @@ Schedule schedule_of(const Program& net, const Work& work) {
 }
 
 Plan make_plan(const std::string& text, const OpTable& table, Work work) {
+  const auto supports = [&](Op op) { return table.supports(op); };
   Plan plan{program_of(text), &table, {}, {}};
   work.how.stash = work.memory != Memory::low;
-  plan.schedule = schedule_of(*plan.program, work);
-  plan.workspace = plan_workspace(plan.schedule, table);
+  const auto write = [&] {
+    plan.schedule = fuse(schedule_of(*plan.program, work), supports);
+    plan.workspace = plan_workspace(plan.schedule, table);
+  };
+  write();
   if (table.resident) plan.resident = table.resident->encode(plan.schedule, table.resident->fast_bytes());
+  if (!table.resident || !plan.resident.declines.empty()) {  // fused layers spare memory traffic, which a resident walk has none of
+    plan.program = std::make_shared<const Program>(fuse(*plan.program, supports));
+    write();
+  }
   const bool all_at_once = plan.program->loss.kind == Loss::Kind::caller;
   if (work.memory == Memory::automatic && plan.arena_bytes() > (all_at_once ? kStashBytesOfAll : kStashBytes)) {
     work.memory = Memory::low;

@@ -31,7 +31,7 @@ Walk walk_named(const std::string& name);  // "auto", "layered" or "resident"
 void set_cuda_walk(Walk walk);             // of this process, for tests and benchmarks
 
 struct Plan {
-  std::shared_ptr<const Program> program;
+  std::shared_ptr<const Program> program;  // as the backend runs it: fused
   const OpTable* table;
   Schedule schedule;
   Workspace workspace;

@@ -18,6 +18,7 @@ OpTable make_table(const char* backend) {
   add_group_norm_ops<T>(table);
   add_pointwise_ops<T>(table);
   add_pool2d_ops<T>(table);
+  add_norm_pool_act_ops<T>(table);
   add_loss_ops<T>(table);
   add_update_ops<T>(table);
   add_update_rule_ops<T>(table);

@@ -21,6 +21,8 @@ void add_pointwise_ops(OpTable& table);  // pointwise.cu
 template <class T>
 void add_pool2d_ops(OpTable& table);  // pool2d.cu
 template <class T>
+void add_norm_pool_act_ops(OpTable& table);  // norm_pool_act.cu
+template <class T>
 void add_loss_ops(OpTable& table);  // loss.cu
 template <class T>
 void add_update_ops(OpTable& table);  // updates.cu

@@ -60,6 +60,10 @@ struct MapOp<T, Op::adjoint_update> : MapOf<T, AdjointUpdate, At<0>, At<0, 1>> {
   static AdjointUpdate function(const Layer&) { return {}; }
 };
 template <class T>
+struct MapOp<T, Op::sgd_adjoint> : MapOf<T, SgdAdjoint, At<0, 1, 2>, At<0, 1, 3, 4, 5>> {
+  static SgdAdjoint function(const Layer&) { return {}; }
+};
+template <class T>
 struct MapOp<T, Op::axpy> : MapOf<T, AxpyBy<T>, At<0>, At<0, 2>, 1> {
   static AxpyBy<T> function(const Layer& layer) { return {T(std::get<Axpy>(layer).factor)}; }
 };

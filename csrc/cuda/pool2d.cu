@@ -2,19 +2,13 @@
 #include <algorithm>
 
 #include "cuda/cuda_ops.h"
-#include "cuda/kernels/pool2d.cuh"
 #include "cuda/launch.h"
-#include "cuda/operands.h"
+#include "cuda/pool_sizes.h"
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 namespace {
 
-PoolSizes sizes_of(const Call& call) {
-  const Pool2d& s = call.shape<Pool2d>();
-  check_sizes("pool2d", {call.step.examples * (s.H + s.KH) * (s.W + s.KW) * (s.C + 3), call.step.examples * s.OH * s.OW * (s.C + 3)});
-  return {int(call.step.examples), int(s.C),        int(s.H),     int(s.W),     int(s.OH),          int(s.OW), int(s.KH), int(s.KW),
-          int(s.stride_h),         int(s.stride_w), int(s.pad_h), int(s.pad_w), s.count_include_pad};
-}
+PoolSizes sizes_of(const Call& call) { return pool_sizes(call.shape<Pool2d>(), call.step.examples); }
 
 template <class T, class... Operands>
 bool all_wide(int C, const Operands&... operands) {
@@ -52,7 +46,7 @@ void max_pool2d_bwd(const Call& call) {
   const PerTask<const int> index = operand<const int>(call, 2);
   const PoolSizes s = sizes_of(call);
   const bool wide = all_wide<T>(s.C, dx, dy, index);
-  if (s.stride_h == s.KH && s.stride_w == s.KW && s.pad_h == 0 && s.pad_w == 0)
+  if (windows_side_by_side(call.shape<Pool2d>()))
     launch_pool<T>(call, MaxPool2dBwdTiles<T>{dx, dy, index, s}, int64_t(s.N) * ((s.H + s.KH - 1) / s.KH) * ((s.W + s.KW - 1) / s.KW),
                    wide);
   else

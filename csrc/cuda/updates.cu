@@ -58,6 +58,7 @@ void add_update_ops(OpTable& table) {
   set_map<T, Op::scale_by_rate>(table);
   set_map<T, Op::rate_grad>(table);
   set_map<T, Op::adjoint_update>(table);
+  set_map<T, Op::sgd_adjoint>(table);
   set_op(table, Op::cg_start, run_cg_start<T>);
   set_op(table, Op::cg_step, run_cg_step<T>);
   set_op(table, Op::cg_residual, run_cg_residual<T>);

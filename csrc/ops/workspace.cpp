@@ -23,6 +23,8 @@ size_t element_bytes(Type type, size_t real_bytes) {
       return sizeof(int32_t);
     case Type::label:
       return sizeof(int64_t);
+    case Type::tap:
+      return sizeof(int8_t);
   }
   return 0;
 }

@@ -43,6 +43,15 @@ struct Pool2d {  // max_pool2d and avg_pool2d
   bool count_include_pad;  // avg_pool2d only
 };
 
+// Batch norm, max-pool (where `pooled`; else each pixel is its own window), then ReLU (slope 0) or leaky ReLU (slope > 0) in one layer:
+// program/fuse.cpp.
+struct NormPoolAct {
+  BatchNorm norm;
+  Pool2d pool;
+  bool pooled;
+  double slope;
+};
+
 struct Flatten {  // [H, W, C] -> [C H W], torch's order
   int64_t C, H, W;
 };
@@ -93,7 +102,7 @@ struct Adam {
   int64_t step;  // steps before this one, for the bias correction
 };
 
-using Layer = std::variant<Vector, Linear, Conv2d, BatchNorm, GroupNorm, Pointwise, Pool2d, Flatten, Add, Loss, CallerLoss, Axpy, Clip,
-                           Momentum, Adam>;
+using Layer = std::variant<Vector, Linear, Conv2d, BatchNorm, GroupNorm, Pointwise, Pool2d, NormPoolAct, Flatten, Add, Loss, CallerLoss,
+                           Axpy, Clip, Momentum, Adam>;
 
 }  // namespace fastmaml

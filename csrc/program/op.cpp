@@ -44,6 +44,9 @@ size_t op_outputs(Op op) {
     case Op::group_norm_fwd:
     case Op::group_norm_fwd_jvp:
     case Op::max_pool2d_fwd:
+    case Op::norm_pool_act_fwd_jvp:
+    case Op::norm_pool_act_bwd_weight:
+    case Op::norm_pool_act_bwd_weight_jvp:
     case Op::cross_entropy:
     case Op::mse:
     case Op::momentum_adjoint:
@@ -51,6 +54,8 @@ size_t op_outputs(Op op) {
       return 2;
     case Op::group_norm_bwd:
     case Op::group_norm_bwd_jvp:
+    case Op::norm_pool_act_fwd:
+    case Op::sgd_adjoint:
     case Op::momentum_update:
     case Op::adam_update:
       return 3;
@@ -68,6 +73,7 @@ bool op_in_place(Op op) {
   switch (op) {
     case Op::rate_grad:
     case Op::adjoint_update:
+    case Op::sgd_adjoint:
     case Op::cg_step:
     case Op::axpy:
     case Op::proximal:

@@ -64,17 +64,28 @@ namespace fastmaml {
   X(avg_pool2d_bwd, "dx dy")                                                                                                       \
   X(flatten_fwd, "y x")                                                                                                            \
   X(flatten_bwd, "dx dy")                                                                                                          \
+  /* batch norm, max-pool and activation in one (NormPoolAct). winner [N, OH, OW, C]: the x of each window's winning pixel;     */ \
+  /* tap: its number kh KW + kw, or ~ of that where the activation's argument is not positive. Without a pool: tap is absent,   */ \
+  /* winner is x */                                                                                                                \
+  X(norm_pool_act_fwd, "y [tap] [winner] x stats [gamma] [beta]")                                                                  \
+  X(norm_pool_act_fwd_jvp, "y_dot [winner_dot] [tap] winner [x_dot] stats [stats_dot] [gamma] [gamma_dot] [beta] [beta_dot]")      \
+  X(norm_pool_act_bwd_weight, "dgamma dbeta winner dy stats [gamma] [beta]")                                                       \
+  X(norm_pool_act_bwd_weight_jvp, "dgamma_dot dbeta_dot winner [winner_dot] dy dy_dot stats [stats_dot] [gamma] [beta]")           \
+  X(norm_pool_act_bwd_data, "dx [tap] x dy stats [gamma] [beta] dgamma dbeta")                                                     \
+  X(norm_pool_act_bwd_data_jvp,                                                                                                    \
+    "dx_dot [tap] x [x_dot] dy dy_dot stats [stats_dot] [gamma] [gamma_dot] [beta] dgamma dbeta dgamma_dot dbeta_dot")             \
   /* losses: the weighted sum over examples and its gradient by the network's output z */                                          \
   X(cross_entropy, "loss [dz] z labels [weights]")                                                                                 \
   X(cross_entropy_jvp, "dz_dot z z_dot labels [weights]")                                                                          \
   X(mse, "loss [dz] z target [weights]")                                                                                           \
   X(mse_jvp, "dz_dot z z_dot target [weights]")                                                                                    \
   /* the inner loop and its adjoint */                                                                                             \
-  X(sgd_update, "phi_next phi g rate") /* phi_next = phi - rate g                    */                                            \
-  X(scale_by_rate, "u rate lambda")    /* u = rate lambda                            */                                            \
-  X(rate_grad, "rate_grad g lambda")   /* rate_grad -= g lambda (in place)           */                                            \
-  X(adjoint_update, "lambda hu")       /* lambda -= hu (in place)                    */                                            \
-  X(proximal, "g lam phi theta")       /* g += lam (phi - theta) (in place)          */                                            \
+  X(sgd_update, "phi_next phi g rate")                   /* phi_next = phi - rate g                    */                          \
+  X(scale_by_rate, "u rate lambda")                      /* u = rate lambda                            */                          \
+  X(rate_grad, "rate_grad g lambda")                     /* rate_grad -= g lambda (in place)           */                          \
+  X(adjoint_update, "lambda hu")                         /* lambda -= hu (in place)                    */                          \
+  X(sgd_adjoint, "lambda [rate_grad] [u] hu [g] [rate]") /* rate_grad, adjoint_update and the next scale_by_rate in one */         \
+  X(proximal, "g lam phi theta")                         /* g += lam (phi - theta) (in place)          */                          \
   /* clipping of a gradient, by value or by the norm over the entries with mask != 0; u: the adjoint of what comes out */          \
   X(clip_value, "clipped g")                                                                                                       \
   X(clip_value_adjoint, "u_raw u g")                                                                                               \
@@ -107,7 +118,7 @@ inline constexpr int kOps = 0
     FASTMAML_OPS(X) FASTMAML_CALLER_OPS(X)
 #undef X
     ;
-inline constexpr int kMaxOperands = 13;
+inline constexpr int kMaxOperands = 15;
 
 constexpr bool is_callers(Op op) { return op == Op::caller_loss || op == Op::caller_loss_jvp; }
 

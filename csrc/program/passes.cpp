@@ -40,6 +40,9 @@ class ForwardWalk {
       case NodeKind::batch_norm:
         batch_norm(node, i, size, x, x_dot);
         return;
+      case NodeKind::norm_pool_act:
+        norm_pool_act(node, i, size, x, x_dot);
+        return;
       case NodeKind::group_norm:
         group_norm(node, i, size, x, x_dot);
         return;
@@ -93,8 +96,10 @@ class ForwardWalk {
   bool primal() const { return is_primal(pass_); }
   bool tangent() const { return is_tangent(pass_); }
 
-  void step(Op op, const Node& node, std::initializer_list<Operand> operands) {
-    out_.step(op, node.layer, tape_.examples, operands, node.support_stats ? tape_.stat_examples : tape_.examples);
+  void step(Op op, const Node& node, std::initializer_list<Operand> operands) { step(op, node, node.layer, operands); }
+
+  void step(Op op, const Node& node, const Layer& layer, std::initializer_list<Operand> operands) {
+    out_.step(op, layer, tape_.examples, operands, node.support_stats ? tape_.stat_examples : tape_.examples);
   }
 
   void product(const Node& node, int made, int64_t size, Operand x, Operand x_dot, Op fwd, Op fwd_jvp, Op fwd_dual) {
@@ -116,23 +121,55 @@ class ForwardWalk {
     const BatchNorm& shape = std::get<BatchNorm>(node.layer);
     const Operand gamma = part(net_, tape_.params, node.weight), beta = part(net_, tape_.params, node.bias);
     if (primal()) {
-      const Operand stats = tape_.saved[i] = out_.arena(3 * shape.C);
-      if (shape.frozen) {
-        if (!buffers_) throw std::logic_error("a frozen batch norm needs buffers");
-        step(Op::batch_norm_frozen_stats, node,
-             {stats, offset(buffers_, net_.buffers[node.mean].offset), offset(buffers_, net_.buffers[node.var].offset)});
-      } else {
-        step(Op::batch_norm_stats, node, {stats, x});
-      }
+      const Operand stats = tape_.saved[i] = statistics(node, shape, x);
       step(Op::batch_norm_fwd, node, {tape_.value[i + 1] = out_.arena(size), x, stats, gamma, beta});
     }
     if (!tangent()) return;
     const Operand gamma_dot = part(net_, tape_.params_dot, node.weight), beta_dot = part(net_, tape_.params_dot, node.bias);
     if (!x_dot && !gamma_dot && !beta_dot) return;
-    if (x_dot && !shape.frozen)
-      step(Op::batch_norm_stats_jvp, node, {tape_.saved_dot[i] = out_.arena(2 * shape.C), x, x_dot, tape_.saved[i]});
+    tape_.saved_dot[i] = statistics_dot(node, shape, x, x_dot, tape_.saved[i]);
     step(Op::batch_norm_fwd_jvp, node,
          {tape_.dot[i + 1] = out_.arena(size), x, x_dot, tape_.saved[i], tape_.saved_dot[i], gamma, gamma_dot, beta_dot});
+  }
+
+  Operand statistics(const Node& node, const BatchNorm& shape, Operand x) {
+    const Operand stats = out_.arena(3 * shape.C);
+    if (!shape.frozen) {
+      step(Op::batch_norm_stats, node, shape, {stats, x});
+      return stats;
+    }
+    if (!buffers_) throw std::logic_error("a frozen batch norm needs buffers");
+    step(Op::batch_norm_frozen_stats, node, shape,
+         {stats, offset(buffers_, net_.buffers[node.mean].offset), offset(buffers_, net_.buffers[node.var].offset)});
+    return stats;
+  }
+
+  Operand statistics_dot(const Node& node, const BatchNorm& shape, Operand x, Operand x_dot, Operand stats) {
+    if (!x_dot || shape.frozen) return {};
+    const Operand stats_dot = out_.arena(2 * shape.C);
+    step(Op::batch_norm_stats_jvp, node, shape, {stats_dot, x, x_dot, stats});
+    return stats_dot;
+  }
+
+  void norm_pool_act(const Node& node, int i, int64_t size, Operand x, Operand x_dot) {
+    const NormPoolAct& shape = std::get<NormPoolAct>(node.layer);
+    const Operand gamma = part(net_, tape_.params, node.weight), beta = part(net_, tape_.params, node.bias), none;
+    if (primal()) {
+      const Operand stats = tape_.saved[i] = statistics(node, shape.norm, x);
+      const Operand y = tape_.value[i + 1] = out_.arena(size);
+      if (shape.pooled) tape_.tap[i] = out_.arena(size, Type::tap);
+      tape_.winner[i] = shape.pooled ? out_.arena(size) : x;
+      step(Op::norm_pool_act_fwd, node, {y, tape_.tap[i], shape.pooled ? tape_.winner[i] : none, x, stats, gamma, beta});
+    }
+    if (!tangent()) return;
+    const Operand gamma_dot = part(net_, tape_.params_dot, node.weight), beta_dot = part(net_, tape_.params_dot, node.bias);
+    if (!x_dot && !gamma_dot && !beta_dot) return;
+    tape_.saved_dot[i] = statistics_dot(node, shape.norm, x, x_dot, tape_.saved[i]);
+    const bool picks = shape.pooled && x_dot;
+    tape_.winner_dot[i] = picks ? out_.arena(size) : x_dot;
+    step(Op::norm_pool_act_fwd_jvp, node,
+         {tape_.dot[i + 1] = out_.arena(size), picks ? tape_.winner_dot[i] : none, tape_.tap[i], tape_.winner[i], x_dot, tape_.saved[i],
+          tape_.saved_dot[i], gamma, gamma_dot, beta, beta_dot});
   }
 
   void group_norm(const Node& node, int i, int64_t size, Operand x, Operand x_dot) {
@@ -233,6 +270,9 @@ class BackwardWalk {
         return;
       case NodeKind::batch_norm:
         batch_norm(node, i);
+        return;
+      case NodeKind::norm_pool_act:
+        norm_pool_act(node, i);
         return;
       case NodeKind::group_norm:
         group_norm(node, i);
@@ -370,6 +410,36 @@ class BackwardWalk {
     if (needed_[in]) contribute(in);
   }
 
+  void norm_pool_act(const Node& node, int i) {
+    const int64_t C = std::get<NormPoolAct>(node.layer).norm.C;
+    const int in = node.inputs[0];
+    const Operand gamma = part(net_, tape_.params, node.weight), gamma_dot = part(net_, tape_.params_dot, node.weight);
+    const Operand beta = part(net_, tape_.params, node.bias);
+    const Operand stats = tape_.saved[i], tap = tape_.tap[i], winner = tape_.winner[i];
+    if (primal()) {
+      const Operand dgamma = grad_.target(node.weight, C, true), dbeta = grad_.target(node.bias, C, true);
+      step(Op::norm_pool_act_bwd_weight, node, {dgamma, dbeta, winner, dy_, stats, gamma, beta});
+      if (needed_[in]) step(Op::norm_pool_act_bwd_data, node, {new_d(), tap, x_, dy_, stats, gamma, beta, dgamma, dbeta});
+      grad_.wrote(node.weight, dgamma);
+      grad_.wrote(node.bias, dbeta);
+      tape_.saved_grad[2 * i] = dgamma;
+      tape_.saved_grad[2 * i + 1] = dbeta;
+    }
+    if (tangent()) {
+      const Operand dgamma = tape_.saved_grad[2 * i], dbeta = tape_.saved_grad[2 * i + 1];
+      const Operand dgamma_dot = grad_dot_.target(node.weight, C, true), dbeta_dot = grad_dot_.target(node.bias, C, true);
+      step(Op::norm_pool_act_bwd_weight_jvp, node,
+           {dgamma_dot, dbeta_dot, winner, tape_.winner_dot[i], dy_, dy_dot_, stats, tape_.saved_dot[i], gamma, beta});
+      if (needed_[in])
+        step(Op::norm_pool_act_bwd_data_jvp, node,
+             {new_d_dot(), tap, x_, x_dot_, dy_, dy_dot_, stats, tape_.saved_dot[i], gamma, gamma_dot, beta, dgamma, dbeta, dgamma_dot,
+              dbeta_dot});
+      grad_dot_.wrote(node.weight, dgamma_dot);
+      grad_dot_.wrote(node.bias, dbeta_dot);
+    }
+    if (needed_[in]) contribute(in);
+  }
+
   void group_norm(const Node& node, int i) {
     const int64_t C = std::get<GroupNorm>(node.layer).channels;
     const int in = node.inputs[0];
@@ -399,11 +469,14 @@ void forward(Schedule& out, const Program& net, Tape& tape, Pass pass, Operand x
   if (is_primal(pass)) {
     tape.value.assign(net.values.size(), {});
     tape.saved.assign(net.nodes.size(), {});
+    tape.tap.assign(net.nodes.size(), {});
+    tape.winner.assign(net.nodes.size(), {});
     tape.value[0] = x;
   }
   if (is_tangent(pass)) {
     tape.dot.assign(net.values.size(), {});
     tape.saved_dot.assign(net.nodes.size(), {});
+    tape.winner_dot.assign(net.nodes.size(), {});
     tape.dot[0] = x_dot;
   }
   ForwardWalk walk(out, net, tape, pass, buffers);

@@ -19,7 +19,8 @@ struct Tape {
   std::vector<Operand> d_dot;  // tangents of those
   std::vector<Operand> saved;  // statistics or argmax
   std::vector<Operand> saved_dot;
-  std::vector<Operand> saved_grad;  // batch norm's dgamma, dbeta (2 C), kept for the tangent pass
+  std::vector<Operand> tap, winner, winner_dot;  // norm_pool_act's
+  std::vector<Operand> saved_grad;               // batch norm's dgamma, dbeta (2 C), kept for the tangent pass
 };
 
 enum class Pass { primal, tangent, dual };  // dual: value and tangent side by side, one step where a fused one exists

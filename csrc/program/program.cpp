@@ -338,8 +338,8 @@ bool Program::uses_support_stats() const {
 }
 
 std::string to_string(const Program& program) {
-  static const char* const names[] = {"linear",     "conv2d",     "batch_norm", "group_norm", "pointwise",
-                                      "max_pool2d", "avg_pool2d", "flatten",    "add"};
+  static const char* const names[] = {"linear",     "conv2d",     "batch_norm",    "group_norm", "pointwise",
+                                      "max_pool2d", "avg_pool2d", "norm_pool_act", "flatten",    "add"};
   std::ostringstream out;
   for (size_t i = 0; i <= program.nodes.size(); ++i) {
     const Shape& shape = program.values[i];

@@ -1,10 +1,12 @@
 // A Program: what a network computes. Parsed from the text that fastmaml/network.py writes; nodes are in topological order.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
 #include "program/layers.h"
+#include "program/op.h"
 
 namespace fastmaml {
 
@@ -26,7 +28,7 @@ struct Buffer {
   int64_t offset, size;
 };
 
-enum class NodeKind { linear, conv2d, batch_norm, group_norm, pointwise, max_pool2d, avg_pool2d, flatten, add };
+enum class NodeKind { linear, conv2d, batch_norm, group_norm, pointwise, max_pool2d, avg_pool2d, norm_pool_act, flatten, add };
 
 struct Node {
   NodeKind kind;
@@ -54,6 +56,10 @@ struct Program {
   // Throws std::invalid_argument with one sentence that quotes the offending line.
   static Program parse(const std::string& text);
 };
+
+// The same network with a norm_pool_act for every batch norm -> [max-pool] -> ReLU or leaky ReLU of which nobody else sees the parts,
+// where all ops of it are supported.
+Program fuse(const Program& net, const std::function<bool(Op)>& supports);
 
 std::string to_string(const Program& program);
 

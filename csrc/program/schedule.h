@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -55,7 +56,7 @@ enum class Arg : uint8_t {
 inline constexpr int kArgs = static_cast<int>(Arg::count);
 const char* arg_name(Arg arg);
 
-enum class Type : uint8_t { real, index, label };  // float or double; int32; int64
+enum class Type : uint8_t { real, index, label, tap };  // float or double; int32; int64; int8
 
 struct Slot {
   int64_t size = 0;  // elements per task
@@ -67,6 +68,7 @@ struct Operand {
   int slot = -1;       // -1: absent
   int64_t offset = 0;  // elements from the slot's start
   explicit operator bool() const { return slot >= 0; }
+  bool operator==(const Operand& other) const { return slot == other.slot && offset == other.offset; }
 };
 
 struct Step {
@@ -88,6 +90,9 @@ struct Schedule {
   int add_layer(const Layer& layer);
   void step(Op op, const Layer& layer, int64_t examples, std::initializer_list<Operand> operands, int64_t stat_examples = 0);
 };
+
+// The same work with an sgd_adjoint for its parts where they follow each other, where it is supported.
+Schedule fuse(Schedule schedule, const std::function<bool(Op)>& supports);
 
 std::string to_string(const Schedule& schedule);  // one line per Step, for reading and for tests
 

@@ -5,7 +5,7 @@
 // Rows behind the stat_examples are a query set that is normalised with its support set's statistics (`support` mode).
 #include <cmath>
 
-#include "reference/reference.h"
+#include "reference/normalization.h"
 
 namespace fastmaml::reference {
 
@@ -19,18 +19,6 @@ struct Rows {
       : rows(call.step.examples * call.shape<BatchNorm>().spatial),
         stat_rows(call.step.stat_examples * call.shape<BatchNorm>().spatial),
         C(call.shape<BatchNorm>().C) {}
-};
-
-// The normalisation of one channel, and its tangent.
-struct Channel {
-  double mean, r, mean_dot, s;
-
-  Channel(Real stats, Real stats_dot, int64_t c, int64_t C)
-      : mean(stats[c]), r(stats[C + c]), mean_dot(value_or(stats_dot, c, 0.0)), s(value_or(stats_dot, C + c, 0.0)) {}
-
-  double r_dot() const { return -r * r * s; }
-  double xhat(double x) const { return (x - mean) * r; }
-  double xhat_dot(double x, double x_dot) const { return r * (x_dot - mean_dot - xhat(x) * s); }
 };
 
 }  // namespace

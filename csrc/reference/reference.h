@@ -9,6 +9,7 @@ namespace fastmaml::reference {
 using Real = Elements<double>;
 using Index = Elements<int32_t>;  // max_pool2d's argmax
 using Label = Elements<int64_t>;  // classes
+using Tap = Elements<int8_t>;     // norm_pool_act's argmax
 
 // The elements of operand i for one task; null where the operand is absent.
 inline Real real(const Call& call, int i, int64_t task) { return elements<double>(call[i], task); }

@@ -35,6 +35,19 @@ void adjoint_update(const Call& call) {
   }
 }
 
+// rate_grad -= g lambda;  lambda -= hu;  u = rate lambda
+void sgd_adjoint(const Call& call) {
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real lambda = real(call, 0, task), rate_grad = real(call, 1, task), u = real(call, 2, task);
+    const Real hu = real(call, 3, task), g = real(call, 4, task), rate = real(call, 5, task);
+    for (int64_t i = 0; i < call.shape<Vector>().size; ++i) {
+      if (rate_grad) rate_grad[i] -= g[i] * lambda[i];
+      lambda[i] -= hu[i];
+      if (u) u[i] = rate[i] * lambda[i];
+    }
+  }
+}
+
 // g += lam (phi - theta), in place: the gradient of lam / 2 |phi - theta|^2
 void proximal(const Call& call) {
   for (int64_t task = 0; task < call.tasks; ++task) {

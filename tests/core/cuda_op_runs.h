@@ -88,6 +88,11 @@ int64_t size_of(const Case& c, const std::string& role) {
     }
     int64_t operator()(const Pointwise& s) const { return N * s.size; }
     int64_t operator()(const Pool2d& s) const { return one_of(role, {"x"}) ? N * s.H * s.W * s.C : N * s.OH * s.OW * s.C; }
+    int64_t operator()(const NormPoolAct& s) const {
+      if (one_of(role, {"x"})) return N * s.pool.H * s.pool.W * s.pool.C;
+      if (one_of(role, {"y", "winner"}) || role == "tap") return N * s.pool.OH * s.pool.OW * s.pool.C;
+      return (*this)(s.norm);
+    }
     int64_t operator()(const Flatten& s) const { return N * s.H * s.W * s.C; }
     int64_t operator()(const Loss& s) const { return role == "loss" ? 1 : role == "labels" || role == "weights" ? N : N * s.size; }
   };
@@ -96,13 +101,16 @@ int64_t size_of(const Case& c, const std::string& role) {
 
 template <class T>
 size_t element_bytes(const std::string& role) {
-  return role == "index" ? 4 : role == "labels" ? 8 : sizeof(T);
+  return role == "index" ? 4 : role == "tap" ? 1 : role == "labels" ? 8 : sizeof(T);
 }
 
 template <class T>
 void put(const std::string& role, std::byte* at, double value) {
   const auto write = [&](auto v) { std::memcpy(at, &v, sizeof v); };
-  role == "index" ? write(int32_t(value)) : role == "labels" ? write(int64_t(value)) : write(T(value));
+  role == "index"    ? write(int32_t(value))
+  : role == "tap"    ? write(int8_t(value))
+  : role == "labels" ? write(int64_t(value))
+                     : write(T(value));
 }
 
 template <class T>
@@ -111,7 +119,7 @@ double get(const std::string& role, const std::byte* at) {
     std::memcpy(&v, at, sizeof v);
     return double(v);
   };
-  return role == "index" ? read(int32_t()) : role == "labels" ? read(int64_t()) : read(T());
+  return role == "index" ? read(int32_t()) : role == "tap" ? read(int8_t()) : role == "labels" ? read(int64_t()) : read(T());
 }
 
 // ---------------------------------------------------------------- random operands
@@ -142,6 +150,12 @@ Vec draw_index(const Pool2d& s, int64_t N) {
 template <class T>
 Vec draw(const Case& c, const std::string& role) {
   if (role == "index") return draw_index(std::get<Pool2d>(c.layer), c.N);
+  if (role == "tap") {
+    Vec tap = draw_index(std::get<NormPoolAct>(c.layer).pool, c.N);
+    for (double& v : tap)
+      if (random_bits() % 2) v = -1 - v;  // ~tap
+    return tap;
+  }
   Vec x(size_t(size_of(c, role)));
   for (double& v : x) v = double(T(uniform(-1.5, 1.5)));
   if (role == "labels")
@@ -152,7 +166,7 @@ Vec draw(const Case& c, const std::string& role) {
   if (role == "step_count") x = {3};
   if (role == "var" || role == "weights" || role == "settings" || (adam && role == "s"))
     for (double& v : x) v = std::fabs(v) + 0.125;
-  if (role == "stats" && std::holds_alternative<BatchNorm>(c.layer)) {
+  if (role == "stats" && (std::holds_alternative<BatchNorm>(c.layer) || std::holds_alternative<NormPoolAct>(c.layer))) {
     const size_t C = x.size() / 3;
     for (size_t i = 0; i < C; ++i) {
       const double mean = uniform(-1.5, 1.5);  // more of it than T holds
@@ -307,6 +321,9 @@ std::string name_of(const Case& c, size_t real_bytes, const std::string& variant
     std::string operator()(const Pointwise& s) const { return join({s.size, int(s.kind)}) + " (size kind)"; }
     std::string operator()(const Pool2d& s) const {
       return join({s.C, s.H, s.W, s.KH, s.KW, s.stride_h, s.stride_w, s.pad_h, s.pad_w}) + " (C H W KH KW strides pads)";
+    }
+    std::string operator()(const NormPoolAct& s) const {
+      return (*this)(s.pool) + (s.pooled ? "" : " no pool") + (s.slope > 0 ? " leaky" : "") + (s.norm.frozen ? " frozen" : "");
     }
     std::string operator()(const Flatten& s) const { return join({s.C, s.H, s.W}) + " (C H W)"; }
     std::string operator()(const Loss& s) const { return join({s.size}) + (s.smoothing > 0 ? " smoothed" : ""); }

@@ -98,13 +98,18 @@ struct Sized {
 std::vector<std::string> roles(Op op) {
   std::istringstream text(op_roles(op));
   std::vector<std::string> out;
-  for (std::string role; text >> role;) out.push_back(role);
+  for (std::string role; text >> role;) out.push_back(role[0] == '[' ? role.substr(1, role.size() - 2) : role);
   return out;
 }
 
-size_t element_bytes(const std::string& role) { return role == "index" ? 4 : 8; }
+size_t element_bytes(const std::string& role) { return role == "index" ? 4 : role == "tap" ? 1 : 8; }
 
 double load(const std::string& role, const std::byte* at) {
+  if (role == "tap") {
+    int8_t v;
+    std::memcpy(&v, at, 1);
+    return v;
+  }
   if (role == "index") {
     int32_t v;
     std::memcpy(&v, at, 4);
@@ -121,6 +126,11 @@ double load(const std::string& role, const std::byte* at) {
 }
 
 void store(const std::string& role, std::byte* at, double value) {
+  if (role == "tap") {
+    const int8_t v = std::isnan(value) ? 99 : static_cast<int8_t>(value);
+    std::memcpy(at, &v, 1);
+    return;
+  }
   if (role == "index") {
     const int32_t v = std::isnan(value) ? -7 : static_cast<int32_t>(value);
     std::memcpy(at, &v, 4);
@@ -208,7 +218,7 @@ void test_layouts() {
       for (int64_t t = 0; t < T; ++t) {
         tasks.push_back(r.before);
         for (size_t k = 0; k < role.size(); ++k)
-          if (role[k] != "labels" && role[k] != "index")
+          if (role[k] != "labels" && role[k] != "index" && role[k] != "tap")
             for (double& v : tasks.back()[k]) v *= 1 + 0.1 * static_cast<double>(t);
       }
       const std::vector<bool> none(role.size(), false);
@@ -660,6 +670,123 @@ void test_pools() {
                {{4, 8, 12, 16}}, 0);
 }
 
+// ---------------------------------------------------------------- batch norm, max-pool and activation in one
+
+void test_norm_pool_act(const std::string& name, const NormPoolAct& shape, int64_t N, int64_t stat_examples, bool affine) {
+  const int64_t C = shape.norm.C, in = N * shape.pool.H * shape.pool.W * C, out = N * shape.pool.OH * shape.pool.OW * C;
+  const Vec none, mean = draw(C), picked = shape.pooled ? hole(out) : none;
+  Vec var = draw(C);
+  for (double& v : var) v = 0.5 + v * v;
+  auto one = [&](Op op) { return Sized{op, shape, N, stat_examples}; };
+  auto of_norm = [&](Op op) { return Sized{op, shape.norm, N, stat_examples}; };
+  auto gamma = [&](const Values& v) { return affine ? v[1] : none; };
+  auto beta = [&](const Values& v) { return affine ? v[2] : none; };
+  auto stats = [&](const Values& v) {
+    return shape.norm.frozen ? run(of_norm(Op::batch_norm_frozen_stats), {hole(2 * C), mean, var})[0]
+                             : run(of_norm(Op::batch_norm_stats), {hole(2 * C), v[0]})[0];
+  };
+  auto stats_dot = [&](const Values& v, const Values& d) {
+    return shape.norm.frozen ? none : run(of_norm(Op::batch_norm_stats_jvp), {hole(2 * C), v[0], d[0], stats(v)})[0];
+  };
+  struct Forward {
+    Vec y, tap, winner;
+  };
+  auto forward = [&](const Values& v) {
+    const Values r = run(one(Op::norm_pool_act_fwd), {hole(out), picked, picked, v[0], stats(v), gamma(v), beta(v)});
+    return Forward{r[0], r[1], shape.pooled ? r[2] : v[0]};
+  };
+  // y_dot and what the backward pass takes for the winners' tangents; `s_dot` as stats_dot
+  auto tangent = [&](const Values& v, const Vec& x_dot, const Vec& s_dot, const Values& d) {
+    const Forward f = forward(v);
+    const Vec target = x_dot.empty() ? none : picked;
+    const Values r = run(one(Op::norm_pool_act_fwd_jvp),
+                         {hole(out), target, f.tap, f.winner, x_dot, stats(v), s_dot, gamma(v), gamma(d), beta(v), beta(d)});
+    return Values{r[0], shape.pooled ? r[1] : x_dot};
+  };
+  auto weight = [&](const Values& v, const Vec& dy) {
+    return run(one(Op::norm_pool_act_bwd_weight), {hole(C), hole(C), forward(v).winner, dy, stats(v), gamma(v), beta(v)});
+  };
+  auto gradients = [&](const Vec& dx, const Values& w) { return affine ? Values{dx, w[0], w[1]} : Values{dx}; };
+  auto backward_jvp = [&](const Values& v, const Vec& x_dot, const Vec& s_dot, const Values& d, const Vec& dy, const Vec& dy_dot) {
+    const Forward f = forward(v);
+    const Vec s = stats(v);
+    const Values w = weight(v, dy);
+    const Values w_dot = run(one(Op::norm_pool_act_bwd_weight_jvp),
+                             {hole(C), hole(C), f.winner, tangent(v, x_dot, s_dot, d)[1], dy, dy_dot, s, s_dot, gamma(v), beta(v)});
+    return gradients(run(one(Op::norm_pool_act_bwd_data_jvp), {hole(in), f.tap, v[0], x_dot, dy, dy_dot, s, s_dot, gamma(v), gamma(d),
+                                                               beta(v), w[0], w[1], w_dot[0], w_dot[1]})[0],
+                     w_dot);
+  };
+  Piece piece;
+  piece.forward = [&](const Values& v) { return Values{forward(v).y}; };
+  piece.forward_jvp = [&](const Values& v, const Values& d) { return Values{tangent(v, d[0], stats_dot(v, d), d)[0]}; };
+  piece.backward = [&](const Values& v, const Vec& dy) {
+    const Values w = weight(v, dy);
+    return gradients(run(one(Op::norm_pool_act_bwd_data), {hole(in), forward(v).tap, v[0], dy, stats(v), gamma(v), beta(v), w[0], w[1]})[0],
+                     w);
+  };
+  piece.backward_jvp = [&](const Values& v, const Values& d, const Vec& dy, const Vec& dy_dot) {
+    return backward_jvp(v, d[0], stats_dot(v, d), d, dy, dy_dot);
+  };
+  Values v{draw_spread(in)};
+  if (affine) {
+    v.push_back(draw(C));  // of both signs
+    v.push_back(draw(C));
+  }
+  check("norm_pool_act " + name, piece, v);
+
+  const Values d = draw_like(v);
+  Values zero_x = d;
+  zero_x[0] = zeros(d[0]);
+  const Vec dy = draw(out), dy_dot = draw(out);
+  Values got = backward_jvp(v, none, none, d, dy, dy_dot), want = piece.backward_jvp(v, zero_x, dy, dy_dot);
+  got.push_back(tangent(v, none, none, d)[0]);
+  want.push_back(piece.forward_jvp(v, zero_x)[0]);
+  expect_close("norm_pool_act " + name + ": an absent x_dot and stats_dot are zero", got, want, 0);
+}
+
+void test_norm_pool_acts() {
+  const struct {
+    const char* name;
+    Pool2d pool;
+    double slope;
+    int64_t stat_examples = 3;
+    bool frozen = false, affine = true, pooled = true;
+  } cases[] = {{"2x2", pool_shape(2, 4, 4, 2, 2, 2, 2, 0, 0), 0},
+               {"2x2 leaky of 5x5, last row and column unused", pool_shape(3, 5, 5, 2, 2, 2, 2, 0, 0), 0.1},
+               {"3x3 stride 2 pad 1, overlapping", pool_shape(2, 5, 4, 3, 3, 2, 2, 1, 1), 0.2},
+               {"3x2 stride 1,2 pad 1,0", pool_shape(1, 3, 4, 3, 2, 1, 2, 1, 0), 0},
+               {"not affine", pool_shape(2, 4, 3, 2, 2, 2, 1, 0, 0), 0, 3, false, false},
+               {"2x2 frozen", pool_shape(2, 4, 5, 2, 2, 2, 2, 0, 0), 0.1, 3, true},
+               {"3x3 support 2 of 3", pool_shape(2, 5, 5, 3, 3, 2, 2, 1, 1), 0, 2},
+               {"2x2 support 1 of 3", pool_shape(2, 5, 4, 2, 2, 2, 2, 0, 0), 0.3, 1},
+               {"without a pool", pool_shape(3, 3, 2, 1, 1, 1, 1, 0, 0), 0, 3, false, true, false},
+               {"leaky without a pool, support 2 of 3", pool_shape(3, 3, 2, 1, 1, 1, 1, 0, 0), 0.1, 2, false, true, false},
+               {"frozen vectors without a pool", pool_shape(3, 1, 1, 1, 1, 1, 1, 0, 0), 0, 3, true, false, false}};
+  for (const auto& c : cases)
+    test_norm_pool_act(c.name, {{c.pool.C, c.pool.H * c.pool.W, 1e-3, c.frozen}, c.pool, c.pooled, c.slope}, 3, c.stat_examples, c.affine);
+
+  // mean 0, r 1: z is gamma x + beta.
+  auto y_of = [](double slope, const Vec& x, double gamma, double beta) {
+    const NormPoolAct shape{{1, 4, 0, true}, pool_shape(1, 2, 2, 2, 2, 2, 2, 0, 0), true, slope};
+    return run({Op::norm_pool_act_fwd, shape, 1}, {hole(1), hole(1), hole(1), x, {0, 1}, {gamma}, {beta}});
+  };
+  auto by_hand = [&](const char* what, double slope, const Vec& x, double gamma, double beta, const Values& want) {
+    const Values r = y_of(slope, x, gamma, beta);
+    expect_close(std::string("norm_pool_act: ") + what, {r[0], r[1], r[2]}, want, 0);
+  };
+  by_hand("the first of a tie", 0, {3, 5, 5, 5}, 2, 1, {{11}, {1}, {5}});
+  by_hand("a negative gamma picks the smallest x", 0, {3, 2, -1, 4}, -2, 1, {{3}, {2}, {-1}});
+  by_hand("gamma 0: all tie", 0, {3, 5, 7, 9}, 0, 1, {{1}, {0}, {3}});
+  by_hand("not positive: ~tap", 0, {-3, -1, -2, -4}, 1, 0, {{0}, {~1}, {-1}});
+  by_hand("not positive, leaky", 0.5, {-3, -1, -2, -4}, 1, 0, {{-0.5}, {~1}, {-1}});
+  by_hand("zero is not positive", 0, {0, 0, -1, 0}, 1, 0, {{0}, {~0}, {0}});
+  by_hand("-inf everywhere", 0, {-kInf, -kInf, -kInf, -kInf}, 1, 0, {{0}, {~0}, {-kInf}});
+  const Values lost = y_of(0, {3, kNaN, 9, 1}, 1, 0), leaky = y_of(0.5, {3, kNaN, 9, 1}, 1, 0);
+  report("norm_pool_act: NaN wins, and passes a ReLU", std::isnan(lost[0][0]) && lost[1][0] == 1 && std::isnan(lost[2][0]), "");
+  report("norm_pool_act: NaN wins, and is low for a leaky ReLU", std::isnan(leaky[0][0]) && leaky[1][0] == ~1, "");
+}
+
 void test_flatten() {
   const Flatten shape{3, 2, 2};
   auto forward = [&](const Values&, const Vec& x) { return run({Op::flatten_fwd, shape, 2}, {hole(24), x})[0]; };
@@ -736,6 +863,10 @@ void test_vectors() {
   expect_close("scale_by_rate", {run({Op::scale_by_rate, flat}, {hole(3), rate, b})[0]}, {{1, 4, 15}}, kRounding);
   expect_close("rate_grad is in place", {run({Op::rate_grad, flat}, {{100, 100, 100}, a, b})[0]}, {{90, 60, 10}}, 0);
   expect_close("adjoint_update is in place", {run({Op::adjoint_update, flat}, {b, a})[0]}, {{9, 18, 27}}, 0);
+  const Values swept = run({Op::sgd_adjoint, flat}, {b, {100, 100, 100}, hole(3), a, a, rate});
+  expect_close("sgd_adjoint: lambda and rate_grad in place, u", {swept[0], swept[1], swept[2]},
+               {{9, 18, 27}, {90, 60, 10}, {0.9, 3.6, 13.5}}, kRounding);
+  expect_close("sgd_adjoint: lambda alone", {run({Op::sgd_adjoint, flat}, {b, {}, {}, a, {}, {}})[0]}, {{9, 18, 27}}, 0);
   expect_close("axpy is in place", {run({Op::axpy, Axpy{3, -2}}, {b, {}, a})[0], run({Op::axpy, Axpy{3, -2}}, {b, {10}, a})[0]},
                {{8, 16, 24}, {-10, -20, -30}}, 0);
   expect_close("proximal is in place", {run({Op::proximal, flat}, {a, {2}, b, {9, 18, 31}})[0]}, {{3, 6, 1}}, 0);
@@ -969,6 +1100,7 @@ int main() {
   test_group_norms();
   test_pointwise();
   test_pools();
+  test_norm_pool_acts();
   test_flatten();
   test_losses();
   test_tree_reduce();

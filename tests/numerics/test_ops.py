@@ -1,5 +1,5 @@
-# Every fused layer in all four passes: reference against torch.func in float64, cpu against reference, cpu float32 by
-# the rule.
+# Every fused layer in all four passes: reference against torch.func in float64, cpu and devices against reference, cpu
+# float32 by the rule.
 from __future__ import annotations
 
 import dataclasses
@@ -50,6 +50,14 @@ def test_reference_is_torch_func(case, dual):
 @every_case
 def test_cpu_float64_is_reference(case, dual, cpu):
     got = run(case, "cpu", draw_op(case, 0), dual)
+    for name, expected in by_reference(case, 0, dual).items():
+        expect_close(got[name], expected, RTOL, label=f"{case} {name}")
+
+
+@both_ways
+@every_case
+def test_device_float64_is_reference(case, dual, device):
+    got = run(case, device.name, draw_op(case, 0), dual)
     for name, expected in by_reference(case, 0, dual).items():
         expect_close(got[name], expected, RTOL, label=f"{case} {name}")
 

@@ -16,14 +16,11 @@ template <class T>
 struct PoolThread {
   int n, h, w, c, count;
 
-  __device__ PoolThread(int place, int height, int width, int C) {
-    const int chunks = (C + kChunk<T> - 1) / kChunk<T>, pixel = place / chunks;
-    c = place % chunks * kChunk<T>;
-    count = min(C - c, kChunk<T>);
-    w = pixel % width;
-    h = pixel / width % height;
-    n = pixel / width / height;
-  }
+  __device__ PoolThread(int pixel, int height, int width, int c, int count)
+      : n(pixel / width / height), h(pixel / width % height), w(pixel % width), c(c), count(count) {}
+  __device__ PoolThread(int place, int height, int width, int C)
+      : PoolThread(place / chunks(C), height, width, place % chunks(C) * kChunk<T>, min(C - place % chunks(C) * kChunk<T>, kChunk<T>)) {}
+  __device__ static int chunks(int C) { return (C + kChunk<T> - 1) / kChunk<T>; }
   __device__ int at(int h, int w, int height, int width, int C) const { return ((n * height + h) * width + w) * C + c; }
 };
 

@@ -43,6 +43,7 @@ static_assert(sizeof(ResidentStep) % 16 == 0, "copied in pieces of 16 bytes");
   X(scale_by_rate)                \
   X(rate_grad)                    \
   X(adjoint_update)               \
+  X(sgd_adjoint)                  \
   X(proximal)                     \
   X(clip_value)                   \
   X(clip_value_adjoint)           \

@@ -42,6 +42,18 @@ struct AdjointUpdate {
   }
 };
 
+// rate_grad -= g lambda;  lambda -= hu;  u = rate lambda
+struct SgdAdjoint {
+  static constexpr int kOut = 3, kIn = 5;
+  template <class T>
+  __device__ void operator()(T (&out)[3], const T (&x)[5]) const {
+    const T lambda = x[0], rate_grad = x[1], hu = x[2], g = x[3], rate = x[4];
+    out[0] = lambda - hu;
+    out[1] = rate_grad - g * lambda;
+    out[2] = rate * out[0];
+  }
+};
+
 // ---------------------------------------------------------------- tree_reduce
 
 // x [T, size], summed for one element over the tasks first .. first + count - 1 as a binary tree over their numbers: neighbours first.

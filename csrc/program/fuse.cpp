@@ -1,0 +1,107 @@
+// Layers, and Steps of the sweep, that touch the same numbers become one, where the backend has the ops for it.
+#include <algorithm>
+#include <limits>
+
+#include "program/program.h"
+#include "program/schedule.h"
+
+namespace fastmaml {
+namespace {
+
+constexpr Op kNormPoolActOps[] = {Op::norm_pool_act_fwd,        Op::norm_pool_act_fwd_jvp,
+                                  Op::norm_pool_act_bwd_weight, Op::norm_pool_act_bwd_weight_jvp,
+                                  Op::norm_pool_act_bwd_data,   Op::norm_pool_act_bwd_data_jvp};
+
+constexpr int kNobody = -1;
+
+// By value: the one node that reads it, or kNobody.
+std::vector<int> only_readers(const Program& net) {
+  std::vector<int> reader(net.values.size(), kNobody), reads(net.values.size(), 0);
+  for (size_t i = 0; i < net.nodes.size(); ++i)
+    for (int v : net.nodes[i].inputs) {
+      reader[v] = int(i);
+      ++reads[v];
+    }
+  ++reads[net.output];
+  for (size_t v = 0; v < reads.size(); ++v)
+    if (reads[v] != 1) reader[v] = kNobody;
+  return reader;
+}
+
+// A tap and its complement fit a byte.
+bool taps_fit(const Pool2d& pool) { return pool.KH * pool.KW <= int64_t(std::numeric_limits<int8_t>::max()) + 1; }
+
+// With a negative slope the sign of y would not be that of the activation's argument, and the largest pixel not make the largest y.
+bool rectifies(const Pointwise& f) { return f.kind == Pointwise::Kind::relu || (f.kind == Pointwise::Kind::leaky_relu && f.slope > 0); }
+
+Pool2d no_pool(const Shape& x) { return {x.C, x.H, x.W, x.H, x.W, 1, 1, 1, 1, 0, 0, true}; }
+
+}  // namespace
+
+Program fuse(const Program& net, const std::function<bool(Op)>& supports) {
+  if (!std::all_of(std::begin(kNormPoolActOps), std::end(kNormPoolActOps), supports)) return net;
+  const std::vector<int> reader = only_readers(net);
+  std::vector<Node> nodes = net.nodes;  // by the value they make, less one; what is absorbed is marked below
+  std::vector<bool> absorbed(nodes.size(), false);
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (nodes[i].kind != NodeKind::batch_norm) continue;
+    int pool = reader[i + 1];
+    if (pool != kNobody && nodes[pool].kind != NodeKind::max_pool2d) pool = kNobody;
+    const int act = reader[pool == kNobody ? i + 1 : pool + 1];
+    if (act == kNobody || nodes[act].kind != NodeKind::pointwise) continue;
+    const Pointwise& f = std::get<Pointwise>(nodes[act].layer);
+    if (!rectifies(f) || (pool != kNobody && !taps_fit(std::get<Pool2d>(nodes[pool].layer)))) continue;
+    Node fused = nodes[i];
+    fused.kind = NodeKind::norm_pool_act;
+    fused.layer = NormPoolAct{std::get<BatchNorm>(nodes[i].layer),
+                              pool == kNobody ? no_pool(net.values[nodes[i].inputs[0]]) : std::get<Pool2d>(nodes[pool].layer),
+                              pool != kNobody, f.kind == Pointwise::Kind::relu ? 0.0 : f.slope};
+    nodes[act] = fused;
+    absorbed[i] = true;
+    if (pool != kNobody) absorbed[pool] = true;
+  }
+
+  Program out = net;
+  out.nodes.clear();
+  out.values = {net.values[0]};
+  std::vector<int> now(net.values.size(), 0);  // where the values that are left have gone
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (absorbed[i]) continue;
+    for (int& v : nodes[i].inputs) v = now[v];
+    now[i + 1] = int(out.values.size());
+    out.nodes.push_back(nodes[i]);
+    out.values.push_back(net.values[i + 1]);
+  }
+  out.output = now[net.output];
+  return out;
+}
+
+// rate_grad g lambda;  adjoint_update lambda hu;  scale_by_rate u rate lambda:  the second with one or both of the others
+Schedule fuse(Schedule schedule, const std::function<bool(Op)>& supports) {
+  if (!supports(Op::sgd_adjoint)) return schedule;
+  const std::vector<Step> parts = std::move(schedule.steps);
+  schedule.steps.clear();
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const auto follows = [&](size_t at, Op op, const Operand& lambda, int role) {
+      return at < parts.size() && parts[at].op == op && parts[at].operand[role] == lambda;
+    };
+    const Step* rate_grad =
+        parts[i].op == Op::rate_grad && follows(i + 1, Op::adjoint_update, parts[i].operand[2], 0) ? &parts[i] : nullptr;
+    const size_t at = rate_grad ? i + 1 : i;
+    const Operand lambda = parts[at].operand[0];
+    const Step* scale = parts[at].op == Op::adjoint_update && follows(at + 1, Op::scale_by_rate, lambda, 2) ? &parts[at + 1] : nullptr;
+    if (!rate_grad && !scale) {
+      schedule.steps.push_back(parts[i]);
+      continue;
+    }
+    const auto of = [](const Step* step, int role) { return step ? step->operand[role] : Operand{}; };
+    Step fused = parts[at];
+    fused.op = Op::sgd_adjoint;
+    fused.operand = {lambda, of(rate_grad, 0), of(scale, 0), parts[at].operand[1], of(rate_grad, 1), of(scale, 1)};
+    schedule.steps.push_back(fused);
+    i = scale ? at + 1 : at;
+  }
+  return schedule;
+}
+
+}  // namespace fastmaml

@@ -1,0 +1,222 @@
+// Which layers fuse() joins, and whether the fused network computes what its parts do: in every pass, on the float64 reference.
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "networks.h"
+
+namespace fastmaml {
+namespace {
+
+int passed = 0, failed = 0;
+
+void report(bool ok, const std::string& what, const std::string& detail = "") {
+  ok ? ++passed : ++failed;
+  std::printf("%s  %s  %s\n", ok ? "ok  " : "FAIL", what.c_str(), detail.c_str());
+}
+
+bool everything(Op) { return true; }
+
+// ---------------------------------------------------------------- what is joined
+
+std::string kinds(const Program& net) {
+  std::string text, line;
+  std::istringstream lines(to_string(net));
+  while (std::getline(lines, line)) {
+    std::istringstream words(line);
+    std::string value, equals, kind;
+    words >> value >> equals >> kind;
+    if (equals == "=" && kind != "input") text += (text.empty() ? "" : " ") + kind;
+  }
+  return text;
+}
+
+std::string net_of(const std::string& lines, const std::string& input = "2 6 5", const std::string& output = "") {
+  const auto count = std::count(lines.begin(), lines.end(), '\n');
+  return "fastmaml 1\ninput " + input + "\nparam 0 2\nparam 2 2\n" + lines + "output " + (output.empty() ? std::to_string(count) : output) +
+         "\nloss none\n";
+}
+
+const std::string kNorm = "batch_norm 0 weight=0 bias=1 eps=1e-3 mode=batch\n", kPool = " kernel=2,2 stride=2,2 padding=0,0\n";
+
+void expect_kinds(const std::string& what, const std::string& text, const std::string& want,
+                  const std::function<bool(Op)>& supports = everything) {
+  const Program net = Program::parse(text), fused = fuse(net, supports);
+  const std::string got = kinds(fused);
+  const Shape &before = net.output_shape(), &after = fused.output_shape();
+  report(got == want && before.size() == after.size() && before.image == after.image, what, got + " [" + want + "]");
+}
+
+void joins() {
+  expect_kinds("norm, ReLU, pool", net_of(kNorm + "relu 1\nmax_pool2d 2" + kPool), "norm_pool_act");
+  expect_kinds("norm, pool, ReLU", net_of(kNorm + "max_pool2d 1" + kPool + "relu 2\n"), "norm_pool_act");
+  expect_kinds("norm, leaky ReLU", net_of(kNorm + "leaky_relu 1 slope=0.1\n"), "norm_pool_act");
+  expect_kinds("vectors", net_of(kNorm + "relu 1\n", "2"), "norm_pool_act");
+  expect_kinds("what stands before and behind stays", net_of("tanh 0\nbatch_norm 1 weight=0 bias=1 eps=1e-3 mode=batch\nrelu 2\nsilu 3\n"),
+               "pointwise norm_pool_act pointwise");
+  expect_kinds("a branch between norm and ReLU", net_of(kNorm + "tanh 0\nrelu 1\nadd 2,3\n"), "pointwise norm_pool_act add");
+  expect_kinds("a slope of 0 is not a ReLU's 0", net_of(kNorm + "leaky_relu 1 slope=0\n"), "batch_norm pointwise");
+  expect_kinds("a negative slope", net_of(kNorm + "leaky_relu 1 slope=-0.1\n"), "batch_norm pointwise");
+  expect_kinds("another function", net_of(kNorm + "silu 1\n"), "batch_norm pointwise");
+  expect_kinds("average pooling", net_of(kNorm + "avg_pool2d 1 count_include_pad=1" + kPool + "relu 2\n"),
+               "batch_norm avg_pool2d pointwise");
+  expect_kinds("a pool without a ReLU", net_of(kNorm + "max_pool2d 1" + kPool), "batch_norm max_pool2d");
+  expect_kinds("the norm's output has a second reader", net_of(kNorm + "relu 1\nadd 1,2\n"), "batch_norm pointwise add");
+  expect_kinds("the pool's output has a second reader", net_of(kNorm + "max_pool2d 1" + kPool + "relu 2\nadd 2,3\n"),
+               "batch_norm max_pool2d pointwise add");
+  expect_kinds("the norm's output is the network's", net_of(kNorm + "relu 1\n", "2 6 5", "1"), "batch_norm pointwise");
+  expect_kinds("a window of 128 taps", net_of(kNorm + "max_pool2d 1 kernel=16,8 stride=1,1 padding=0,0\nrelu 2\n", "2 16 16"),
+               "norm_pool_act");
+  expect_kinds("a window whose taps do not fit a byte",
+               net_of(kNorm + "max_pool2d 1 kernel=16,9 stride=1,1 padding=0,0\nrelu 2\n", "2 16 16"), "batch_norm max_pool2d pointwise");
+  for (Op op : {Op::norm_pool_act_fwd, Op::norm_pool_act_fwd_jvp, Op::norm_pool_act_bwd_weight, Op::norm_pool_act_bwd_weight_jvp,
+                Op::norm_pool_act_bwd_data, Op::norm_pool_act_bwd_data_jvp})
+    expect_kinds(std::string("a backend without ") + op_name(op), net_of(kNorm + "relu 1\n"), "batch_norm pointwise",
+                 [op](Op other) { return other != op; });
+}
+
+// ---------------------------------------------------------------- the same numbers
+
+using Results = std::vector<std::vector<double>>;
+
+Results results(const Schedule& schedule) {  // on the reference
+  constexpr int64_t kTasks = 2;
+  Arguments<double> arguments(schedule, kTasks, 3);
+  for (double& v : arguments.real[static_cast<int>(Arg::buffers)]) v = std::fabs(v) + 0.1;
+  for (double& v : arguments.real[static_cast<int>(Arg::cg_settings)]) v = 2;
+  Arenas arenas;
+  run_layered({reference_ops(), schedule, plan_workspace(schedule, reference_ops()), arguments.views, kTasks}, arenas);
+  return {arguments.real.begin() + static_cast<int>(Arg::loss), arguments.real.end()};
+}
+
+// 1e-12 of the largest: the same formulas in float64, sums in another order.
+void same(const std::string& what, const Program& net, const std::function<Schedule(const Program&)>& schedule_of) {
+  const Program fused = fuse(net, everything);
+  const Schedule parts_schedule = schedule_of(net), fused_schedule = schedule_of(fused);
+  const std::string listing = to_string(fused_schedule);
+  const Results want = results(parts_schedule), got = results(fused_schedule);
+  double worst = 0, largest = 0;
+  for (size_t a = 0; a < want.size(); ++a) {
+    double scale = 0;
+    for (double v : want[a]) scale = std::max(scale, std::fabs(v));
+    largest = std::max(largest, scale);
+    for (size_t i = 0; i < want[a].size(); ++i) {
+      const double error = std::fabs(got[a][i] - want[a][i]) / (scale > 0 ? scale : 1);
+      worst = std::isnan(error) ? INFINITY : std::max(worst, error);
+    }
+  }
+  char text[80];
+  std::snprintf(text, sizeof text, "%.1e of the largest", worst);
+  report(worst <= 1e-12 && largest > 0, what, text);
+  report(listing.find("norm_pool_act_fwd") != std::string::npos && listing.find("batch_norm_fwd") == std::string::npos,
+         what + ": is fused");
+}
+
+// Of the sweep's steps: exactly the same numbers, for nothing is added up in another order.
+void same_sweep(const std::string& loop, int rate_grads, int adjoint_updates, int scales, int fused_steps) {
+  const Program net = Program::parse(kMlp);
+  Adaptation how;
+  how.support_examples = 4;
+  how.query_examples = 3;
+  how.loop = InnerLoop::parse(loop);
+  how.loss_weights = how.loop.queries.size() > 1;
+  const Schedule parts = meta_gradient_schedule(net, how), fused = fuse(parts, everything);
+  const auto count = [&](Op op) {
+    return int(std::count_if(fused.steps.begin(), fused.steps.end(), [op](const Step& s) { return s.op == op; }));
+  };
+  const std::string what = "sweep of " + loop;
+  report(results(parts) == results(fused), what);
+  report(count(Op::rate_grad) == rate_grads && count(Op::adjoint_update) == adjoint_updates && count(Op::scale_by_rate) == scales &&
+             count(Op::sgd_adjoint) == fused_steps,
+         what + ": is fused");
+  report(fuse(parts, [](Op op) { return op != Op::sgd_adjoint; }).steps.size() == parts.steps.size(), what + ": is not without the op");
+}
+
+void sweeps() {
+  same_sweep("steps=3", 0, 1, 1, 2);  // the first scaling and the last update stand alone
+  same_sweep("steps=3 rate_grad=1", 0, 0, 1, 3);
+  same_sweep("steps=3 rate_grad=1 order=1", 0, 0, 1, 1);  // the sweep ends behind the last step
+  same_sweep("steps=3 weight_decay=0.1 rate_grad=1", 0, 0, 3, 3);
+  same_sweep("steps=3 momentum=0.9 rate_grad=1", 0, 0, 0, 3);
+  same_sweep("steps=3 momentum=0.9", 0, 3, 0, 0);
+  same_sweep("steps=3 queries=1,2,3", 0, 3, 3, 0);  // a query's gradient comes between
+}
+
+std::string block(const std::string& mode, const std::string& rest) {
+  return "fastmaml 1\ninput 2 7 6\nparam 0 5 2 3 3\nparam 90 5\nparam 95 5\n" +
+         std::string(mode == "frozen" ? "buffer 0 5\nbuffer 5 5\n" : "") +
+         "conv2d 0 weight=0 bias=-1 stride=1,1 padding=1,1\nbatch_norm 1 weight=1 bias=2 eps=1e-3 mode=" + mode +
+         (mode == "frozen" ? " mean=0 var=1" : "") + "\n" + rest;
+}
+
+void passes() {
+  const std::vector<std::pair<std::string, std::string>> rests = {
+      {"2x2 pool", "relu 2\nmax_pool2d 3" + kPool},
+      {"leaky, 2x2 pool", "leaky_relu 2 slope=0.1\nmax_pool2d 3" + kPool},
+      {"3x3 pool, overlapping and padded", "max_pool2d 2 kernel=3,3 stride=2,2 padding=1,1\nrelu 3\n"},
+      {"3x2 pool, padded on one side", "max_pool2d 2 kernel=3,2 stride=1,3 padding=1,0\nleaky_relu 3 slope=0.3\n"},
+      {"3x3 pool side by side", "max_pool2d 2 kernel=3,3 stride=3,3 padding=0,0\nrelu 3\n"},
+  };
+  for (const std::string mode : {"batch", "frozen"}) {
+    for (const auto& [name, rest] : rests)
+      for (bool dual : {false, true})
+        same(name + ", " + mode + (dual ? ", dual" : ""), Program::parse(block(mode, rest + "output 4\nloss none\n")),
+             [dual](const Program& net) { return passes_schedule(net, 3, dual); });
+    same("no pool, " + mode, Program::parse(block(mode, "relu 2\noutput 3\nloss none\n")),
+         [](const Program& net) { return passes_schedule(net, 3, true); });
+  }
+}
+
+// Two blocks and a classifier, a norm on the bare input (no tangent, no gradient), and one parameter of two layers.
+std::string network(const std::string& mode) {
+  return "fastmaml 1\ninput 2 9 8\nparam 0 2\nparam 2 2\nparam 4 5 2 3 3\nparam 94 5\nparam 99 5\nparam 104 5 5 3 3\nparam 329 3 20\n"
+         "batch_norm 0 weight=0 bias=1 eps=1e-3 mode=" +
+         mode +
+         "\nleaky_relu 1 slope=0.2\n"
+         "conv2d 2 weight=2 bias=-1 stride=1,1 padding=1,1\nbatch_norm 3 weight=3 bias=4 eps=1e-3 mode=" +
+         mode +
+         "\nrelu 4\n"
+         "max_pool2d 5 kernel=2,2 stride=2,2 padding=0,0\n"
+         "conv2d 6 weight=5 bias=-1 stride=1,1 padding=1,1\nbatch_norm 7 weight=3 bias=4 eps=1e-3 mode=" +
+         mode +
+         "\nrelu 8\n"
+         "max_pool2d 9 kernel=2,2 stride=2,2 padding=0,0\n"
+         "flatten 10\nlinear 11 weight=6 bias=-1\noutput 12\nloss cross_entropy smoothing=0.1\n";
+}
+
+void networks() {
+  for (const std::string mode : {"batch", "support"}) {
+    const Program net = Program::parse(network(mode));
+    Adaptation how;
+    how.support_examples = 4;
+    how.query_examples = 3;
+    how.loop = InnerLoop::parse("steps=2 rate_grad=1");
+    const auto meta_gradient = [&how](const Program& n) { return meta_gradient_schedule(n, how); };
+    same("meta-gradient, low memory, " + mode, net, meta_gradient);
+    how.stash = true;
+    same("meta-gradient, stash, " + mode, net, meta_gradient);
+    how.loop = InnerLoop::parse("steps=2 order=0");
+    same("first order, " + mode, net, meta_gradient);
+    same("forward, " + mode, net, [](const Program& n) { return forward_schedule(n, 3, 4); });
+    if (mode != "batch") continue;
+    same("conjugate gradients", net, [](const Program& n) { return conjugate_gradient_schedule(n, 4, false, 2); });
+    same("hvp", net, [](const Program& n) { return hvp_schedule(n, 4, true); });
+    same("vjp", net, [](const Program& n) { return vjp_schedule(n, 4); });
+  }
+}
+
+}  // namespace
+}  // namespace fastmaml
+
+int main() {
+  using namespace fastmaml;
+  joins();
+  passes();
+  networks();
+  sweeps();
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed != 0;
+}

@@ -1,0 +1,40 @@
+# Which backends run batch norm, max-pool and ReLU as one layer, and what of it the plans show.
+from __future__ import annotations
+
+import pytest
+from cases import OpCase, norm_pool_act
+
+_C = pytest.importorskip("fastmaml._C")
+
+CASES = [norm_pool_act((4, 6, 6), (2, 2)), norm_pool_act((4, 6, 6), act="leaky_relu")]
+PARTS = {"batch_norm_fwd", "batch_norm_bwd_weight", "batch_norm_bwd_data", "pointwise_fwd", "pointwise_bwd"}
+WHOLE = {"norm_pool_act_fwd", "norm_pool_act_bwd_weight", "norm_pool_act_bwd_data"}
+
+
+def ops(case: OpCase, backend: str) -> set[str]:
+    text = case.text.replace("loss none", "loss mse")
+    return {line.split()[0] for line in _C.steps(text, "grad", backend, 8, 3, 0).splitlines()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cuda_emulated"])
+def test_a_backend_with_the_ops_runs_one_layer(case, backend):
+    listed = ops(case, backend)
+    assert listed >= WHOLE - {"norm_pool_act_bwd_data"}  # nobody asked for the gradient by the input
+    assert not {op for op in listed if op in PARTS or op.startswith("max_pool2d")}
+    assert "batch_norm_stats" in listed
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_backend_without_them_runs_the_parts(case):
+    listed = ops(case, "cpu")
+    assert not {op for op in listed if op.startswith("norm_pool_act")}
+    assert listed >= PARTS - {"batch_norm_bwd_data"}
+
+
+def test_a_fused_plan_takes_less_memory():
+    # x, and y, the winners and their taps at a quarter of the pixels - instead of x, the norm's output and three quarters.
+    case = norm_pool_act((32, 16, 16), (2, 2))
+    text = case.text.replace("loss none", "loss mse")
+    fused, parts = (_C.arena_bytes(text, "grad", backend, 8, 3, 0) for backend in ("reference", "cpu"))
+    assert fused < 0.7 * parts
