@@ -43,7 +43,7 @@ class Target:
     sanitized: tuple[str, ...] = SANITIZED
     cases: tuple[Case, ...] = tuple(CASES.values())
     hvps: tuple[hvp.HvpCase, ...] = hvp.CASES
-    precisions: tuple[str, ...] = ("float32", "tf32", "tf32x3")
+    precisions: tuple[str, ...] = choosing.PRECISIONS
     peers: tuple[str, ...] = tuple(PEERS)
 
     @property

@@ -27,7 +27,7 @@ logger = logging.getLogger("fastmaml")
 
 BACKENDS = ("auto", "cpu", "reference", "autodiff", "cuda", "cuda_emulated")
 MEMORY = ("auto", "low", "stash")
-PRECISIONS = ("float32", "tf32", "tf32x3")
+PRECISIONS = ("float32", "tf32", "tf32x3", "bf16x3")
 
 
 @functools.lru_cache(maxsize=1)

@@ -84,7 +84,8 @@ class Engine(Backend):
     batch_norm: "transductive" (batch statistics everywhere), "support" (the query is normalised with the support set's
         statistics, and differentiated through them), "frozen" (running statistics). Running buffers are never changed.
     precision: "float32", or what the CUDA backends' products of large layers may be computed in on tensor cores: "tf32"
-        (operands rounded to 10 bits of mantissa), "tf32x3" (split in two: 21 bits). The CPU computes in float32 always.
+        (operands rounded to 10 bits of mantissa), "tf32x3" or "bf16x3" (split in two of 10 or 7 bits, three products). The
+        CPU computes in float32 always.
 
     Every method takes numpy or cupy arrays as well as tensors, without copies, and returns the kind of its first argument.
 

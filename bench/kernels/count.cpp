@@ -175,7 +175,8 @@ std::string argument(int count, char** words, const std::string& name, const std
 }
 
 const OpTable& table_of(const std::string& precision) {
-  for (const auto& [name, p] : {std::pair{"float32", Precision::float32}, {"tf32", Precision::tf32}, {"tf32x3", Precision::tf32x3}})
+  for (const auto& [name, p] :
+       {std::pair{"float32", Precision::float32}, {"tf32", Precision::tf32}, {"tf32x3", Precision::tf32x3}, {"bf16x3", Precision::bf16x3}})
     if (precision == name) return cuda_emulated_tensor_ops(p);
   throw std::invalid_argument("no precision is called " + precision);
 }

@@ -131,7 +131,8 @@ def parse_report(log: str) -> dict[str, Report]:
         r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL
     ):
         stack = re.search(
-            rf"properties for {name}\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", body
+            rf"properties for {name}\s+(?:ptxas\s+\.\s+)?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+            body,
         )
         used = re.search(r"Used (\d+) registers([^\n]*)", body)
         if not stack or not used:

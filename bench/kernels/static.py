@@ -40,10 +40,21 @@ what the columns mean
 # ---------------------------------------------------------------- kernels
 
 
+ENUMS = {"Order": ("along_k", "along_rows"), "Numbers": ("tf32", "tf32x3", "bf16x3")}
+
+
 def short(name: str) -> str:
-    """A kernel's readable name without what is the same in all."""
-    name = name.replace("fastmaml::cuda::", "").replace("(Order)0", "along_k").replace("(Order)1", "along_rows")
+    """A kernel's readable name without what is the same in all, and with enumerators by name."""
+    name = name.replace("fastmaml::cuda::", "")
+    for enum, values in ENUMS.items():
+        for i, value in enumerate(values):
+            name = name.replace(f"({enum}){i}", value)
     return re.sub(r"\s+>", ">", name)
+
+
+def lasting(name: str) -> str:
+    """What the history calls a kernel: without the stages of its tile, which it may gain and lose."""
+    return re.sub(r"\b(Tile<\d+, \d+, \d+, \d+), \d+>", r"\1>", name)
 
 
 def kernel_rows(
@@ -164,7 +175,7 @@ def step_table(w: Workload, most: int) -> list[str]:
                 [
                     a.name,
                     str(a.launches),
-                    f"{a.blocks:,}",
+                    f"{max(launch.blocks for launch in a.asked_launches):,}",
                     f"{a.bytes / 1e6:,.2f}",
                     f"{a.bytes / a.compulsory:.2f}",
                     f"{a.flops / 1e9:.3g}",
@@ -196,7 +207,7 @@ def snapshot(
         "date": described["date"],
         "commit": described["commit"],
         "kernels": {
-            row["kernel"]: {
+            lasting(row["kernel"]): {
                 "registers": row["sm_90"]["registers"],
                 "warps": row["sm_90"]["warps"],
                 "instructions": row["sm_90"]["instructions"],
@@ -222,16 +233,19 @@ def key_of(w: Workload) -> str:
     return f"{w.case.network}, K = {w.inner_steps}" + ("" if w.precision == "float32" else f", {w.precision}")
 
 
-def history_text(entries: Sequence[Mapping[str, Any]], most: int = 14) -> list[str]:
+def history_text(entries: Sequence[Mapping[str, Any]], most: int = 24) -> list[str]:
     """Every entry with what it changed against the one before: workloads, and the kernels that changed most."""
-    lines = []
-    for before, after in zip([None, *entries], entries):
+    lines: list[str] = []
+    before: dict[str, Any] = {}
+    for after in entries:
         lines += [f"### {after['date']}, {after['commit']}: {after['note']}", ""]
-        changed = [] if before is None else changes(before, after, most)
-        if before is not None and not changed:
+        changed = changes(before, after, most) if before else []
+        if before and not changed:
             lines += ["No number of this table changed.", ""]
         elif changed:
             lines += [_line(["what", "before", "after"]), _line(["---"] * 3), *(_line(row) for row in changed), ""]
+        # An entry need not hold all workloads.
+        before = {"kernels": after["kernels"], "workloads": {**before.get("workloads", {}), **after["workloads"]}}
     return lines
 
 
@@ -337,10 +351,11 @@ def run(args: argparse.Namespace) -> int:
     cubins.nvcc(), cubins.nvdisasm()  # before minutes of work
     described = {**facts(), "nvcc": nvcc_version()}
     kernel_launches.make("launched")
-    rows = kernel_rows(kernel_launches.readable_names(), kernel_launches.sizes(), args.jobs)
     counted: list[Workload] = []
     for size in args.workloads:
         counted += workloads.count(size, (1,) if size == "mini" else (1, 5))
+    sizes = workloads.largest_launches(kernel_launches.sizes(), counted)
+    rows = kernel_rows(kernel_launches.readable_names(), sizes, args.jobs)
     spilled = [
         row["kernel"] for row in rows if row["type"] == "float32" and max(row[arch]["spill_bytes"] for arch in ARCHS)
     ]
@@ -382,7 +397,7 @@ def as_json(w: Workload) -> dict[str, Any]:
             {
                 "name": a.name,
                 "launches": a.launches,
-                "blocks": a.blocks,
+                "blocks": [launch.blocks for launch in a.asked_launches],
                 "flops": a.flops,
                 "compulsory_bytes": a.compulsory,
                 "requested_bytes": a.requested,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,13 +16,26 @@ import fastmaml as fm
 from bench.cases import CASES, Case
 from bench.kernels.cubins import BUILD, CSRC, Missing
 from bench.measure import ROOT
+from tests.kernel_launches import Launched
 
 # H100 SXM, by its data sheet.
 BYTES_PER_S = 3.35e12
-FLOPS = {"float32": 67e12, "tf32": 495e12, "tf32x3": 495e12 / 3}  # dense; tf32x3 makes three products of each
+FLOPS = {
+    "float32": 67e12,
+    "tf32": 495e12,
+    "tf32x3": 495e12 / 3,
+    "bf16x3": 990e12 / 3,
+}  # dense; x3 makes three products of each
 LAUNCH_S = 2.5e-6  # assumed, of one launch outside of a CUDA graph
 
 SIZES = ("sinusoid", "mlp", "omniglot", "mini")
+
+
+class Launch(NamedTuple):
+    kernel: str  # its symbol
+    blocks: int
+    threads: int
+    shared: int  # dynamic
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,7 @@ class Asked:
     name: str
     op: str
     launches: int
-    blocks: int  # of the largest launch
-    kernels: tuple[str, ...]  # symbols, in the order of their launches
+    asked_launches: tuple[Launch, ...]  # of one such Step
     flops: float
     compulsory: float  # bytes: every operand once
     requested: Mapping[str, float]  # bytes by kernel
@@ -127,8 +138,7 @@ def parse(case: Case, precision: str, counted: Mapping[str, Any]) -> Workload:
                 name=step["name"].strip(),
                 op=step["op"],
                 launches=step["times"] * len(step["launches"]),
-                blocks=max(launch["blocks"] for launch in step["launches"]),
-                kernels=tuple(launch["kernel"] for launch in step["launches"]),
+                asked_launches=tuple(Launch(**launch) for launch in step["launches"]),
                 flops=float(times * step["flops"]),
                 compulsory=float(times * step["compulsory"]),
                 requested={
@@ -139,11 +149,12 @@ def parse(case: Case, precision: str, counted: Mapping[str, Any]) -> Workload:
     return Workload(case, counted["steps"], precision, "layered", counted["parameters"], tuple(asked))
 
 
-def bytes_by_kernel(workloads: list[Workload]) -> dict[str, float]:
-    """Bytes requested by each kernel in all of them."""
-    total: dict[str, float] = defaultdict(float)
-    for workload in workloads:
-        for asked in workload.asked:
-            for kernel, number in asked.requested.items():
-                total[kernel] += number
-    return dict(total)
+def largest_launches(sizes: Mapping[str, Launched], all_of_them: Sequence[Workload]) -> dict[str, Launched]:
+    """`sizes` with the blocks of these workloads, where they are larger."""
+    result = dict(sizes)
+    for launch in (launch for w in all_of_them for asked in w.asked for launch in asked.asked_launches):
+        one = result.get(launch.kernel, Launched(0, 0, 0))
+        result[launch.kernel] = one._replace(
+            threads=max(one.threads, launch.threads), shared_bytes=max(one.shared_bytes, launch.shared)
+        )
+    return result

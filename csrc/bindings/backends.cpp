@@ -23,7 +23,9 @@ CudaTable loaded_cuda_table() {
 }
 
 Precision precision_named(const std::string& name) {
-  return named<Precision>("precision", name, {{"float32", Precision::float32}, {"tf32", Precision::tf32}, {"tf32x3", Precision::tf32x3}});
+  return named<Precision>(
+      "precision", name,
+      {{"float32", Precision::float32}, {"tf32", Precision::tf32}, {"tf32x3", Precision::tf32x3}, {"bf16x3", Precision::bf16x3}});
 }
 
 const OpTable* emulated_table([[maybe_unused]] Precision precision, [[maybe_unused]] size_t real_bytes) {

@@ -16,44 +16,56 @@ struct ProductSize {
 };
 
 // From 1024 rows on there are tiles enough to fill a GPU with a few tasks, even if they are large.
-inline constexpr int64_t kManyRows = 1024;
+inline constexpr int64_t kManyRows = 1024, kSomeRows = 256;
 
-enum class TileSize { large, medium, small };
+// Half, flat and small ones are for few rows.
+enum class TileSize { large, medium, half, flat, small };
 
 inline TileSize choose_tile(ProductSize size) {
-  if (size.rows < kManyRows) return TileSize::small;
-  return size.cols > 32 ? TileSize::large : TileSize::medium;
+  if (size.rows >= kManyRows) return size.cols > 32 ? TileSize::large : TileSize::medium;
+  if (size.cols <= 32) return TileSize::small;
+  return size.rows >= kSomeRows ? TileSize::half : TileSize::flat;
 }
 
 // Weight gradients are small matrices of long sums: their parts make the tiles many.
 inline TileSize choose_weight_tile(ProductSize size) {
-  if (size.depth < kManyRows || size.rows <= 32) return TileSize::small;
+  if (size.rows <= 32) return TileSize::small;
+  if (size.depth < kManyRows) return size.cols > 32 ? TileSize::flat : TileSize::small;
   return size.cols > 32 ? TileSize::large : TileSize::medium;
 }
 
-// 8 x 8 numbers a thread where registers allow: 16 fma to one 16-byte read of shared memory.
+// 8 x 8 numbers a thread where registers allow: 16 fma to one 16-byte read of shared memory. Where there are few rows the blocks of a
+// multiprocessor are few, too: then three stages keep twice as many bytes under way.
 template <class T, bool dual, bool weight>
 struct Tiles {
-  using Large = Tile<128, 64, 8, 8>;
-  using Medium = Tile<128, 32, 8, 8>;
-  using Small = Tile<32, 32, 4, 4>;
+  using Large = Tile<128, 64, 8, 8, 2>;
+  using Medium = Tile<128, 32, 8, 8, 2>;
+  using Half = Tile<64, 64, 8, 4, 3>;
+  using Flat = Tile<32, 64, 4, 8, 3>;
+  using Small = Tile<32, 32, 4, 4, 3>;
 };
 template <>
 struct Tiles<float, true, false> {  // two sums a thread
-  using Large = Tile<64, 64, 8, 4>;
-  using Medium = Tile<64, 32, 8, 4>;
-  using Small = Tile<32, 32, 4, 4>;
+  using Large = Tile<64, 64, 8, 4, 2>;
+  using Medium = Tile<64, 32, 8, 4, 2>;
+  using Half = Large;
+  using Flat = Tile<32, 64, 8, 4, 2>;
+  using Small = Tile<32, 32, 4, 4, 3>;
 };
 template <>
 struct Tiles<float, false, true> {
-  using Large = Tile<64, 64, 8, 8>;
-  using Medium = Tile<64, 32, 8, 4>;
-  using Small = Tile<32, 32, 4, 4>;
+  using Large = Tile<64, 64, 8, 8, 2>;
+  using Medium = Tile<64, 32, 8, 4, 2>;
+  using Half = Large;
+  using Flat = Tile<32, 64, 4, 8, 3>;
+  using Small = Tile<32, 32, 4, 4, 3>;
 };
 template <bool dual, bool weight>
 struct Tiles<double, dual, weight> {  // for gradient checks: one size
-  using Large = Tile<32, 32, 4, 4>;
+  using Large = Tile<32, 32, 4, 4, 2>;
   using Medium = Large;
+  using Half = Large;
+  using Flat = Large;
   using Small = Large;
 };
 

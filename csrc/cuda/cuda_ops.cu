@@ -45,6 +45,7 @@ const OpTable& tensor_table(const char* backend) {
 const OpTable& table(Precision precision, const char* backend) {
   if (precision == Precision::tf32) return tensor_table<Precision::tf32>(backend);
   if (precision == Precision::tf32x3) return tensor_table<Precision::tf32x3>(backend);
+  if (precision == Precision::bf16x3) return tensor_table<Precision::bf16x3>(backend);
   return table(sizeof(float), backend);
 }
 

@@ -89,6 +89,7 @@ __device__ __forceinline__ void async_wait() {
 #ifdef FASTMAML_EMULATED
 
 inline uint32_t to_tf32(float x) { return emu::to_tf32(x); }
+inline uint32_t to_bf16x2(float low, float high) { return emu::to_bf16(low) | emu::to_bf16(high) << 16; }
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], emu::Where where = emu::Where::current()) {
   emu::mma_m16n8k8_tf32(d, a, b, where);
 }
@@ -103,6 +104,14 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t bits = 0;
 #if __CUDA_ARCH__ >= 800
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#endif
+  return bits;
+}
+// A pair, rounded to the nearest numbers with 7 bits of mantissa, ties to even.
+__device__ __forceinline__ uint32_t to_bf16x2(float low, float high) {
+  uint32_t bits = 0;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
 #endif
   return bits;
 }

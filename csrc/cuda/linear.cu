@@ -34,6 +34,7 @@ void add_linear_ops(OpTable& table) {
 template void add_linear_ops<float, Precision::float32>(OpTable&);
 template void add_linear_ops<float, Precision::tf32>(OpTable&);
 template void add_linear_ops<float, Precision::tf32x3>(OpTable&);
+template void add_linear_ops<float, Precision::bf16x3>(OpTable&);
 template void add_linear_ops<double, Precision::float32>(OpTable&);
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS

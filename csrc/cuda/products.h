@@ -25,14 +25,21 @@ void launch_product(TileSize tile, const Form& form, const Product<T>& p, int64_
   using Choice = Tiles<T, dual, weight>;
   if constexpr (Family::kPrecision != Precision::float32) {
     using Tensor = typename TensorTiles<dual, weight>::Any;
-    if (tile != TileSize::small)
-      return launch_product<TensorProduct<Tensor, Form, dual, Family::kPrecision == Precision::tf32x3>>(form, p, cols, tasks, stream);
+    constexpr Numbers numbers = Family::kPrecision == Precision::tf32     ? Numbers::tf32
+                                : Family::kPrecision == Precision::tf32x3 ? Numbers::tf32x3
+                                                                          : Numbers::bf16x3;
+    if (tile == TileSize::large || tile == TileSize::medium)
+      return launch_product<TensorProduct<Tensor, Form, dual, numbers>>(form, p, cols, tasks, stream);
   }
   switch (tile) {
     case TileSize::large:
       return launch_product<TileProduct<T, typename Choice::Large, Form, dual>>(form, p, cols, tasks, stream);
     case TileSize::medium:
       return launch_product<TileProduct<T, typename Choice::Medium, Form, dual>>(form, p, cols, tasks, stream);
+    case TileSize::half:
+      return launch_product<TileProduct<T, typename Choice::Half, Form, dual>>(form, p, cols, tasks, stream);
+    case TileSize::flat:
+      return launch_product<TileProduct<T, typename Choice::Flat, Form, dual>>(form, p, cols, tasks, stream);
     case TileSize::small:
       return launch_product<TileProduct<T, typename Choice::Small, Form, dual>>(form, p, cols, tasks, stream);
   }
@@ -177,8 +184,9 @@ void backward_weight(const Call& call, Product<T> p) {
   p.parts = cut.parts.count;
   p.part_depth = cut.parts.depth;
   p.part_stride = cut.stride;
-  for (int64_t first = 0; first < call.tasks; first += cut.tasks) {
-    const int64_t tasks = std::min(cut.tasks, call.tasks - first);
+  const int64_t rounds = (call.tasks + cut.tasks - 1) / cut.tasks, at_once = (call.tasks + rounds - 1) / rounds;  // none nearly empty
+  for (int64_t first = 0; first < call.tasks; first += at_once) {
+    const int64_t tasks = std::min(at_once, call.tasks - first);
     run(tasks);
     constexpr int kThreads = 128;
     const int numbers = int(size.rows * size.cols), sums = db.data ? int(size.cols) : 0;
@@ -187,8 +195,8 @@ void backward_weight(const Call& call, Product<T> p) {
     launch(sum_parts<T, kThreads>, dim3((numbers + sums + kThreads - 1) / kThreads, unsigned(tasks)), dim3(kThreads), 0, call.stream,
            dw_here, db_here, PerTask<const T>{scratch, stride}, p.parts, p.part_stride, numbers, sums);
     for (int i = 0; i < 2; ++i) {
-      p.a[i].data += cut.tasks * p.a[i].task_stride;
-      p.b[i].data += cut.tasks * p.b[i].task_stride;
+      p.a[i].data += at_once * p.a[i].task_stride;
+      p.b[i].data += at_once * p.b[i].task_stride;
     }
   }
 }

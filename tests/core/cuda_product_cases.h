@@ -47,19 +47,24 @@ inline std::vector<ProductCase> product_cases() {
       {Linear{33, 65}, 31, 2},
       {Linear{40, 40}, 10, 3},
       {Linear{65, 5}, 65, 2},
-      conv(2, 2, 5, 4, 3, 5, 3, 3, 1, 1, 1, 1),    //
-      conv(3, 1, 7, 7, 1, 4, 3, 3, 1, 1, 1, 1),    // one channel
-      conv(2, 3, 6, 5, 4, 8, 3, 3, 1, 1, 0, 0),    // no padding
-      conv(2, 2, 7, 6, 4, 33, 3, 3, 2, 2, 1, 1),   // phases
-      conv(1, 2, 9, 8, 5, 3, 3, 3, 2, 2, 0, 1),    //
-      conv(2, 2, 5, 5, 8, 4, 1, 1, 1, 1, 0, 0),    // a linear layer on pixels
-      conv(2, 3, 5, 5, 4, 4, 1, 1, 2, 2, 0, 0),    // pixels that no tap reaches
-      conv(1, 2, 4, 5, 3, 3, 1, 1, 1, 1, 1, 1),    //
-      conv(2, 1, 8, 9, 2, 3, 5, 2, 3, 1, 2, 0),    // another size, stride and padding each way
-      conv(1, 1, 4, 4, 3, 2, 4, 4, 1, 1, 0, 0),    // one output pixel
-      conv(1, 2, 1, 1, 5, 6, 3, 3, 1, 1, 1, 1),    // one input pixel
-      conv(1, 1, 2, 3, 65, 31, 3, 3, 1, 1, 1, 1),  //
-      conv(1, 1, 7, 3, 2, 2, 2, 2, 5, 4, 1, 1),    // strides beyond the kernel
+      conv(2, 2, 5, 4, 3, 5, 3, 3, 1, 1, 1, 1),      //
+      conv(3, 1, 7, 7, 1, 4, 3, 3, 1, 1, 1, 1),      // one channel
+      conv(2, 3, 6, 5, 4, 8, 3, 3, 1, 1, 0, 0),      // no padding
+      conv(2, 2, 7, 6, 4, 33, 3, 3, 2, 2, 1, 1),     // phases
+      conv(1, 2, 9, 8, 5, 3, 3, 3, 2, 2, 0, 1),      //
+      conv(2, 2, 5, 5, 8, 4, 1, 1, 1, 1, 0, 0),      // a linear layer on pixels
+      conv(2, 3, 5, 5, 4, 4, 1, 1, 2, 2, 0, 0),      // pixels that no tap reaches
+      conv(1, 2, 4, 5, 3, 3, 1, 1, 1, 1, 1, 1),      //
+      conv(2, 1, 8, 9, 2, 3, 5, 2, 3, 1, 2, 0),      // another size, stride and padding each way
+      conv(1, 1, 4, 4, 3, 2, 4, 4, 1, 1, 0, 0),      // one output pixel
+      conv(1, 2, 1, 1, 5, 6, 3, 3, 1, 1, 1, 1),      // one input pixel
+      conv(1, 1, 2, 3, 65, 31, 3, 3, 1, 1, 1, 1),    //
+      conv(1, 1, 7, 3, 2, 2, 2, 2, 5, 4, 1, 1),      // strides beyond the kernel
+      {Linear{36, 40}, 257, 2},                      // half tiles
+      {Linear{34, 35}, 300, 1},                      // and without chunks
+      {Linear{64, 36}, 5, 3},                        // flat tiles
+      conv(1, 2, 12, 11, 36, 34, 1, 2, 1, 1, 0, 0),  //
+      conv(1, 2, 12, 12, 33, 36, 2, 1, 1, 1, 1, 0),  //
   };
   cases.insert(cases.end(), small.begin(), small.end());
   return cases;

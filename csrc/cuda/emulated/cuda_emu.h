@@ -117,6 +117,7 @@ void async_commit();
 void async_wait(int left);
 
 uint32_t to_tf32(float x);
+uint32_t to_bf16(float x);
 void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, Where where);
 void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, Where where);
 

@@ -152,6 +152,13 @@ uint32_t to_tf32(float x) {
   return (bits + 0x1000u) & ~0x1fffu;
 }
 
+uint32_t to_bf16(float x) {
+  if (std::isnan(x)) return 0x7fff;
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
 void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, Where where) {
   Fragments mine{d, a, b};
   wait_warp(kMmaTf32, 0xffffffffu, &mine, where);

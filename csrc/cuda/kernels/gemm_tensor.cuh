@@ -1,116 +1,216 @@
 // The tile engine on tensor cores (sm_80 and later): TensorProduct takes TileProduct's place in gemm_tile.cuh's kernel. float32 operands
-// are rounded to TF32 (10 bits of mantissa) or, three times as much work, split into a sum of two such numbers, which keeps 21 bits.
+// are handed over as Numbers, and the sums stay float32.
 #pragma once
 
 #include "cuda/kernels/gemm_tile.cuh"
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
+// What tensor cores see of a float32 number:
+//   tf32     it, rounded to 10 bits of mantissa
+//   tf32x3   high + low, two such numbers, which keep 21 bits. Of the product of two sums low low is left out.
+//   bf16x3   the same with two numbers of 7 bits, which keep 16: half as many instructions as tf32x3
+enum class Numbers { tf32, tf32x3, bf16x3 };
+
 // A block's tile of `out`, and the share of each of its warps.
 template <int rows, int cols, int warp_rows, int warp_cols>
 struct TensorTile {
+  static constexpr int kStages = 2;
   static constexpr int kRows = rows, kCols = cols, kWarpRows = warp_rows, kWarpCols = warp_cols;
   static constexpr int kThreads = (rows / warp_rows) * (cols / warp_cols) * 32;
 };
 
-// A number as tensor cores take it: high + low (split), or high alone.
-template <bool split, int n>
-struct TensorNumbers {
-  uint32_t high[n], low[split ? n : 1];
+// One register of an mma's operand, and what it leaves over: a number of TF32, or two of BF16 with neighbouring k.
+template <Numbers numbers>
+struct TensorWord {
+  static constexpr bool kPairs = numbers == Numbers::bf16x3, kSplit = numbers != Numbers::tf32;
+  static constexpr int kNumbers = kPairs ? 2 : 1;
 
-  __device__ void set(int i, float x) {
-    high[i] = to_tf32(x);
-    if constexpr (split) low[i] = to_tf32(x - __uint_as_float(high[i]));
+  static __device__ uint32_t high(const float* x) {
+    if constexpr (kPairs)
+      return to_bf16x2(x[0], x[1]);
+    else if constexpr (kSplit)
+      return __float_as_uint(x[0]) & 0xffffe000u;  // cut off: low makes up for it, and rounding takes four instructions
+    else
+      return to_tf32(x[0]);
+  }
+  static __device__ uint32_t low(const float* x, uint32_t high) {
+    if constexpr (kPairs)
+      return to_bf16x2(x[0] - __uint_as_float(high << 16), x[1] - __uint_as_float(high & 0xffff0000u));
+    else
+      return __float_as_uint(x[0] - __uint_as_float(high)) + 0x1000u;  // to_tf32, but for a NaN, which stands in high
+  }
+  static __device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (kPairs)
+      mma_m16n8k16_bf16(d, a, b);
+    else
+      mma_m16n8k8_tf32(d, a, b);
   }
 };
 
-template <class Tile_, class Form_, bool dual, bool split>
+// How a warp reads its share of an operand in shared memory. An mma adds up over its k's in no order, so that lane q of four may take any
+// that suit it, if it takes the same of a and b; nor do rows and columns have an order, but that in which the sums are written. So where
+// wide, lane q takes 2q and 2q + 1, side by side, and where the operand lies along its rows, lane g of eight takes chunks of them. That is
+// for BF16, whose pairs are packed into new registers anyway. An mma wants its registers side by side, where TF32's numbers would have to
+// be moved from the wide ones, which costs more than reading them one by one: register r is at k = q + 4 r then.
+template <class Operand, int rows, bool wide>  // of a lane
+struct TensorReads {
+  static constexpr bool kChunks = wide && !Operand::kAlongK;  // of rows
+
+  // The lane's row number i.
+  static __device__ int row(int g, int i) { return kChunks ? i / 4 * 32 + g * 4 + i % 4 : i * 8 + g; }
+
+  // x[i] = elements of row i: where wide, x[i][2 s + h] at k + 8 s + 2 q + h
+  template <int n>
+  static __device__ void read(float (&x)[rows][n], const float* tile, int first_row, int k) {
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    if constexpr (kChunks) {
+#pragma unroll
+      for (int s = 0; s < n; ++s)
+#pragma unroll
+        for (int i = 0; i < rows; i += 4) {
+          const float* from = tile + (k + s / 2 * 8 + 2 * q + s % 2) * Operand::kStride + first_row + row(g, i);
+          const auto chunk = load<true, 4>(from, 4);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) x[i + e][s] = chunk.at[e];
+        }
+    } else {
+#pragma unroll
+      for (int i = 0; i < rows; ++i)
+#pragma unroll
+        for (int s = 0; s < n; s += 2) {
+          const int line = first_row + row(g, i);
+          if constexpr (wide) {
+            const auto pair = load<true, 2>(tile + line * Operand::kStride + k + s * 4 + 2 * q, 2);
+            x[i][s] = pair.at[0];
+            x[i][s + 1] = pair.at[1];
+          } else {
+            x[i][s] = Operand::at(tile, line, k + q);
+            x[i][s + 1] = Operand::at(tile, line, k + q + 4);
+          }
+        }
+    }
+  }
+};
+
+template <class Tile_, class Form_, bool dual, Numbers numbers>
 struct TensorProduct {
   using T = float;
   using Tile = Tile_;
   using Form = Form_;
   using Block = typename Form::template Block<Tile>;
-  using A = Operand<T, typename Block::A, Tile::kRows, kChunk<T>, Tile::kThreads>;
-  using B = Operand<T, typename Block::B, Tile::kCols, kChunk<T>, Tile::kThreads>;
+  using Word = TensorWord<numbers>;
+  using A = Operand<T, typename Block::A, Tile::kRows, kChunk<T>, Tile::kThreads, Word::kPairs>;
+  using B = Operand<T, typename Block::B, Tile::kCols, kChunk<T>, Tile::kThreads, Word::kPairs>;
+  static constexpr int kBlocks = dual ? 3 : 0;  // 168 registers: the compiler would take 128 and spill some
   static constexpr int kSets = dual ? 2 : 1;
   static constexpr int kStage = kSets * (A::kSize + B::kSize);
-  static constexpr size_t kTableBytes = Form::kTable * Tile::kRows * 16, kSharedBytes = kTableBytes + 2 * kStage * sizeof(T);
+  static constexpr size_t kTableBytes = Form::kTable * Tile::kRows * 16, kSharedBytes = kTableBytes + Tile::kStages * kStage * sizeof(T);
 
-  // A warp's 16 x 8 pieces, as device.h's mma_m16n8k8_tf32 lays them out.
-  static constexpr int kDown = Tile::kWarpRows / 16, kAcross = Tile::kWarpCols / 8;
+  // A warp's 16 x 8 pieces. A lane has two rows of each, and as operands two registers of each row, as device.h's mma_... say.
+  static constexpr int kDown = Tile::kWarpRows / 16, kAcross = Tile::kWarpCols / 8, kK = 8 * Word::kNumbers;
   using Sum = T[kDown][kAcross][4];
+  using ReadsA = TensorReads<A, kDown * 2, Word::kPairs>;
+  using ReadsB = TensorReads<B, kAcross, Word::kPairs>;
 
-  static __device__ int first_row() { return threadIdx.x / 32 / (Tile::kCols / Tile::kWarpCols) * Tile::kWarpRows + threadIdx.x % 32 / 4; }
+  static __device__ int first_row() { return threadIdx.x / 32 / (Tile::kCols / Tile::kWarpCols) * Tile::kWarpRows; }
   static __device__ int first_col() { return threadIdx.x / 32 % (Tile::kCols / Tile::kWarpCols) * Tile::kWarpCols; }
 
-  using Pieces_A = TensorNumbers<split, 4>[kDown];
-  using Pieces_B = TensorNumbers<split, 2>[kAcross];
+  struct PiecesA {
+    uint32_t high[kDown][4], low[Word::kSplit ? kDown : 1][4];
 
-  static __device__ void read(Pieces_A& a, const T* tile, int k) {
+    __device__ void read(const T* tile, int k) {
+      T x[kDown * 2][kK / 4];
+      ReadsA::read(x, tile, first_row(), k);
 #pragma unroll
-    for (int m = 0; m < kDown; ++m)
+      for (int m = 0; m < kDown; ++m)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[m].set(i, A::at(tile, first_row() + m * 16 + i % 2 * 8, k + threadIdx.x % 4 + i / 2 * 4));
-  }
-  static __device__ void read(Pieces_B& b, const T* tile, int k) {
-#pragma unroll
-    for (int n = 0; n < kAcross; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) b[n].set(i, B::at(tile, first_col() + n * 8 + threadIdx.x % 32 / 4, k + threadIdx.x % 4 + i * 4));
-  }
+        for (int r = 0; r < 4; ++r) {
+          const T* of = &x[m * 2 + r % 2][r / 2 * Word::kNumbers];
+          high[m][r] = Word::high(of);
+          if constexpr (Word::kSplit) low[m][r] = Word::low(of, high[m][r]);
+        }
+    }
+  };
+  struct PiecesB {
+    uint32_t high[kAcross][2], low[Word::kSplit ? kAcross : 1][2];
 
-  static __device__ void add_products(Sum& sum, const Pieces_A& a, const Pieces_B& b) {
+    __device__ void read(const T* tile, int k) {
+      T x[kAcross][kK / 4];
+      ReadsB::read(x, tile, first_col(), k);
+#pragma unroll
+      for (int n = 0; n < kAcross; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const T* of = &x[n][r * Word::kNumbers];
+          high[n][r] = Word::high(of);
+          if constexpr (Word::kSplit) low[n][r] = Word::low(of, high[n][r]);
+        }
+    }
+  };
+
+  static __device__ void add_products(Sum& sum, const PiecesA& a, const PiecesB& b) {
 #pragma unroll
     for (int m = 0; m < kDown; ++m)
 #pragma unroll
       for (int n = 0; n < kAcross; ++n) {
-        if constexpr (split) {  // the small products first
-          mma_m16n8k8_tf32(sum[m][n], a[m].low, b[n].high);
-          mma_m16n8k8_tf32(sum[m][n], a[m].high, b[n].low);
+        if constexpr (Word::kSplit) {  // the small products first
+          Word::mma(sum[m][n], a.low[m], b.high[n]);
+          Word::mma(sum[m][n], a.high[m], b.low[n]);
         }
-        mma_m16n8k8_tf32(sum[m][n], a[m].high, b[n].high);
+        Word::mma(sum[m][n], a.high[m], b.high[n]);
       }
   }
 
   static __device__ void add_tile(Sum (&sum)[kSets], const T* tile) {
     const T* b_tile = tile + kSets * A::kSize;
 #pragma unroll
-    for (int k = 0; k < kDepth; k += 8) {
-      Pieces_A a;
-      Pieces_B b;
-      read(a, tile, k);
-      read(b, b_tile, k);
+    for (int k = 0; k < kDepth; k += kK) {
+      PiecesA a;
+      PiecesB b;
+      a.read(tile, k);
+      b.read(b_tile, k);
       add_products(sum[0], a, b);
       if constexpr (dual) {
-        Pieces_A other_a;
-        Pieces_B other_b;
-        read(other_b, b_tile + B::kSize, k);
+        PiecesA other_a;
+        PiecesB other_b;
+        other_b.read(b_tile + B::kSize, k);
         add_products(sum[1], a, other_b);
-        read(other_a, tile + A::kSize, k);
+        other_a.read(tile + A::kSize, k);
         add_products(sum[1], other_a, b);
       }
     }
   }
 
   static __device__ void write(const Block& block, const Sum& sum, T* out, const T* bias, bool wide) {
+    // Neighbouring columns of a lane: of as many pieces where it took chunks of b's rows, else the two of a piece.
+    constexpr bool kChunks = ReadsB::kChunks;
+    constexpr int kSide = kChunks ? 4 : 2;
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
-    for (int m = 0; m < kDown; ++m)
+    for (int n = 0; n < kAcross; n += kChunks ? kSide : 1)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = block.out_row(first_row() + m * 16 + half * 8);
-        if (row < 0) continue;
-        T* line = out + int64_t(row) * block.cols;
+      for (int e = 0; e < 2; e += kChunks ? 1 : kSide) {
+        const int col = block.first_col + first_col() + ReadsB::row(2 * q + e, n);
+        const int count = block.cols - col < kSide ? block.cols - col : kSide;
+        if (count <= 0) continue;
+        Chunk<T, kSide> biases = {};
+        if (bias) biases = load<false, kSide>(bias + col, count);
 #pragma unroll
-        for (int n = 0; n < kAcross; ++n) {
-          const int col = block.first_col + first_col() + n * 8 + threadIdx.x % 4 * 2;
-          Chunk<T, 2> pair;
+        for (int m = 0; m < kDown; ++m)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) pair.at[e] = sum[m][n][half * 2 + e] + (bias && col + e < block.cols ? bias[col + e] : T(0));
-          if (wide && col < block.cols)
-            store<true>(line + col, pair, 2);
-          else
-            store<false>(line + col, pair, block.cols - col);
-        }
+          for (int half = 0; half < 2; ++half) {
+            const int row = block.out_row(first_row() + ReadsA::row(g, m * 2 + half));
+            if (row < 0) continue;
+            Chunk<T, kSide> chunk;
+#pragma unroll
+            for (int j = 0; j < kSide; ++j) chunk.at[j] = sum[m][kChunks ? n + j : n][half * 2 + (kChunks ? e : j)] + biases.at[j];
+            T* const to = out + int64_t(row) * block.cols + col;
+            if (wide)
+              store<true>(to, chunk, count);
+            else
+              store<false>(to, chunk, count);
+          }
       }
   }
 };

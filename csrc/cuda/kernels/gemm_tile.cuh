@@ -1,6 +1,7 @@
 // The engine of every product, matrices and convolutions alike:  out [rows, cols] = sum over k of a [rows, k] b [k, cols], per task.
-// A block makes one tile of `out`. Its operands come through shared memory, 16 k's at a time and two deep; where their numbers lie in
-// global memory is the business of a Form (gemm.cuh, conv2d.cuh). The columns of `b` are called rows here too: both operands are [rows, k].
+// A block makes one tile of `out`. Its operands come through shared memory, 16 k's at a time and some such stages deep; where their numbers
+// lie in global memory is the business of a Form (gemm.cuh, conv2d.cuh). The columns of `b` are called rows here too: both operands are
+// [rows, k].
 #pragma once
 
 #include "cuda/kernels/operands.cuh"
@@ -9,9 +10,10 @@ namespace fastmaml::FASTMAML_CUDA_NS {
 
 inline constexpr int kDepth = 16;  // k's of a tile
 
-// A block's tile of `out`, and the share of each of its threads.
-template <int rows, int cols, int thread_rows, int thread_cols>
+// A block's tile of `out`, the share of each of its threads, and the stages of its operands in shared memory: all but one are under way.
+template <int rows, int cols, int thread_rows, int thread_cols, int stages>
 struct Tile {
+  static constexpr int kStages = stages;
   static constexpr int kRows = rows, kCols = cols, kThreadRows = thread_rows, kThreadCols = thread_cols;
   static constexpr int kThreads = (rows / thread_rows) * (cols / thread_cols);
 };
@@ -34,13 +36,14 @@ enum class Order { along_k, along_rows };
 
 // One operand: how `rows` x kDepth of its numbers are copied to shared memory, and read from there.
 // A Source finds them: row(r) and at_k(k) are cursors that step(cursor, n) moves, and find(row, k, from) says whether and where there is
-// a number.
-template <class T, class Source, int rows, int per_thread, int threads>
+// a number. wide_tensor: gemm_tensor.cuh reads it in pairs and chunks.
+template <class T, class Source, int rows, int per_thread, int threads, bool wide_tensor = false>
 class Operand {
  public:
   static constexpr bool kAlongK = Source::kOrder == Order::along_k;
-  // With this padding, chunks of 8 neighbours along_k meet all 32 banks, and so do 8 rows of 4 k's along_rows (tensor cores read them).
-  static constexpr int kStride = kAlongK ? kDepth + kChunk<T> : rows + 8;
+  // With this padding the threads that are served together meet all 32 banks, with chunks of 8 neighbours along_k, and with 8 rows of 4
+  // k's (tensor cores read them); or with pairs of 4 lines along_k, and with chunks of 2 x 4 that are two lines apart along_rows.
+  static constexpr int kStride = kAlongK ? kDepth + (wide_tensor ? 8 : kChunk<T>) : rows + (wide_tensor ? 4 : 8);
   static constexpr int kSize = (kAlongK ? rows : kDepth) * kStride;
 
   __device__ Operand(const Source& source, bool wide) : source_(source), wide_(wide), first_(source.row(kAlongK ? 0 : across())) {}
@@ -158,9 +161,10 @@ struct TileProduct {
   using Block = typename Form::template Block<Tile>;
   using A = Operand<T, typename Block::A, Tile::kRows, Tile::kThreadRows, Tile::kThreads>;
   using B = Operand<T, typename Block::B, Tile::kCols, Tile::kThreadCols, Tile::kThreads>;
+  static constexpr int kBlocks = 0;  // that a multiprocessor should hold at least; 0: as the compiler thinks
   static constexpr int kSets = dual ? 2 : 1, kV = kChunk<T>, kAcross = Tile::kCols / Tile::kThreadCols;
   static constexpr int kStage = kSets * (A::kSize + B::kSize);
-  static constexpr size_t kTableBytes = Form::kTable * Tile::kRows * 16, kSharedBytes = kTableBytes + 2 * kStage * sizeof(T);
+  static constexpr size_t kTableBytes = Form::kTable * Tile::kRows * 16, kSharedBytes = kTableBytes + Tile::kStages * kStage * sizeof(T);
 
   using Sum = T[Tile::kThreadRows][Tile::kThreadCols];
 
@@ -221,7 +225,7 @@ struct TileProduct {
 // The block's place is blockIdx.x = ((task * parts + part) * row_tiles + row_tile) * col_tiles + col_tile. Work: TileProduct, or
 // TensorProduct of gemm_tensor.cuh.
 template <class Work>
-__global__ void __launch_bounds__(Work::Tile::kThreads)
+__global__ void __launch_bounds__(Work::Tile::kThreads, Work::kBlocks)
     product(const typename Work::Form form, const Product<typename Work::T> p, const int row_tiles, const int col_tiles) {
   using T = typename Work::T;
   using Tile = typename Work::Tile;
@@ -243,12 +247,13 @@ __global__ void __launch_bounds__(Work::Tile::kThreads)
   A a_tile(block.a, p.wide_a);
   B b_tile(block.b, p.wide_b);
 
-  const auto copy = [&](int step) {
+  constexpr int kStages = Tile::kStages;
+  const auto copy = [&](int step, int stage) {
     if (step == 0 || step == per_term) {
       a_tile.start_at(first);
       b_tile.start_at(first);
     }
-    T* const to = tiles + step % 2 * Work::kStage;
+    T* const to = tiles + stage * Work::kStage;
     if constexpr (Work::kSets == 2) {
       a_tile.copy(to, a);
       b_tile.copy(to + 2 * A::kSize, b);
@@ -257,18 +262,22 @@ __global__ void __launch_bounds__(Work::Tile::kThreads)
       a_tile.copy(to, a_term);
       b_tile.copy(to + A::kSize, b_term);
     }
-    async_commit();
   };
 
   typename Work::Sum sum[Work::kSets] = {};
   T* const sums = Form::kSums && row_tile == 0 && p.sums.data ? p.sums.of(task) + part * p.part_stride : nullptr;
   T column_sum = 0;  // of column threadIdx.x
-  if (steps > 0) copy(0);
-  for (int step = 0; step < steps; ++step) {
-    async_wait<0>();
-    __syncthreads();  // the tile is there, and nobody reads the other one any more
-    if (step + 1 < steps) copy(step + 1);
-    const T* const here = tiles + step % 2 * Work::kStage;
+#pragma unroll 1
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < steps) copy(step, step);
+    async_commit();
+  }
+  for (int step = 0, stage = 0; step < steps; ++step, stage = stage + 1 == kStages ? 0 : stage + 1) {
+    async_wait<kStages - 2>();
+    __syncthreads();  // the tile is there, and nobody reads the one before it any more
+    if (step + kStages - 1 < steps) copy(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
+    async_commit();
+    const T* const here = tiles + stage * Work::kStage;
     Work::add_tile(sum, here);
     if constexpr (Form::kSums) {
       static_assert(Tile::kCols <= Tile::kThreads && !B::kAlongK);

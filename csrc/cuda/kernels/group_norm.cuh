@@ -238,6 +238,16 @@ __global__ void __launch_bounds__(256) map_groups(F f, Groups s, bool wide) {
 
 // ---------------------------------------------------------------- sums over the rows [N spatial, channels] (kernels/columns.cuh)
 
+// The groups of a thread's channels c .. c + count - 1; channels behind them, whose numbers are zeros, count to the last one's.
+template <int n>
+struct ChannelGroups {
+  int of[n];
+  __device__ ChannelGroups(const Groups& s, int c, int count) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) of[j] = (c + (j < count ? j : count - 1)) / s.width;
+  }
+};
+
 // dgamma = dy xhat,  dbeta = dy
 template <class T>
 struct GroupNormBwdWeight {
@@ -248,8 +258,9 @@ struct GroupNormBwdWeight {
     const GroupNormBwdWeight& f;
     const T *x, *dy, *stats;
     int c, count;
+    ChannelGroups<kChunk<T>> groups;
     __device__ Channels(const GroupNormBwdWeight& f, int64_t task, int c, int count)
-        : f(f), x(f.x.of(task)), dy(f.dy.of(task)), stats(f.stats.of(task)), c(c), count(count) {}
+        : f(f), x(f.x.of(task)), dy(f.dy.of(task)), stats(f.stats.of(task)), c(c), count(count), groups(f.s, c, count) {}
 
     template <bool kWide>
     __device__ void add(T (&sum)[2][kChunk<T>], int row) const {
@@ -257,8 +268,7 @@ struct GroupNormBwdWeight {
       const Chunk<T> x_here = load<kWide, kChunk<T>>(x + i, count), d = load<kWide, kChunk<T>>(dy + i, count);
 #pragma unroll
       for (int j = 0; j < kChunk<T>; ++j) {
-        if (j >= count) break;
-        const int group = first + (c + j) / f.s.width;
+        const int group = first + groups.of[j];
         sum[0][j] += d.at[j] * ((x_here.at[j] - stats[2 * group]) * stats[2 * group + 1]);
         sum[1][j] += d.at[j];
       }
@@ -276,6 +286,7 @@ struct GroupNormBwdWeightJvp {
     const GroupNormBwdWeightJvp& f;
     const T *x, *x_dot, *dy, *dy_dot, *stats, *stats_dot;
     int c, count;
+    ChannelGroups<kChunk<T>> groups;
     __device__ Channels(const GroupNormBwdWeightJvp& f, int64_t task, int c, int count)
         : f(f),
           x(f.x.of(task)),
@@ -285,7 +296,8 @@ struct GroupNormBwdWeightJvp {
           stats(f.stats.of(task)),
           stats_dot(f.stats_dot.of(task)),
           c(c),
-          count(count) {}
+          count(count),
+          groups(f.s, c, count) {}
 
     template <bool kWide>
     __device__ void add(T (&sum)[2][kChunk<T>], int row) const {
@@ -296,8 +308,7 @@ struct GroupNormBwdWeightJvp {
       if (x_dot) x_dot_here = load<kWide, kChunk<T>>(x_dot + i, count);
 #pragma unroll
       for (int j = 0; j < kChunk<T>; ++j) {
-        if (j >= count) break;
-        const int group = first + (c + j) / f.s.width;
+        const int group = first + groups.of[j];
         const T r = stats[2 * group + 1], xhat = (x_here.at[j] - stats[2 * group]) * r;
         const T mean_dot = stats_dot ? stats_dot[2 * group] : T(0), slope = stats_dot ? stats_dot[2 * group + 1] : T(0);
         sum[0][j] += d_dot.at[j] * xhat + d.at[j] * (r * (x_dot_here.at[j] - mean_dot - xhat * slope));
