@@ -87,6 +87,8 @@ def test_the_high_water_mark_is_what_the_plan_said(case, cpu):
 def test_nothing_is_allocated_after_the_first_call(case, memory, compiled, threads):
     from fastmaml import _C
 
+    if compiled.name.startswith("cuda"):
+        pytest.skip("a device's memory is torch's")
     s, made = setup(case), engine(case, compiled, memory=memory)
     for count in (1, 2):
         torch.set_num_threads(count)
