@@ -41,9 +41,9 @@ def asked(workload, op):
 @pytest.mark.parametrize("steps", [1, 3])
 def test_launches_are_those_of_the_engine(counted, steps):
     p = problem(SINE)
-    engine = fm.Engine(p.model, loss="mse", backend="cuda_emulated")
+    engine = fm.Engine(p.model, loss="mse", backend="cuda_emulated", memory="low")
     before = kernel_launches.of_this_process()
-    engine.meta_gradient(engine.flatten(), p.batch, inner_lr=0.01, inner_steps=steps, first_order=False)
+    engine.meta_gradient(engine.flatten(), p.batch, inner_lr=0.01, inner_steps=steps, inner_lr_grad=False)
     after = kernel_launches.of_this_process()
     launched = {symbol: n - before[symbol] for symbol, n in after.items() if n > before[symbol]}
     expected: dict[str, int] = {}
