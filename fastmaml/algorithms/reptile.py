@@ -62,11 +62,12 @@ class Reptile(Learner):
         batch_norm: str = "transductive",
         label_smoothing: float = 0.0,
         adapted: str | Sequence[str] | None = None,
+        precision: str = "float32",
     ):
         if inner is None and inner_lr is None:
             inner = Adam(1e-3, betas=(0.0, 0.999))
         inner = optimizer_of(inner_lr, inner)
-        how: dict[str, Any] = {"inner": inner, "adapted": adapted}
+        how: dict[str, Any] = {"inner": inner, "adapted": adapted, "precision": precision}
         super().__init__(model, None, inner_steps, loss, False, backend, memory, batch_norm, label_smoothing, **how)
         if self.learnable_rates():
             raise TypeError(f"{type(self).__name__} has no gradient for a learned inner rate; give it a number")
