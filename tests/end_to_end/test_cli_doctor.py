@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from fastmaml import Engine, models
 from fastmaml.cli import doctor
@@ -24,7 +25,8 @@ def test_doctor_names_machine_backends_and_extras(tmp_path, monkeypatch, capsys)
     assert ("all is well" in out) == compiled
     found = topics(entry.values() for entry in json.loads((tmp_path / "findings.json").read_text()))
     assert found["backend autodiff"] == ("ok", "works")
-    assert found["backend cuda"][0] == "note" and "not part of this version yet" in found["backend cuda"][1]
+    assert found["backend cuda"][0] == ("ok" if torch.cuda.is_available() else "note")
+    assert torch.cuda.is_available() or "CUDA" in found["backend cuda"][1]
     assert found["cache"][1].startswith(str(tmp_path / "cache"))
     expected = {"machine", "python", "torch", "compiler", "backend cpu", "backend reference", "backend auto"}
     assert expected | {"extra [train]", "extra [report]", "extra [vision]"} <= found.keys()

@@ -205,7 +205,8 @@ def expect_error(capsys, arguments: list[str], sentence: str) -> None:
     assert re.fullmatch(f"fastmaml: .*{sentence}.*\n", captured.err), captured.err
 
 
-def test_wrong_uses_are_one_sentence(tmp_path, capsys):
+def test_wrong_uses_are_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastmaml.experiment.load_cuda", lambda: "no CUDA driver on this machine")
     run_dir = tmp_path / "run"
     assert main(["train", *SMALL, *QUICK, "--steps", "1", "--out", str(run_dir)]) == 0
     capsys.readouterr()
@@ -218,7 +219,12 @@ def test_wrong_uses_are_one_sentence(tmp_path, capsys):
     expect_error(capsys, ["evaluate", str(tmp_path)], "is no run folder of fastmaml")
     expect_error(capsys, ["train", *SMALL, "--ways", "5"], "sinusoid is a regression")
     expect_error(capsys, ["train", *SMALL, "--inner-steps=-1"], "inner_steps is -1")
-    expect_error(capsys, ["train", *SMALL, "--backend", "cuda"], "backend 'cuda' is not part of this version yet")
+    expect_error(
+        capsys, ["train", *SMALL, "--backend", "cuda"], "backend 'cuda' cannot run: no CUDA driver on this machine"
+    )
+    expect_error(
+        capsys, ["train", *SMALL, "--backend", "cpu", "--precision", "tf32"], "is for the backends cuda and cuda_emu"
+    )
     expect_error(capsys, ["train", *SMALL, "--batch-norm", "per_step"], "belongs to MAML")
     expect_error(capsys, [*SMALL_DIVERGING, "--out", str(tmp_path / "nan")], "the loss is (nan|inf) at step 1")
     (run_dir / "checkpoints" / "best.json").unlink()

@@ -45,7 +45,7 @@ BAD = {
     "no query": ({"batch": swap(B, query_x=QX[:, :0], query_y=QY[:, :0])}, ValueError, "query_x [3, 0, 1, 8, 8] holds no examples"),
     "integer x": ({"batch": swap(B, support_x=(SX * 9).long())}, TypeError, "support_x [3, 4, 1, 8, 8] is torch.int64; it must be a floating"),
     "not a tensor": ({"batch": swap(B, query_x=QX.tolist())}, TypeError, "query_x must be a tensor, not list"),
-    "numpy": ({"batch": swap(B, support_x=SX.numpy())}, TypeError, "support_x must be a tensor, not ndarray"),
+    "a word": ({"batch": swap(B, support_x="images")}, TypeError, "support_x must be a tensor, not str"),
     "three parts": ({"batch": B[:3]}, TypeError, "batch must be (support_x, support_y, query_x, query_y)"),
     "float32 x": ({"batch": swap(B, support_x=SX.float())}, ValueError, "support_x is torch.float32 but the parameters are torch.float64"),
     "device": ({"batch": swap(B, support_x=SX.to("meta"))}, ValueError, "support_x is on meta but the parameters are on cpu"),
