@@ -144,6 +144,7 @@ def test_a_spill_is_found_and_forgiven_by_kernel(tmp_path):
     )
     spilled = build.spilled_kernels(tmp_path)
     assert spilled == {"_Z4normIfE": 12, "_Z3mapIdE": 4}
+    assert not build.must_not_spill("_Z8residentIfEv") and not build.must_not_spill("_Z12product_stepIfEv4HereE")
     assert [symbol for symbol in spilled if build.must_not_spill(symbol)] == ["_Z4normIfE"]
 
 
