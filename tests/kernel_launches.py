@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from fastmaml import build
+
 ROOT = Path(__file__).resolve().parents[1]
-CORE = ROOT / "build" / "core"
+CORE, CUDA = ROOT / "build" / "core", ROOT / "build" / "cuda"
 
 
 def make(target: str) -> None:
@@ -66,17 +67,20 @@ def readable_names() -> dict[str, str]:
 
 
 def of_nvcc() -> set[str]:
-    """The symbols of the kernels that nvcc compiled, as ptxas names them in its logs. Builds them where they are not up to date."""
-    make("nvcc")
-    return ptxas_entries("".join(log.read_text() for log in sorted((CORE / "nvcc").rglob("*.log"))))
+    """The symbols of the kernels that nvcc compiled for the CUDA library, as ptxas names them in the build's logs."""
+    return ptxas_entries("".join(log.read_text() for log in sorted((CUDA / "cuda").glob("*.log"))))
+
+
+def why_no_nvcc() -> str:
+    """ "" where `make cuda` has built the library of these sources, or why there is nothing to compare with."""
+    library = build.PACKAGE / build.CUDA_LIBRARY
+    if not library.is_file() or not (CUDA / "cuda").is_dir():
+        return "the CUDA library is not built here: make cuda"
+    return "" if build.stamp().encode() in library.read_bytes() else "the CUDA library is of other sources: make cuda"
 
 
 def ptxas_entries(log: str) -> set[str]:
     return set(re.findall(r"Compiling entry function '(\w+)'", log))
-
-
-def has_nvcc() -> bool:
-    return shutil.which("nvcc") is not None
 
 
 def summary() -> str:

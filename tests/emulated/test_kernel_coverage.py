@@ -29,8 +29,8 @@ def test_every_compiled_kernel_was_launched(launches):
 
 
 def test_every_kernel_that_nvcc_emits_was_launched(launches):
-    if not kernel_launches.has_nvcc():
-        pytest.skip("no nvcc on the PATH")
+    if reason := kernel_launches.why_no_nvcc():
+        pytest.skip(reason)
     emitted = kernel_launches.of_nvcc()
     assert len(emitted) > 100
     names = kernel_launches.readable_names()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernel_launches
 import pytest
 
 from fastmaml import backend as choosing
@@ -18,10 +19,8 @@ LIBRARY = build.PACKAGE / build.CUDA_LIBRARY
 
 @pytest.fixture
 def library() -> Path:
-    if not LIBRARY.is_file():
-        pytest.skip("the CUDA library is not built: make cuda")
-    if build.stamp().encode() not in LIBRARY.read_bytes():
-        pytest.skip("the CUDA library was built from other sources: make cuda")
+    if reason := kernel_launches.why_no_nvcc():
+        pytest.skip(reason)
     return LIBRARY
 
 
@@ -69,8 +68,7 @@ def test_the_module_needs_nothing_that_only_one_build_of_torch_has():
     not (build.PACKAGE.parent / "build" / "cuda" / "cuda").is_dir(), reason="no objects of make cuda here"
 )
 def test_no_float32_kernel_of_the_layered_walk_spills(library):
-    spilled = build.spilled_kernels(build.PACKAGE.parent / "build" / "cuda")
-    assert [symbol for symbol in spilled if build.must_not_spill(symbol)] == []
+    assert [spill for spill in build.spills(kernel_launches.CUDA) if not spill.allowed] == []
 
 
 # ---------------------------------------------------------------- what else may be there
@@ -135,17 +133,27 @@ def test_architectures_are_chosen_by_name(monkeypatch):
         build.cuda_archs()
 
 
-def test_a_spill_is_found_and_forgiven_by_kernel(tmp_path):
+def test_a_spill_is_found_and_forgiven_by_kernel_and_device(tmp_path):
     (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda" / "x.o.log").write_text(
-        "ptxas info    : Function properties for _Z3mapIfE\n    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
-        "ptxas info    : Function properties for _Z4normIfE\n    8 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads\n"
-        "ptxas info    : Function properties for _Z3mapIdE\n    8 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads\n"
+    compiled, told = (
+        "ptxas info    : Compiling entry function '_Zx' for 'sm_{}'\n",
+        (
+            "ptxas info    : Function properties for {}\n    8 bytes stack frame, {} bytes spill stores, 8 bytes spill loads\n"
+        ),
     )
-    spilled = build.spilled_kernels(tmp_path)
-    assert spilled == {"_Z4normIfE": 12, "_Z3mapIdE": 4}
-    assert not build.must_not_spill("_Z8residentIfEv") and not build.must_not_spill("_Z12product_stepIfEv4HereE")
-    assert [symbol for symbol in spilled if build.must_not_spill(symbol)] == ["_Z4normIfE"]
+    (tmp_path / "cuda" / "x.o.log").write_text(
+        compiled.format("80") + told.format("_Z3mapIfE", 0) + told.format("_Z4normIfE", 12) + told.format("_Z3mapIdE", 4)
+        + told.format("_Z8residentIfEv", 8) + told.format("_Z12product_stepIfEv4HereE", 4)
+        + compiled.format("120") + told.format("_Z3mapIfE", 16)
+    )  # fmt: skip
+    found = {(spill.symbol, spill.arch, spill.stored): spill.allowed for spill in build.spills(tmp_path)}
+    assert found == {
+        ("_Z4normIfE", "80", 12): False,
+        ("_Z3mapIdE", "80", 4): True,
+        ("_Z8residentIfEv", "80", 8): True,
+        ("_Z12product_stepIfEv4HereE", "80", 4): True,
+        ("_Z3mapIfE", "120", 16): True,
+    }
 
 
 @pytest.mark.parametrize("text, has", [("cuda: Optional[str] = None", False), ("cuda: Optional[str] = '12.8'", True)])
