@@ -30,7 +30,7 @@ what the columns mean
   shared      bytes of shared memory a block, static and dynamic (the most that a test or a workload asked for)
   occupancy   warps of a multiprocessor of 64, and what allows no more
   inner loop  the loop with the most multiply-adds, without loops inside it: all instructions, and the share of FFMA and
-              HMMA (and of fp64) among them
+              HMMA (and of fp64) among them; of the resident walk, that of its products
   requested   bytes that the kernels ask of global memory; caches answer many. Less than compulsory: a ReLU does not
               need all operands
   compulsory  every operand of a launch once
@@ -84,7 +84,8 @@ def kernel_rows(
                 )
                 shared = report.shared_bytes + size.shared_bytes
                 fits = cubins.occupancy(machine, size.threads, report.registers, shared)
-                mix = sass.hot_loop(codes[symbol])
+                products = codes[symbol].of_functions("product_step")  # the resident walk has loops of all ops
+                mix = sass.hot_loop(products, shortest=True) if products.instructions else sass.hot_loop(codes[symbol])
                 row[arch] = {
                     "registers": report.registers,
                     "spill_bytes": report.spills,

@@ -110,11 +110,36 @@ def test_kernel_without_a_loop_is_counted_as_a_whole():
     assert not mix.loop and mix.text() == "1 branch, 1 ldg.128, 1 special, 1 stg.64"
 
 
+WITH_FUNCTIONS = """\
+	.section	.text._Z4walkv,"ax",@progbits
+        /*0000*/                   CALL.REL.NOINC `($_Z4walkv$_Z12product_stepv) ;
+.L_x_1:
+        /*0010*/                   FFMA R0, R0, R0, R0 ;
+        /*0020*/                   FFMA R0, R0, R0, R0 ;
+        /*0030*/                   BRA `(.L_x_1) ;
+$_Z4walkv$_Z8map_stepv:
+        /*0040*/                   FADD R0, R0, R0 ;
+$_Z4walkv$_Z12product_stepv:
+        /*0050*/                   LDS.128 R4, [R1] ;
+.L_x_2:
+        /*0060*/                   FFMA R0, R0, R0, R0 ;
+        /*0070*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_functions_that_a_kernel_calls_can_be_read_alone():
+    code = sass.parse(WITH_FUNCTIONS)["_Z4walkv"]
+    assert sass.hot_loop(code).counts == {"ffma": 2, "branch": 1}
+    assert sass.hot_loop(code.of_functions("product_step")).counts == {"ffma": 1, "branch": 1}
+    assert code.of_functions("norm").instructions == []
+
+
 @pytest.mark.parametrize(
     "name, kind",
     [
         ("LDS.U.128", "lds.128"),
         ("LDG.E", "ldg.32"),
+        ("LD.E.128", "ld.128"),  # may be of shared memory
         ("STS.64", "sts.64"),
         ("LDGDEPBAR", "sync"),
         ("DEPBAR.LE", "sync"),
