@@ -1,13 +1,17 @@
-// Counts what a meta-gradient asks of a GPU, on the emulated CUDA table: launches for all tasks, announced and not run; and the bytes of
-// global memory that the kernels request, of one task that really runs (race build). A task's bytes do not depend on the batch, and
-// every inner step asks for the same: so one inner step of one task stands for all.
-//   count PROGRAM_FILE support=5 query=75 tasks=32 steps=1,5 memory=low precision=float32        writes JSON; static.py is its caller
+// Counts what a meta-gradient asks of a GPU, on the emulated CUDA table and by the engine's own plans: launches for all tasks, announced
+// and not run; and the bytes of global memory that the kernels request, of one task that really runs (race build). A task's bytes do not
+// depend on the batch. Layered, every inner step asks for the same, but that the first one's adjoint is fused with the next: two
+// inner steps of one task stand for all. Resident, a task runs whole.
+//   count PROGRAM_FILE support=5 query=75 tasks=32 steps=1,5 precision=float32        writes JSON; workloads.py is its caller
+// With memory "low", and with "stash" where the engine's "auto" takes that.
 #include <fstream>
 #include <iostream>
 #include <iterator>
 #include <map>
+#include <numeric>
 #include <stdexcept>
 
+#include "bindings/plans.h"
 #include "cuda/choose.h"
 #include "cuda/cuda_tables.h"
 #include "cuda_op_runs.h"
@@ -41,7 +45,7 @@ int64_t compulsory_bytes(const Call& call) {
   int64_t bytes = 0;
   for (size_t k = 0; k < role.size(); ++k) {
     if (!call[int(k)]) continue;
-    const bool twice = k < outputs(call.step.op) && in_place(call.step.op);
+    const bool twice = k < op_outputs(call.step.op) && op_in_place(call.step.op);
     bytes += size_of(c, role[k].name) * int64_t(element_bytes<float>(role[k].name)) * (twice ? 2 : 1);
   }
   return bytes;
@@ -117,14 +121,45 @@ OpTable counting(const OpTable& of, std::integer_sequence<int, op...>) {
 }
 
 // What the Schedule of a meta-gradient asks for; with run, its kernels run.
-std::map<std::string, Asked> walk(const Schedule& schedule, const OpTable& of, int64_t tasks, int64_t classes, bool run) {
-  const OpTable counting_table = counting(of, std::make_integer_sequence<int, kOps>());
-  Arguments<float> arguments(schedule, tasks, classes);
+std::map<std::string, Asked> walk(const Plan& plan, int64_t tasks, int64_t classes, bool run) {
+  const OpTable counting_table = counting(*plan.table, std::make_integer_sequence<int, kOps>());
+  Arguments<float> arguments(plan.schedule, tasks, classes);
   Arenas arenas;
   asked.clear();
-  run_layered({counting_table, schedule, plan_workspace(schedule, counting_table), arguments.views, tasks, 1, run ? kRun : kAnnounce},
-              arenas);
+  run_layered({counting_table, plan.schedule, plan.workspace, arguments.views, tasks, 1, run ? kRun : kAnnounce}, arenas);
   return asked;
+}
+
+// The one launch of the resident walk, with the bytes that it asks for where it runs.
+emu::Launched resident(const Plan& plan, int64_t tasks, int64_t classes, bool run) {
+  const ResidentCode& code = plan.resident;
+  Arguments<float> arguments(plan.schedule, tasks, classes);
+  void* const steps = emu::allocate(code.steps.size());
+  std::memcpy(steps, code.steps.data(), code.steps.size());
+  void* const arena = emu::allocate(code.arena_bytes * size_t(tasks));
+  emu::Launched launched;
+  emu::listen([&](const emu::Launched& l) { launched = l; }, run);
+  plan.table->resident->launch(code, steps, arguments.views, arena, tasks, 0);
+  emu::listen({});
+  emu::free(arena);
+  emu::free(steps);
+  return launched;
+}
+
+// Each ends with a barrier.
+int stages_of(const ResidentCode& code) {
+  const auto* steps = reinterpret_cast<const cuda_emulated::ResidentStep*>(code.steps.data());
+  int stages = 0;
+  for (int first = 0; first < code.count; first += steps[first].stage) ++stages;
+  return stages;
+}
+
+// A task's arguments and results, once.
+int64_t argument_bytes(const Schedule& schedule) {
+  int64_t bytes = 0;
+  for (const Slot& slot : schedule.slots)
+    if (slot.arg != Arg::none) bytes += slot.size * int64_t(element_bytes(slot.type, sizeof(float)));
+  return bytes;
 }
 
 // ---------------------------------------------------------------- writing
@@ -152,21 +187,67 @@ void write(std::ostream& out, const std::string& name, const Asked& step, const 
   out << "}}";
 }
 
-// The sum of a result over the tasks, which ends a meta-gradient: as a Step of all tasks.
-Asked tree_reduce(const OpTable& of, int64_t tasks, int64_t size) {
-  auto* x = static_cast<float*>(emu::allocate(size_t(tasks * size) * sizeof(float)));
-  auto* out = static_cast<float*>(emu::allocate(size_t(size) * sizeof(float)));
+void write_resident(std::ostream& out, const Plan& plan, int64_t tasks, int64_t classes) {
+  const ResidentCode& code = plan.resident;
+  constexpr size_t kSm80 = 163 * 1024;
+  const ResidentCode sm_80 = plan.table->resident->encode(plan.schedule, kSm80);
+  out << "{\"declines\": \"" << code.declines << "\", \"declines_sm_80\": \"" << sm_80.declines << "\"";
+  if (code.declines.empty()) {
+    const emu::Launched all = resident(plan, tasks, classes, false), one = resident(plan, 1, classes, true);
+    out << ", \"kernel\": \"" << all.kernel << "\", \"blocks\": " << all.blocks << ", \"threads\": " << all.threads
+        << ", \"shared\": " << all.shared_bytes << ", \"arena\": " << code.arena_bytes << ", \"arena_sm_80\": " << sm_80.arena_bytes
+        << ", \"steps\": " << code.count << ", \"stages\": " << stages_of(code) << ", \"code\": " << code.steps.size()
+        << ", \"compulsory\": " << argument_bytes(plan.schedule) << ", \"bytes\": [" << one.bytes_read << ", " << one.bytes_written << "]";
+  }
+  out << "}";
+}
+
+// ---------------------------------------------------------------- around the walk
+
+// What `launch` launches, as a Step of all tasks.
+template <class Launch>
+Asked around(const std::string& op, int64_t compulsory, const Launch& launch) {
   Asked step;
-  step.op = "tree_reduce";
+  step.op = op;
   step.times = 1;
-  step.compulsory = (tasks + 1) * size * int64_t(sizeof(float));
+  step.compulsory = compulsory;
   emu::listen([&](const emu::Launched& l) { step.launches.push_back(l); });
-  of.tree_reduce(out, x, nullptr, tasks, size, 0);
+  launch();
   emu::listen({});
-  emu::free(x);
-  emu::free(out);
   return step;
 }
+
+struct Buffer {
+  explicit Buffer(int64_t numbers) : data(emu::allocate(size_t(numbers) * sizeof(float))) {}
+  ~Buffer() { emu::free(data); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  void* const data;
+};
+
+// The sum of a result over the tasks, which ends a meta-gradient.
+Asked tree_reduce(const OpTable& of, int64_t tasks, int64_t size) {
+  const Buffer x(tasks * size), out(size);
+  return around("tree_reduce", (tasks + 1) * size * int64_t(sizeof(float)),
+                [&] { of.tree_reduce(out.data, x.data, nullptr, tasks, size, 0); });
+}
+
+// A vector of parameters in another order.
+Asked gather(const OpTable& of, int64_t size) {
+  const Buffer x(size), out(size), places(size);
+  auto* const index = static_cast<int32_t*>(places.data);
+  std::iota(index, index + size, 0);
+  return around("gather", 3 * size * int64_t(sizeof(float)), [&] { of.device->gather(out.data, x.data, index, 1, size, 0); });
+}
+
+// A result, to where the caller gets it.
+Asked copy(const OpTable& of, int64_t size) {
+  const Buffer x(size), out(size);
+  const Device::Piece piece{out.data, x.data, size_t(size) * sizeof(float)};
+  return around("copy out", 2 * size * int64_t(sizeof(float)), [&] { of.device->copy(&piece, 1, 0); });
+}
+
+// ---------------------------------------------------------------- whole meta-gradients
 
 std::string argument(int count, char** words, const std::string& name, const std::string& otherwise) {
   for (int i = 2; i < count; ++i)
@@ -185,37 +266,63 @@ void count(int words, char** word) {
   const auto number = [&](const char* name, const char* otherwise) { return std::stoll(argument(words, word, name, otherwise)); };
   std::ifstream file(word[1]);
   if (!file) throw std::invalid_argument(std::string("cannot read ") + word[1]);
-  const Program net = Program::parse({std::istreambuf_iterator<char>(file), {}});
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
   const OpTable& of = table_of(argument(words, word, "precision", "float32"));
-  const int64_t tasks = number("tasks", "1");
-  Adaptation how;
-  how.support_examples = number("support", "1");
-  how.query_examples = number("query", "1");
-  how.stash = argument(words, word, "memory", "low") == "stash";
-  const auto schedule = [&](const std::string& steps) {
-    how.loop = InnerLoop::parse("steps=" + steps);
-    return meta_gradient_schedule(net, how);
+  const int64_t tasks = number("tasks", "1"), classes = program_of(text)->output_shape().C;
+  Work work;
+  work.kind = Kind::meta_gradient;
+  work.how.support_examples = number("support", "1");
+  work.how.query_examples = number("query", "1");
+  const auto plan = [&](int steps, Memory memory) {
+    work.how.loop = InnerLoop::parse("steps=" + std::to_string(steps));
+    work.memory = memory;
+    return plan_for(text, of, work);
   };
+  std::vector<int> all_steps;
+  std::istringstream list(argument(words, word, "steps", "1"));
+  for (std::string steps; std::getline(list, steps, ',');) all_steps.push_back(std::stoi(steps));
+
   emu::blocks_at_once = cuda_emulated::kBlocksAtOnce;
   emu::only_count_bytes(true);
-  const Schedule one = schedule("1");
-  const std::map<std::string, Asked> of_one_task = walk(one, of, 1, net.output_shape().C, true);
-  int64_t size = 0;
-  for (const Slot& slot : one.slots)
-    if (slot.arg == Arg::grad) size = slot.size;
-  const Asked sum = tree_reduce(of, tasks, size);
-
-  std::istringstream all(argument(words, word, "steps", "1"));
+  const int64_t size = program_of(text)->param_count, outputs = tasks * work.how.query_examples * program_of(text)->output_shape().size();
+  const Asked sum = tree_reduce(of, tasks, size), reorder = gather(of, size), losses = copy(of, tasks), output = copy(of, outputs);
   const char* comma = "[";
-  for (std::string steps; std::getline(all, steps, ','); comma = ",\n") {
-    std::cout << comma << "{\"steps\": " << steps << ", \"parameters\": " << size << ", \"asked\": [";
-    for (const auto& [name, step] : walk(schedule(steps), of, tasks, 2, false)) {
-      if (!of_one_task.count(name)) throw std::logic_error("one inner step never asks for " + name);
-      write(std::cout, name, step, of_one_task.at(name));
+  for (const Memory memory : {Memory::low, Memory::stash}) {
+    std::map<std::string, Asked> of_one_task;
+    for (const int steps : all_steps) {
+      const std::shared_ptr<const Plan> p = plan(steps, memory);
+      const bool automatic = to_string(plan(steps, Memory::automatic)->schedule) == to_string(p->schedule);
+      if (memory == Memory::stash && !automatic) continue;
+      if (of_one_task.empty()) {
+        const int most = *std::max_element(all_steps.begin(), all_steps.end());
+        of_one_task = walk(*plan(std::min(most, 2), memory), 1, classes, true);
+      }
+      std::cout << comma << "{\"steps\": " << steps << ", \"memory\": \"" << (memory == Memory::low ? "low" : "stash")
+                << "\", \"auto\": " << (automatic ? "true" : "false") << ", \"parameters\": " << size << ", \"resident\": ";
+      write_resident(std::cout, *p, tasks, classes);
+      std::cout << ", \"asked\": [";
+      for (const auto& [name, step] : walk(*p, tasks, classes, false)) {
+        if (!of_one_task.count(name)) throw std::logic_error("two inner steps never ask for " + name);
+        write(std::cout, name, step, of_one_task.at(name));
+        std::cout << ",\n ";
+      }
+      write(std::cout, "tree_reduce of " + std::to_string(tasks) + " tasks x " + std::to_string(size), sum, sum);
+      std::cout << "], \"around\": [";
+      for (const char* what : {"theta", "rates", "grad"}) {
+        write(std::cout, std::string("gather ") + what, reorder, reorder);
+        std::cout << ",\n ";
+      }
+      const Asked support_losses = copy(of, tasks * steps);
+      for (const char* what : {"loss", "query losses"}) {
+        write(std::cout, std::string("copy out ") + what, losses, losses);
+        std::cout << ",\n ";
+      }
+      write(std::cout, "copy out output", output, output);
       std::cout << ",\n ";
+      write(std::cout, "copy out support losses", support_losses, support_losses);
+      std::cout << "]}";
+      comma = ",\n";
     }
-    write(std::cout, "tree_reduce of " + std::to_string(tasks) + " tasks x " + std::to_string(size), sum, sum);
-    std::cout << "]}";
   }
   std::cout << "]\n";
 }
@@ -225,7 +332,7 @@ void count(int words, char** word) {
 
 int main(int words, char** word) {
   try {
-    if (words < 2) throw std::invalid_argument("count PROGRAM_FILE [support=] [query=] [tasks=] [steps=] [memory=] [precision=]");
+    if (words < 2) throw std::invalid_argument("count PROGRAM_FILE [support=] [query=] [tasks=] [steps=] [precision=]");
     fastmaml::count(words, word);
     return 0;
   } catch (const std::exception& e) {

@@ -119,28 +119,31 @@ class Report:
     """What ptxas says of one kernel."""
 
     registers: int
-    spill_bytes: int  # stores and loads
+    spill_bytes: int  # stores and loads; of the kernel itself
     stack_bytes: int
     shared_bytes: int  # static
+    called_spill_bytes: int = 0  # of the functions that it calls, all together
+
+    @property
+    def spills(self) -> int:
+        return self.spill_bytes + self.called_spill_bytes
 
 
 def parse_report(log: str) -> dict[str, Report]:
-    """The -Xptxas -v report by kernel. Functions that are not entries are left out."""
+    """The -Xptxas -v report by kernel. Functions that are not entries count with the kernel they come after."""
+    properties = r"properties for (\w+)\s+(?:ptxas\s+\.\s+)?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     result = {}
     for name, body in re.findall(
         r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", log, re.DOTALL
     ):
-        stack = re.search(
-            rf"properties for {name}\s+(?:ptxas\s+\.\s+)?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
-            body,
-        )
+        said = {of: list(map(int, numbers)) for of, *numbers in re.findall(properties, body)}
         used = re.search(r"Used (\d+) registers([^\n]*)", body)
-        if not stack or not used:
+        if name not in said or not used:
             raise ValueError(f"ptxas' report on {name} is not as expected")
         shared = re.search(r"(\d+) bytes smem", used[2])
-        result[name] = Report(
-            int(used[1]), int(stack[2]) + int(stack[3]), int(stack[1]), int(shared[1]) if shared else 0
-        )
+        stack, stores, loads = said.pop(name)
+        called = sum(more_stores + more_loads for _, more_stores, more_loads in said.values())
+        result[name] = Report(int(used[1]), stores + loads, stack, int(shared[1]) if shared else 0, called)
     return result
 
 

@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     compiled = compile_kernels([args.kernel], args.arch, args.include)[args.kernel]
     report = compiled.report
-    print(f"{args.kernel}\n  {args.arch}: {report.registers} registers, {report.spill_bytes} bytes spilled, {report.shared_bytes} bytes "
+    print(f"{args.kernel}\n  {args.arch}: {report.registers} registers, {report.spills} bytes spilled, {report.shared_bytes} bytes "
           "of static shared memory")  # fmt: skip
     if args.threads and args.arch in cubins.ARCHS:
         machine = cubins.ARCHS[args.arch]

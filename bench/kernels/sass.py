@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 _KERNEL = re.compile(r"^\s*\.section\s+\.text\.(\w+),", re.MULTILINE)
 _LABEL = re.compile(r"^(\.L_x_\d+):")
+_FUNCTION = re.compile(r"^\$\w+\$(\w+):")  # that the kernel calls; it lies behind the kernel
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
 MATH = ("ffma", "hmma", "fp64")  # what the loops of products should be made of
@@ -25,6 +26,18 @@ class Code:
 
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    functions: dict[str, int] = field(default_factory=dict)  # where those that it calls begin
+
+    def of_functions(self, name: str) -> Code:
+        """The functions alone whose symbols hold `name`; empty where there are none."""
+        part = Code()
+        starts = sorted(self.functions.values())
+        for first in sorted(at for symbol, at in self.functions.items() if name in symbol):
+            end = next((at for at in starts if at > first), len(self.instructions))
+            shift = len(part.instructions) - first
+            part.labels |= {label: at + shift for label, at in self.labels.items() if first <= at < end}
+            part.instructions += self.instructions[first:end]
+        return part
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,8 @@ def parse(text: str) -> dict[str, Code]:
         for line in text[match.end() : end].splitlines():
             if label := _LABEL.match(line):
                 code.labels[label[1]] = len(code.instructions)
+            elif function := _FUNCTION.match(line):
+                code.functions[function[1]] = len(code.instructions)
             elif found := _INSTRUCTION.match(line):
                 target = re.search(r"`\((\.L_x_\d+)\)", found[2])
                 code.instructions.append(Instruction(found[1], target[1] if target else ""))
@@ -61,10 +76,11 @@ def loops(code: Code) -> list[Loop]:
 
 
 def kind(name: str) -> str:
-    """ffma, hmma, fp64, fp32 (other arithmetic), special, convert, lds/sts/ldg/stg/ldgsts with the width, sync, branch or integer."""
+    """ffma, hmma, fp64, fp32 (other arithmetic), special, convert, sync, branch, integer, or with its width an access of memory: lds, sts,
+    ldg, stg, ldgsts, and ld and st, which may be of any memory."""
     base, *modifiers = name.split(".")
     width = next((m for m in modifiers if m in ("64", "128")), "32")
-    if base in ("LDS", "STS", "LDG", "STG", "LDGSTS", "LDSM", "LDL", "STL"):
+    if base in ("LD", "ST", "LDS", "STS", "LDG", "STG", "LDGSTS", "LDSM", "LDL", "STL"):
         return f"{base.lower()}.{width}"
     if base == "FFMA":
         return "ffma"
@@ -111,10 +127,11 @@ class Mix:
         return ", ".join(f"{n} {name}" for name, n in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def hot_loop(code: Code) -> Mix:
+def hot_loop(code: Code, shortest: bool = False) -> Mix:
     """The loop with the most multiply-adds of its own, and where there are none that with the most memory accesses.
 
-    A loop inside it belongs to a way that is not the fast one (element-wise copies) or to its edge.
+    A loop inside it belongs to a way that is not the fast one (element-wise copies) or to its edge. Of several ways to compute the
+    same, `shortest` is the fast one: that with the fewest instructions.
     """
     found = loops(code)
 
@@ -125,11 +142,16 @@ def hot_loop(code: Code) -> Mix:
         return Counter(kind(instruction.name) for instruction in body), len(inner)
 
     def worth(counts: Counter[str]) -> tuple[int, int]:
-        return sum(counts[name] for name in MATH), sum(n for name, n in counts.items() if name[:2] in ("ld", "st"))
+        memory = sum(n for name, n in counts.items() if name[:2] in ("ld", "st"))
+        return sum(counts[name] for name in MATH), memory
+
+    def rank(counts: Counter[str]) -> tuple[int, int]:
+        math, memory = worth(counts)
+        return math, -counts.total() if shortest else memory
 
     candidates = [own(loop) for loop in found]
     candidates = [(counts, inner) for counts, inner in candidates if any(worth(counts))]
     if not candidates:
         return Mix(dict(Counter(kind(i.name) for i in code.instructions if i.name != "NOP")), False, len(found))
-    counts, inner = max(candidates, key=lambda candidate: worth(candidate[0]))
+    counts, inner = max(candidates, key=lambda candidate: rank(candidate[0]))
     return Mix(dict(counts), True, inner)

@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench.kernels import cubins, sass, workloads
 from bench.kernels.cubins import ARCHS, Missing
-from bench.kernels.workloads import FLOPS, LAUNCH_S, Workload
+from bench.kernels.workloads import FLOPS, LAUNCH_S, MULTIPROCESSORS, Resident, Workload
 from bench.measure import RESULTS, facts, write_json
 from tests import kernel_launches
 
@@ -22,18 +23,19 @@ what it does
   Compiles the kernels by nvcc for sm_80 and sm_90 (sources that did not change are kept), reads ptxas' report and the
   disassembly, and counts whole meta-gradients on the emulator: launches for all tasks, and the bytes of global memory
   that one inner step of one task requests, each kernel executed. The tables go to bench/results/cuda_static.{md,json};
-  with --note "what was done" a line of the history is added. Nothing here was timed on a GPU.
+  with --note "what was done" an entry of the history is added. Nothing here was timed on a GPU.
 
 what the columns mean
   regs        registers a thread; spills are named if there are any
   shared      bytes of shared memory a block, static and dynamic (the most that a test or a workload asked for)
   occupancy   warps of a multiprocessor of 64, and what allows no more
   inner loop  the loop with the most multiply-adds, without loops inside it: all instructions, and the share of FFMA and
-              HMMA (and of fp64) among them
+              HMMA (and of fp64) among them; of the resident walk, that of its products
   requested   bytes that the kernels ask of global memory; caches answer many. Less than compulsory: a ReLU does not
               need all operands
   compulsory  every operand of a launch once
-  roofline    the longer of compulsory bytes at 3.35 TB/s and products at 67 TFLOP/s (TF32: 495), launch after launch
+  roofline    the longer of compulsory bytes at 3.35 TB/s and products at 67 TFLOP/s (TF32: 495), launch after launch; a
+              resident walk has the arithmetic of its blocks' multiprocessors alone
 """
 
 
@@ -82,10 +84,11 @@ def kernel_rows(
                 )
                 shared = report.shared_bytes + size.shared_bytes
                 fits = cubins.occupancy(machine, size.threads, report.registers, shared)
-                mix = sass.hot_loop(codes[symbol])
+                products = codes[symbol].of_functions("product_step")  # the resident walk has loops of all ops
+                mix = sass.hot_loop(products, shortest=True) if products.instructions else sass.hot_loop(codes[symbol])
                 row[arch] = {
                     "registers": report.registers,
-                    "spill_bytes": report.spill_bytes,
+                    "spill_bytes": report.spills,
                     "stack_bytes": report.stack_bytes,
                     "warps": fits.warps,
                     "occupancy": fits.share(machine),
@@ -138,7 +141,7 @@ def loop_text(of_arch: Mapping[str, Any]) -> str:
 
 def workload_table(all_of_them: Sequence[Workload]) -> list[str]:
     head = [
-        "meta-gradient", "tasks", "K", "walk", "launches", "launching", "GFLOP", "MB requested", "MB compulsory", "ratio",
+        "meta-gradient", "tasks", "K", "memory", "walk", "launches", "launching", "GFLOP", "MB requested", "MB compulsory", "ratio",
         "roofline", "with requested bytes",
     ]  # fmt: skip
     lines = [_line(head), _line(["---"] * len(head))]
@@ -149,12 +152,13 @@ def workload_table(all_of_them: Sequence[Workload]) -> list[str]:
                     f"{w.case.network}, {w.case.support} + {w.case.query} examples",
                     str(w.case.tasks),
                     str(w.inner_steps),
+                    memory_text(w),
                     w.walk + ("" if w.precision == "float32" else f", {w.precision}"),
                     str(w.launches),
-                    _time(w.launches * LAUNCH_S),
+                    _time(w.launching),
                     f"{w.flops / 1e9:.3g}",
-                    f"{w.requested / 1e6:,.1f}",
-                    f"{w.compulsory / 1e6:,.1f}",
+                    _megabytes(w.requested),
+                    _megabytes(w.compulsory),
                     f"{w.requested / w.compulsory:.2f}",
                     _time(w.seconds()),
                     _time(w.seconds(requested=True)),
@@ -162,6 +166,50 @@ def workload_table(all_of_them: Sequence[Workload]) -> list[str]:
             )
         )
     return lines
+
+
+def memory_text(w: Workload) -> str:
+    return w.memory + (", by auto" if w.auto else "")
+
+
+def walks_table(all_of_them: Sequence[Workload]) -> list[str]:
+    """Each meta-gradient by both walks, or why there is but one."""
+    head = [
+        "meta-gradient", "tasks", "K", "memory", "launches", "MB requested", "launching and roofline", "of the H100's arithmetic",
+        "the resident walk",
+    ]  # fmt: skip
+    lines = [_line(head), _line(["---"] * len(head))]
+    residents = {_same_work(w): w for w in all_of_them if w.resident}
+    for w in (w for w in all_of_them if not w.resident):
+        other = residents.get(_same_work(w))
+        both = [w, other] if other else [w]
+        lines.append(
+            _line(
+                [
+                    w.case.network,
+                    str(w.case.tasks),
+                    str(w.inner_steps),
+                    memory_text(w),
+                    " / ".join(str(one.launches) for one in both),
+                    " / ".join(_megabytes(one.requested) for one in both),
+                    " / ".join(_time(one.launching + one.seconds()) for one in both),
+                    "100 %"
+                    + (f" / {100 * other.resident.share(w.case.tasks):.0f} %" if other and other.resident else ""),
+                    resident_text(other.resident) if other and other.resident else f"declines: {w.declines}",
+                ]
+            )
+        )
+    return lines
+
+
+def resident_text(r: Resident) -> str:
+    arena = f"and {r.arena:,} bytes of device memory" if r.arena else "and no device memory"
+    sm_80 = f" (sm_80: {r.arena_sm_80:,})" if r.arena_sm_80 != r.arena else ""
+    return f"{r.threads} threads, {r.shared:,} bytes of shared {arena}{sm_80}; {r.steps} Steps in {r.stages} stages"
+
+
+def _same_work(w: Workload) -> tuple[str, int, str, str]:
+    return w.case.name, w.inner_steps, w.precision, w.memory
 
 
 def step_table(w: Workload, most: int) -> list[str]:
@@ -189,6 +237,10 @@ def step_table(w: Workload, most: int) -> list[str]:
 
 def _time(seconds: float) -> str:
     return f"{1e6 * seconds:,.1f} us" if seconds < 1e-3 else f"{1e3 * seconds:,.2f} ms"
+
+
+def _megabytes(number: float) -> str:
+    return f"{number / 1e6:,.1f}"
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -230,7 +282,10 @@ def snapshot(
 
 
 def key_of(w: Workload) -> str:
-    return f"{w.case.network}, K = {w.inner_steps}" + ("" if w.precision == "float32" else f", {w.precision}")
+    words = [w.precision] if w.precision != "float32" else []
+    words += [w.memory] if w.memory != "low" else []
+    words += [w.walk] if w.walk != "layered" else []
+    return ", ".join([f"{w.case.network}, K = {w.inner_steps}", *words])
 
 
 def history_text(entries: Sequence[Mapping[str, Any]], most: int = 24) -> list[str]:
@@ -252,7 +307,8 @@ def history_text(entries: Sequence[Mapping[str, Any]], most: int = 24) -> list[s
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], most: int) -> list[list[str]]:
     rows = []
     for name, now in after["workloads"].items():
-        was = before["workloads"].get(name)
+        # A resident walk is first of all one instead of a layered walk.
+        was = before["workloads"].get(name) or before["workloads"].get(name.removesuffix(", resident"))
         if was and (was["launches"], was["requested"]) != (now["launches"], now["requested"]):
             rows.append([name, workload_text(was), workload_text(now)])
     kernels = []
@@ -306,18 +362,26 @@ def page(
         "",
         "## Whole meta-gradients",
         "",
-        'All tasks, exact second order, `memory="low"`. Launches are announced by the real launchers for all tasks; bytes are counted by '
-        "executing one inner step and the query pass of one task on the emulator, and multiplied by tasks and steps, which is exact. "
+        "All tasks, exact second order, by the plans that the engine makes; `by auto` marks the memory that it takes by itself. "
+        "Launches are announced by the real launchers for all tasks; bytes are counted by executing on the emulator, of one task, two "
+        "inner steps and the query pass (resident: the whole Schedule), and multiplied by tasks and steps, which is exact. "
         f"`launching` assumes {1e6 * LAUNCH_S:g} us a launch outside of a CUDA graph. Roofline: H100 SXM, 3.35 TB/s and 67 TFLOP/s; "
-        "the products alone count as arithmetic.",
+        "the products alone count as arithmetic. " + around_text(all_of_them),
         "",
         *workload_table(all_of_them),
         "",
-        "Rows of the walk `resident` will have one launch and the arena in shared memory.",
+        "### Resident against layered",
+        "",
+        "Layered / resident, or why that declines. A resident task is one block on one multiprocessor, so its roofline takes "
+        f"tasks / {MULTIPROCESSORS} of an H100's arithmetic, and knows nothing of latencies: each stage ends with a barrier, and a product "
+        "of ten rows does not fill a block. Its bytes are the encoded Steps, results, and arguments: phi[0] = theta is one, and every "
+        "tile of a product asks for it again, which is the L1's work.",
+        "",
+        *walks_table(all_of_them),
         "",
     ]
     for w in all_of_them:
-        if w.inner_steps == 1:
+        if w.inner_steps == 1 and w.walk == "layered" and w.auto:
             lines += [f"### {key_of(w)}: the Steps that matter", "", *step_table(w, 14), ""]
     lines += [
         "## Kernels of float32",
@@ -337,8 +401,19 @@ def page(
     return "\n".join(lines)
 
 
+def around_text(all_of_them: Sequence[Workload]) -> str:
+    if not all_of_them:
+        return ""
+    of_call = {len(w.around) for w in all_of_them}
+    most = max(sum(a.bytes for a in w.around) for w in all_of_them)
+    return (
+        f"A call adds, by either walk, {' or '.join(map(str, sorted(of_call)))} launches that are not counted here, with at most "
+        f"{most / 1e6:.1f} MB: gathers of parameters, rates and gradient into another order, and copies of results."
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, read, count, write. 2 with one sentence where a tool is missing, 1 if a float32 kernel spills."""
+    """Compile, read, count, write. 2 with one sentence where a tool is missing, 1 if a float32 kernel of the layered walk spills."""
     args = _parser().parse_args(argv)
     try:
         return run(args)
@@ -357,7 +432,9 @@ def run(args: argparse.Namespace) -> int:
     sizes = workloads.largest_launches(kernel_launches.sizes(), counted)
     rows = kernel_rows(kernel_launches.readable_names(), sizes, args.jobs)
     spilled = [
-        row["kernel"] for row in rows if row["type"] == "float32" and max(row[arch]["spill_bytes"] for arch in ARCHS)
+        row["kernel"]
+        for row in rows
+        if row["type"] == "float32" and row["file"] != "resident.cu" and max(row[arch]["spill_bytes"] for arch in ARCHS)
     ]
     for kernel in spilled:
         print(f"registers spill: {kernel}", file=sys.stderr)
@@ -387,12 +464,17 @@ def as_json(w: Workload) -> dict[str, Any]:
         "inner_steps": w.inner_steps,
         "precision": w.precision,
         "walk": w.walk,
+        "memory": w.memory,
+        "memory_by_auto": w.auto,
+        "declines": w.declines,
+        "resident": asdict(w.resident) if w.resident else None,
         "launches": w.launches,
         "flops": w.flops,
         "requested_bytes": w.requested,
         "compulsory_bytes": w.compulsory,
         "roofline_us": 1e6 * w.seconds(),
         "roofline_requested_us": 1e6 * w.seconds(requested=True),
+        "around": [{"name": a.name, "launches": a.launches, "requested_bytes": a.bytes} for a in w.around],
         "steps": [
             {
                 "name": a.name,

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ FLOPS = {
     "tf32x3": 495e12 / 3,
     "bf16x3": 990e12 / 3,
 }  # dense; x3 makes three products of each
+MULTIPROCESSORS, LANES = 132, 128  # LANES: multiply-adds at a time of a multiprocessor
 LAUNCH_S = 2.5e-6  # assumed, of one launch outside of a CUDA graph
 
 SIZES = ("sinusoid", "mlp", "omniglot", "mini")
@@ -60,13 +61,37 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Resident:
+    """What the block of a task takes where it walks a whole Schedule."""
+
+    threads: int
+    shared: int  # bytes, dynamic
+    arena: int  # bytes of device memory, for what shared memory has no room for
+    arena_sm_80: int
+    steps: int
+    stages: int  # of Steps that do not wait for each other; each ends with a barrier
+    code: int  # bytes of encoded Steps, which every block reads
+
+    def share(self, tasks: int) -> float:
+        """Of an H100's arithmetic, what these blocks have: one multiprocessor each, and there a lane a thread."""
+        return min(tasks, MULTIPROCESSORS) / MULTIPROCESSORS * min(self.threads, LANES) / LANES
+
+
+@dataclass(frozen=True)
 class Workload:
     case: Case
     inner_steps: int
     precision: str
-    walk: str  # "layered": one launch or more per Step
+    walk: str  # "layered": one launch or more per Step; "resident": one launch for all
     parameters: int
     asked: tuple[Asked, ...]
+    memory: str = "low"  # or "stash"
+    auto: bool = False  # that is what memory="auto" takes
+    around: tuple[
+        Asked, ...
+    ] = ()  # what the engine launches before and after: gathers of parameters, copies of results
+    resident: Resident | None = None  # of that walk
+    declines: str = ""  # why there is no resident walk
 
     @property
     def launches(self) -> int:
@@ -86,7 +111,13 @@ class Workload:
 
     def seconds(self, requested: bool = False) -> float:
         """Roofline time, launch after launch; what is no product runs on float32 units."""
-        return sum(a.seconds(FLOPS[self.precision], requested) for a in self.asked)
+        share = self.resident.share(self.case.tasks) if self.resident else 1.0
+        return sum(a.seconds(share * FLOPS[self.precision], requested) for a in self.asked)
+
+    @property
+    def launching(self) -> float:
+        """Seconds of the launches, without a CUDA graph."""
+        return self.launches * LAUNCH_S
 
 
 def build_counter() -> Path:
@@ -107,8 +138,9 @@ def program_text(case: Case) -> str:
     return program.text
 
 
-def count(size: str, inner_steps: tuple[int, ...], precision: str = "float32", memory: str = "low") -> list[Workload]:
-    """The meta-gradients of one case of bench.cases, for several numbers of inner steps."""
+def count(size: str, inner_steps: tuple[int, ...], precision: str = "float32") -> list[Workload]:
+    """The meta-gradients of one case of bench.cases, for several numbers of inner steps: with memory "low", and with "stash" where that is
+    what "auto" takes; layered, and resident where that does not decline."""
     case = next(c for name, c in CASES.items() if name.startswith(size))
     file = BUILD / f"{size}.program"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -118,41 +150,72 @@ def count(size: str, inner_steps: tuple[int, ...], precision: str = "float32", m
         "query": case.query,
         "tasks": case.tasks,
         "steps": ",".join(map(str, inner_steps)),
-        "memory": memory,
         "precision": precision,
     }
     command = [str(build_counter()), str(file), *(f"{k}={v}" for k, v in sizes.items())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip())
-    return [parse(case, precision, counted) for counted in json.loads(done.stdout)]
+    result = []
+    for counted in json.loads(done.stdout):
+        layered = parse(case, precision, counted)
+        result.append(layered)
+        if not layered.declines:
+            result.append(parse_resident(layered, counted["resident"]))
+    return result
 
 
 def parse(case: Case, precision: str, counted: Mapping[str, Any]) -> Workload:
-    """One element of count's list. Bytes and arithmetic are of a task there, but those of the sum over tasks."""
-    asked = []
-    for step in counted["asked"]:
-        times = step["times"] * (1 if step["op"] == "tree_reduce" else case.tasks)
-        asked.append(
-            Asked(
-                name=step["name"].strip(),
-                op=step["op"],
-                launches=step["times"] * len(step["launches"]),
-                asked_launches=tuple(Launch(**launch) for launch in step["launches"]),
-                flops=float(times * step["flops"]),
-                compulsory=float(times * step["compulsory"]),
-                requested={
-                    kernel: float(times * (read + written)) for kernel, (read, written) in step["bytes"].items()
-                },
-            )
-        )
-    return Workload(case, counted["steps"], precision, "layered", counted["parameters"], tuple(asked))
+    """One element of count's list, layered. Bytes and arithmetic are of a task there, but those of the sum over tasks."""
+    return Workload(
+        case,
+        counted["steps"],
+        precision,
+        "layered",
+        counted["parameters"],
+        tuple(_asked(step, 1 if step["op"] == "tree_reduce" else case.tasks) for step in counted["asked"]),
+        memory=counted["memory"],
+        auto=counted["auto"],
+        around=tuple(_asked(step, 1) for step in counted["around"]),
+        declines=counted["resident"]["declines"],
+    )
+
+
+def _asked(step: Mapping[str, Any], tasks: int) -> Asked:
+    times = step["times"] * tasks
+    return Asked(
+        name=step["name"].strip(),
+        op=step["op"],
+        launches=step["times"] * len(step["launches"]),
+        asked_launches=tuple(Launch(**launch) for launch in step["launches"]),
+        flops=float(times * step["flops"]),
+        compulsory=float(times * step["compulsory"]),
+        requested={kernel: float(times * (read + written)) for kernel, (read, written) in step["bytes"].items()},
+    )
+
+
+def parse_resident(layered: Workload, counted: Mapping[str, Any]) -> Workload:
+    """The same Schedule in one launch. Compulsory there: every argument and every result of a task once, and the encoded Steps."""
+    launch = Launch(counted["kernel"], counted["blocks"], counted["threads"], counted["shared"])
+    tasks = layered.case.tasks
+    whole = Asked(
+        name=f"all {counted['steps']} Steps",
+        op="resident",
+        launches=1,
+        asked_launches=(launch,),
+        flops=layered.flops,
+        compulsory=float(tasks * (counted["compulsory"] + counted["code"])),
+        requested={launch.kernel: float(tasks * sum(counted["bytes"]))},
+    )
+    resident = Resident(**{field: counted[field] for field in Resident.__annotations__})
+    sums = tuple(a for a in layered.asked if a.op == "tree_reduce")
+    return replace(layered, walk="resident", asked=(whole, *sums), resident=resident)
 
 
 def largest_launches(sizes: Mapping[str, Launched], all_of_them: Sequence[Workload]) -> dict[str, Launched]:
     """`sizes` with the blocks of these workloads, where they are larger."""
     result = dict(sizes)
-    for launch in (launch for w in all_of_them for asked in w.asked for launch in asked.asked_launches):
+    for launch in (launch for w in all_of_them for asked in (*w.asked, *w.around) for launch in asked.asked_launches):
         one = result.get(launch.kernel, Launched(0, 0, 0))
         result[launch.kernel] = one._replace(
             threads=max(one.threads, launch.threads), shared_bytes=max(one.shared_bytes, launch.shared)

@@ -33,7 +33,7 @@ ptxas info    : Used 10 registers, used 0 barriers, 544 bytes cmem[0]
 
 def test_report_of_ptxas():
     assert cubins.parse_report(REPORT) == {
-        "_Z3sumIfEvPT_": cubins.Report(registers=80, spill_bytes=92, stack_bytes=16, shared_bytes=16384),
+        "_Z3sumIfEvPT_": cubins.Report(80, spill_bytes=92, stack_bytes=16, shared_bytes=16384, called_spill_bytes=16),
         "_Z4copyIfEvPT_": cubins.Report(registers=10, spill_bytes=0, stack_bytes=0, shared_bytes=0),
     }
 
@@ -110,11 +110,36 @@ def test_kernel_without_a_loop_is_counted_as_a_whole():
     assert not mix.loop and mix.text() == "1 branch, 1 ldg.128, 1 special, 1 stg.64"
 
 
+WITH_FUNCTIONS = """\
+	.section	.text._Z4walkv,"ax",@progbits
+        /*0000*/                   CALL.REL.NOINC `($_Z4walkv$_Z12product_stepv) ;
+.L_x_1:
+        /*0010*/                   FFMA R0, R0, R0, R0 ;
+        /*0020*/                   FFMA R0, R0, R0, R0 ;
+        /*0030*/                   BRA `(.L_x_1) ;
+$_Z4walkv$_Z8map_stepv:
+        /*0040*/                   FADD R0, R0, R0 ;
+$_Z4walkv$_Z12product_stepv:
+        /*0050*/                   LDS.128 R4, [R1] ;
+.L_x_2:
+        /*0060*/                   FFMA R0, R0, R0, R0 ;
+        /*0070*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_functions_that_a_kernel_calls_can_be_read_alone():
+    code = sass.parse(WITH_FUNCTIONS)["_Z4walkv"]
+    assert sass.hot_loop(code).counts == {"ffma": 2, "branch": 1}
+    assert sass.hot_loop(code.of_functions("product_step")).counts == {"ffma": 1, "branch": 1}
+    assert code.of_functions("norm").instructions == []
+
+
 @pytest.mark.parametrize(
     "name, kind",
     [
         ("LDS.U.128", "lds.128"),
         ("LDG.E", "ldg.32"),
+        ("LD.E.128", "ld.128"),  # may be of shared memory
         ("STS.64", "sts.64"),
         ("LDGDEPBAR", "sync"),
         ("DEPBAR.LE", "sync"),
@@ -161,7 +186,14 @@ def test_block_that_does_not_fit(threads, registers, shared):
 CASE = CASES["sinusoid-k1"]  # 25 tasks
 
 
-def counted(requested=600, launches=1):
+DECLINES = {"declines": "it is too large", "declines_sm_80": ""}
+RESIDENT = {
+    "declines": "", "declines_sm_80": "", "kernel": "_Z8residentv", "blocks": 25, "threads": 64, "shared": 4096, "arena": 0,
+    "arena_sm_80": 512, "steps": 30, "stages": 20, "code": 100, "compulsory": 300, "bytes": [800, 200],
+}  # fmt: skip
+
+
+def counts(requested=600, launches=1, resident=DECLINES):
     step = {
         "name": "linear_fwd ", "op": "linear_fwd", "times": 3, "flops": 1_000_000, "compulsory": 500,
         "launches": [{"kernel": "_Z1av", "blocks": 50, "threads": 64, "shared": 1024}] * launches,
@@ -171,7 +203,24 @@ def counted(requested=600, launches=1):
         "name": "tree_reduce", "op": "tree_reduce", "times": 1, "flops": 0, "compulsory": 335_000,
         "launches": [{"kernel": "_Z4treev", "blocks": 2, "threads": 256, "shared": 0}], "bytes": {"_Z4treev": [400_000, 35_000]},
     }  # fmt: skip
-    return workloads.parse(CASE, "float32", {"steps": 1, "parameters": 7, "asked": [step, sum_of_tasks]})
+    return {
+        "steps": 1,
+        "memory": "low",
+        "auto": True,
+        "parameters": 7,
+        "asked": [step, sum_of_tasks],
+        "around": [],
+        "resident": resident,
+    }
+
+
+def counted(requested=600, launches=1):
+    return workloads.parse(CASE, "float32", counts(requested, launches))
+
+
+def both_walks():
+    layered = workloads.parse(CASE, "float32", counts(resident=RESIDENT))
+    return [layered, workloads.parse_resident(layered, RESIDENT)]
 
 
 def test_a_tasks_counts_are_multiplied_by_steps_and_tasks_and_the_sum_over_tasks_is_not():
@@ -186,6 +235,29 @@ def test_roofline_adds_up_the_longer_of_memory_and_arithmetic():
     w = counted()
     assert w.seconds() == pytest.approx(75e6 / 67e12 + 335_000 / 3.35e12)
     assert w.seconds(requested=True) == pytest.approx(75e6 / 67e12 + 435_000 / 3.35e12)
+
+
+def test_a_resident_walk_is_one_launch_and_the_sum_over_tasks():
+    layered, resident = both_walks()
+    assert (layered.launches, resident.launches) == (4, 2)
+    assert resident.flops == layered.flops
+    assert resident.requested == 25 * (800 + 200) + 435_000
+    assert resident.compulsory == 25 * (300 + 100) + 335_000  # the encoded Steps are read, too
+
+
+def test_a_resident_walk_has_the_arithmetic_of_a_multiprocessor_a_task_and_a_lane_a_thread():
+    _, resident = both_walks()
+    share = 25 / 132 * 64 / 128
+    assert resident.resident.share(25) == pytest.approx(share)
+    assert resident.resident.share(1000) == pytest.approx(64 / 128)
+    assert resident.seconds() == pytest.approx(75e6 / (67e12 * share) + 335_000 / 3.35e12)
+
+
+def test_the_walks_stand_side_by_side_or_the_sentence_says_why_not():
+    *_, row = static.walks_table(both_walks())
+    assert "| 4 / 2 |" in row and "| 0.5 / 0.5 |" in row and "20 stages" in row and "(sm_80: 512)" in row
+    *_, row = static.walks_table([counted()])
+    assert "| 4 |" in row and "declines: it is too large" in row
 
 
 def test_largest_launches_know_the_tests_and_the_workloads():
@@ -218,6 +290,17 @@ def test_history_shows_what_changed_against_the_last_entry_that_had_it():
     assert "|" not in first
     assert "32 registers" in second and "40 registers" in second and "`same`" not in second
     assert "4 launches, 0.5 MB" in third and "`a`" not in third
+
+
+def test_history_shows_a_first_resident_walk_beside_the_layered_one():
+    described = {"date": "2026-11-25", "commit": "abc"}
+    layered, resident = both_walks()
+    entries = [
+        static.snapshot("layered", [], [layered], described),
+        static.snapshot("resident", [], [resident], described),
+    ]
+    *_, last = [line for line in static.history_text(entries) if line]
+    assert last == "| MLP 1-40-40-1, K = 1, resident | 4 launches, 0.5 MB, 1.2 us | 2 launches, 0.5 MB, 12.0 us |"
 
 
 def test_page_names_spills_and_says_what_it_is():
