@@ -70,4 +70,16 @@ inline std::vector<ProductCase> product_cases() {
   return cases;
 }
 
+// The same with rectifiers on both sides, ReLU and leaky ReLU in turn.
+inline std::vector<ProductCase> rectified(std::vector<ProductCase> cases) {
+  int turn = 0;
+  for (ProductCase& c : cases) {
+    const Rectified y{true, turn % 2 ? 0.2 : 0.0}, x{true, turn % 3 ? 0.0 : 0.3};
+    ++turn;
+    if (auto* s = std::get_if<Linear>(&c.layer)) s->y = y, s->x = x;
+    if (auto* s = std::get_if<Conv2d>(&c.layer)) s->y = y, s->x = x;
+  }
+  return cases;
+}
+
 }  // namespace fastmaml
