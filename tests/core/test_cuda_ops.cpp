@@ -330,8 +330,8 @@ const std::initializer_list<Op>& ops_of(const ProductCase& c) {
 }
 
 void products() {
-  for (const ProductCase& c : product_cases()) check_ops(ops_of(c), c.layer, c.N, c.tasks);
-  for (const ProductCase& c : rectified(product_cases())) check_ops(ops_of(c), c.layer, c.N, c.tasks);
+  for (const auto& cases : {large_product_cases(), small_product_cases(), rectified_cases()})
+    for (const ProductCase& c : cases) check_ops(ops_of(c), c.layer, c.N, c.tasks);
 }
 
 // On tensor cores: operands that keep 10 bits of their mantissa, or 21, or 16. Rounded to TF32, each of two factors is off by 2^-11 of
@@ -348,7 +348,7 @@ void tensor_products() {
                                                  {"bf16x3", Precision::bf16x3, 0x1p-16}}) {
     double largest = 0;
     std::vector<ProductCase> cases = large_product_cases();
-    const std::vector<ProductCase> with_rectifiers = rectified(cases);
+    const std::vector<ProductCase> with_rectifiers = large_rectified_cases();
     cases.insert(cases.end(), with_rectifiers.begin(), with_rectifiers.end());
     for (const ProductCase& sizes : cases)
       for (Op op : ops_of(sizes)) {
