@@ -293,6 +293,37 @@ def norm_pool_act(
     )  # fmt: skip
 
 
+def rectified(name: str, shape, params, lines: Sequence[str], function: Function, **how) -> OpCase:
+    """A rectifier between two layers, which is a part of both where the backend has it (csrc/program/fuse.cpp)."""
+    return OpCase(name, tuple(shape), tuple(lines), function, params=tuple(map(tuple, params)), **how)
+
+
+def linear_rectified_linear(sizes: Sequence[int], act: str = "relu", **how) -> OpCase:
+    a, b, c = sizes
+    slope = " slope=0.1" if act == "leaky_relu" else ""
+    return rectified(
+        f"linear {act} linear {a} {b} {c}",
+        (a,),
+        ((b, a), (b,), (c, b), (c,)),
+        ("linear 0 weight=0 bias=1", f"{act} 1{slope}", "linear 2 weight=2 bias=3"),
+        lambda p, x: POINTWISE[act](x @ p[0].T + p[1]) @ p[2].T + p[3],
+        **how,
+    )
+
+
+def conv_rectified_conv(image, filters: int, act: str = "leaky_relu", stride=(1, 1), **how) -> OpCase:
+    slope = " slope=0.1" if act == "leaky_relu" else ""
+    window = "stride={},{} padding=1,1".format(*stride)
+    return rectified(
+        f"conv2d {act} conv2d F{filters} s{stride[0]}x{stride[1]}",
+        image,
+        ((filters, image[0], 3, 3), (filters,), (5, filters, 3, 3)),
+        (f"conv2d 0 weight=0 bias=1 {window}", f"{act} 1{slope}", f"conv2d 2 weight=2 bias=-1 {window}"),
+        lambda p, x: F.conv2d(POINTWISE[act](F.conv2d(x, p[0], p[1], stride, 1)), p[2], None, stride, 1),
+        **how,
+    )
+
+
 OP_CASES: list[OpCase] = [
     linear(
         1, 40, tasks=9, examples=10
@@ -384,6 +415,50 @@ OP_CASES: list[OpCase] = [
     norm_pool_act((5, 3, 4)),
     norm_pool_act((3, 3, 3), act="leaky_relu", frozen=True, tasks=1),
     norm_pool_act((13,), examples=6),
+    linear_rectified_linear((3, 5, 2)),
+    linear_rectified_linear((1, 33, 1), "leaky_relu", examples=5, tasks=1),
+    linear_rectified_linear((33, 65, 3), examples=5),
+    linear_rectified_linear((5, 1, 2), "leaky_relu", examples=1),
+    conv_rectified_conv((2, 5, 3), 3),
+    conv_rectified_conv((1, 5, 5), 33, "relu", stride=(2, 1), tasks=1),
+    conv_rectified_conv((3, 1, 2), 1, examples=1),
+    rectified(
+        "conv2d relu flatten linear",
+        (2, 5, 3),
+        ((3, 2, 3, 3), (3,), (5, 45), (5,)),
+        ("conv2d 0 weight=0 bias=1 stride=1,1 padding=1,1", "relu 1", "flatten 2", "linear 3 weight=2 bias=3"),
+        lambda p, x: F.relu(F.conv2d(x, p[0], p[1], padding=1)).flatten(1) @ p[2].T + p[3],
+    ),
+    rectified(
+        "group_norm relu conv2d",
+        (6, 3, 5),
+        ((6,), (6,), (3, 6, 1, 2)),
+        (
+            "group_norm 0 weight=0 bias=1 eps=1e-3 groups=3",
+            "relu 1",
+            "conv2d 2 weight=2 bias=-1 stride=1,1 padding=0,0",
+        ),
+        lambda p, x: F.conv2d(F.relu(F.group_norm(x, 3, p[0], p[1], 1e-3)), p[2]),
+        gains=(0,),
+    ),
+    rectified(  # the norm itself masks: the sum reads y twice
+        "group_norm leaky_relu added to itself",
+        (5, 3, 2),
+        ((5,), (5,)),
+        ("group_norm 0 weight=0 bias=1 eps=1e-3 groups=1", "leaky_relu 1 slope=0.1", "add 2,2"),
+        lambda p, x: 2 * F.leaky_relu(F.group_norm(x, 1, p[0], p[1], 1e-3), 0.1),
+        gains=(0,),
+        tasks=1,
+    ),
+    rectified(
+        "layer_norm relu linear",
+        (33,),
+        ((33,), (33,), (3, 33), (3,)),
+        ("layer_norm 0 weight=0 bias=1 eps=1e-3 dims=1", "relu 1", "linear 2 weight=2 bias=3"),
+        lambda p, x: F.relu(F.layer_norm(x, (33,), p[0], p[1], 1e-3)) @ p[2].T + p[3],
+        gains=(0,),
+        examples=5,
+    ),
     OpCase("flatten", (3, 4, 5), ("flatten 0",), lambda p, x: x.flatten(1)),
     OpCase("flatten", (9, 2, 2), ("flatten 0",), lambda p, x: x.flatten(1), examples=1, tasks=9),
     OpCase("add to itself", (3, 4, 5), ("add 0,0",), lambda p, x: x + x),

@@ -95,7 +95,7 @@ Plan make_plan(const std::string& text, const OpTable& table, Work work) {
   write();
   if (table.resident) plan.resident = table.resident->encode(plan.schedule, table.resident->fast_bytes());
   if (!table.resident || !plan.resident.declines.empty()) {  // fused layers spare memory traffic, which a resident walk has none of
-    plan.program = std::make_shared<const Program>(fuse(*plan.program, supports));
+    plan.program = std::make_shared<const Program>(fuse(*plan.program, {supports, table.rectifies}));
     write();
   }
   const bool all_at_once = plan.program->loss.kind == Loss::Kind::caller;

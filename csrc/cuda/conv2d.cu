@@ -47,7 +47,7 @@ template <class T, Precision precision, int op>
 void run(const Call& call) {
   const Conv2d& s = call.shape<Conv2d>();
   if (!is_linear(s)) return product_ops<T, ConvProducts<precision>>[op](call);
-  const Layer layer = Linear{s.C, s.F};
+  const Layer layer = Linear{s.C, s.F, s.y, s.x};
   Step step = call.step;
   step.examples *= s.H * s.W;
   linear_table<T, precision>().run[static_cast<int>(Op::linear_fwd) + op](

@@ -11,6 +11,7 @@ OpTable make_table(const char* backend) {
   table.backend = backend;
   table.real_bytes = sizeof(T);
   table.device = device<T>();
+  table.rectifies = true;
   add_vector_ops<T>(table);
   add_linear_ops<T>(table);
   add_conv2d_ops<T>(table);

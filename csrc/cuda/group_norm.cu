@@ -25,6 +25,11 @@ size_t scratch_bytes(const Step& step, const Layer& layer) {
   return column_scratch_bytes<T>(z.rows, z.s.channels);
 }
 
+template <class T>
+Mask<T> mask(const Call& call, int y) {
+  return {operand<const T>(call, y), {T(rectified_output(call.layer).slope)}};
+}
+
 // May every pixel of a group be accessed in chunks, in all these operands?
 template <class T>
 bool all_wide(const Call& call, int64_t length, std::initializer_list<int> operands) {
@@ -44,25 +49,30 @@ void launch_groups(const Call& call, const F& f, std::initializer_list<int> oper
 template <class T>
 void run_fwd(const Call& call) {
   const auto in = [&](int i) { return operand<const T>(call, i); };
-  launch_groups<T>(call, GroupNormFwd<T>{operand<T>(call, 0), operand<T>(call, 1), in(2), in(3), in(4), Sizes(call).s.eps}, {0, 2});
+  const GroupNorm& s = Sizes(call).s;
+  const GroupNormFwd<T> f{operand<T>(call, 0), operand<T>(call, 1), in(2), in(3), in(4), s.eps, s.y.on, {T(s.y.slope)}};
+  launch_groups<T>(call, f, {0, 2});
 }
 
 template <class T>
 void run_fwd_jvp(const Call& call) {
   const auto in = [&](int i) { return operand<const T>(call, i); };
-  launch_groups<T>(call, GroupNormFwdJvp<T>{operand<T>(call, 0), operand<T>(call, 1), in(2), in(3), in(4), in(5), in(6), in(7)}, {0, 2, 3});
+  const GroupNormFwdJvp<T> f{operand<T>(call, 0), operand<T>(call, 1), in(2), in(3), in(4), in(5), in(6), in(7), mask<T>(call, 8)};
+  launch_groups<T>(call, f, {0, 2, 3, 8});
 }
 
 template <class T>
 void run_bwd(const Call& call) {
   const Sizes z(call);
   const auto in = [&](int i) { return operand<const T>(call, i); };
-  if (call[0]) launch_groups<T>(call, GroupNormBwdData<T>{operand<T>(call, 0), in(3), in(4), in(5), in(6)}, {0, 3, 4});
+  if (call[0]) launch_groups<T>(call, GroupNormBwdData<T>{operand<T>(call, 0), in(3), in(4), in(5), in(6), mask<T>(call, 7)}, {0, 3, 4, 7});
   const auto f = [&](int64_t first) {
-    return GroupNormBwdWeight<T>{from_task(in(3), first), from_task(in(4), first), from_task(in(5), first), z.groups<T>()};
+    Mask<T> by = mask<T>(call, 7);
+    by.y = from_task(by.y, first);
+    return GroupNormBwdWeight<T>{from_task(in(3), first), from_task(in(4), first), from_task(in(5), first), z.groups<T>(), by};
   };
   launch_column_sums<T>(call, f, operand<T>(call, 1), operand<T>(call, 2), 1.0, z.rows, z.s.channels,
-                        all_wide<T>(call, z.s.channels, {3, 4}));
+                        all_wide<T>(call, z.s.channels, {3, 4, 7}));
 }
 
 template <class T>
@@ -70,15 +80,17 @@ void run_bwd_jvp(const Call& call) {
   const Sizes z(call);
   const auto in = [&](int i) { return operand<const T>(call, i); };
   if (call[0]) {
-    const GroupNormBwdDataJvp<T> data{operand<T>(call, 0), in(3), in(4), in(5), in(6), in(7), in(8), in(9), in(10)};
-    launch_groups<T>(call, data, {0, 3, 4, 5, 6});
+    const GroupNormBwdDataJvp<T> data{operand<T>(call, 0), in(3), in(4), in(5), in(6), in(7), in(8), in(9), in(10), mask<T>(call, 11)};
+    launch_groups<T>(call, data, {0, 3, 4, 5, 6, 11});
   }
   const auto f = [&](int64_t first) {
     const auto from = [&](int i) { return from_task(in(i), first); };
-    return GroupNormBwdWeightJvp<T>{from(3), from(4), from(5), from(6), from(7), from(8), z.groups<T>()};
+    Mask<T> by = mask<T>(call, 11);
+    by.y = from_task(by.y, first);
+    return GroupNormBwdWeightJvp<T>{from(3), from(4), from(5), from(6), from(7), from(8), z.groups<T>(), by};
   };
   launch_column_sums<T>(call, f, operand<T>(call, 1), operand<T>(call, 2), 1.0, z.rows, z.s.channels,
-                        all_wide<T>(call, z.s.channels, {3, 4, 5, 6}));
+                        all_wide<T>(call, z.s.channels, {3, 4, 5, 6, 11}));
 }
 
 }  // namespace

@@ -45,13 +45,21 @@ void launch_product(TileSize tile, const Form& form, const Product<T>& p, int64_
   }
 }
 
+// How the products of a layer are rectified, by `mask` or by what they make.
+template <class T>
+void rectify(Product<T>& p, const Rectified& how, PerTask<const T> mask = {}) {
+  p.rectified = true;
+  p.act = {T(how.slope)};
+  p.mask = mask;
+}
+
 // y = x w + b
 template <class T, class Family, bool dual>
 void forward(const Call& call, Product<T> p) {
   const Family layer(call);
   p.wide_a = wide(p.a[0], layer.in) && wide(p.a[1], layer.in);
   p.wide_b = wide(p.b[0], layer.out) && wide(p.b[1], layer.out);
-  p.wide_out = wide(p.out[0], layer.out) && wide(p.out[1], layer.out);
+  p.wide_out = wide(p.out[0], layer.out) && wide(p.out[1], layer.out) && wide(p.mask, layer.out);
   const ProductSize size = layer.forward_size();
   launch_product<Family, dual, false>(choose_tile(size), layer.forward(), p, size.cols, call.tasks, call.stream);
 }
@@ -63,6 +71,7 @@ void fwd(const Call& call) {
   p.a[0] = operand<const T>(call, 1);
   p.b[0] = operand<const T>(call, 2);
   p.bias[0] = operand<const T>(call, 3);
+  if (const Rectified y = rectified_output(call.layer); y.on) rectify(p, y);
   forward<T, Family, false>(call, p);
 }
 
@@ -78,13 +87,16 @@ void fwd_jvp(const Call& call) {
     p.a[1] = operand<const T>(call, 2);
     p.b[1] = operand<const T>(call, 3);
   }
+  if (call[6]) rectify(p, rectified_output(call.layer), operand<const T>(call, 6));
   forward<T, Family, false>(call, p);
 }
 
 template <class T, class Family>
 void fwd_dual(const Call& call) {
+  const Rectified y = rectified_output(call.layer);
   if (!call[3]) {  // the first layer: two products that share x alone
-    const View primal[] = {call[0], call[2], call[4], call[6]}, tangent[] = {call[1], call[2], {}, call[4], call[5], call[7]};
+    const View primal[] = {call[0], call[2], call[4], call[6]};
+    const View tangent[] = {call[1], call[2], {}, call[4], call[5], call[7], y.on ? call[0] : View{}};
     fwd<T, Family>({call.step, call.layer, primal, call.tasks, call.scratch, call.stream});
     fwd_jvp<T, Family>({call.step, call.layer, tangent, call.tasks, call.scratch, call.stream});
     return;
@@ -96,16 +108,18 @@ void fwd_dual(const Call& call) {
     p.b[i] = operand<const T>(call, 4 + i);
     p.bias[i] = operand<const T>(call, 6 + i);
   }
+  if (y.on) rectify(p, y);
   forward<T, Family, true>(call, p);
 }
 
-// dx = dy w^T
+// dx = dy w^T, behind the rectifier that x comes out of where there is one: then `x` is that operand's number
 template <class T, class Family, bool dual>
-void backward_data(const Call& call, Product<T> p) {
+void backward_data(const Call& call, Product<T> p, int x) {
   const Family layer(call);
+  if (call[x]) rectify(p, rectified_input(call.layer), operand<const T>(call, x));
   p.wide_a = wide(p.a[0], layer.out) && wide(p.a[1], layer.out);
   p.wide_b = wide(p.b[0], layer.out) && wide(p.b[1], layer.out);
-  p.wide_out = wide(p.out[0], layer.in) && wide(p.out[1], layer.in);
+  p.wide_out = wide(p.out[0], layer.in) && wide(p.out[1], layer.in) && wide(p.mask, layer.in);
   const ProductSize size = layer.backward_data_size();
   launch_product<Family, dual, false>(choose_tile(size), layer.backward_data(), p, size.cols, call.tasks, call.stream);
 }
@@ -116,7 +130,7 @@ void bwd_data(const Call& call) {
   p.out[0] = operand<T>(call, 0);
   p.a[0] = operand<const T>(call, 1);
   p.b[0] = operand<const T>(call, 2);
-  backward_data<T, Family, false>(call, p);
+  backward_data<T, Family, false>(call, p, 3);
 }
 
 template <class T, class Family>
@@ -128,7 +142,7 @@ void bwd_data_jvp(const Call& call) {
   p.b[0] = operand<const T>(call, 4);
   p.a[1] = operand<const T>(call, 2);
   p.b[1] = operand<const T>(call, 3);
-  backward_data<T, Family, false>(call, p);
+  backward_data<T, Family, false>(call, p, 5);
 }
 
 template <class T, class Family>
@@ -139,7 +153,7 @@ void bwd_data_dual(const Call& call) {
     p.a[i] = operand<const T>(call, 2 + i);
     p.b[i] = operand<const T>(call, 4 + i);
   }
-  backward_data<T, Family, true>(call, p);
+  backward_data<T, Family, true>(call, p, 6);
 }
 
 // How dw = x^T dy is cut, and what that takes of the scratch.

@@ -311,6 +311,9 @@ std::optional<std::string> unfit(const Schedule& schedule, size_t real_bytes) {
   for (const Step& step : schedule.steps) {
     if (is_callers(step.op)) return "the loss is the caller's, and all tasks meet at it";
     if (!has_resident(step.op)) return std::string("the resident walk has no ") + op_name(step.op);
+    const Layer& layer = schedule.layers[size_t(step.layer)];
+    if (rectified_output(layer).on || rectified_input(layer).on)
+      return std::string("the resident walk has no rectifier in ") + op_name(step.op);
   }
   for (const Slot& slot : schedule.slots)
     if (slot.size > std::numeric_limits<int32_t>::max() / int64_t(real_bytes)) return "an array of a task is larger than 2 GB";

@@ -103,6 +103,7 @@ struct OpTable {
   const char* backend = "";
   size_t real_bytes = 4;                   // 4: float, 8: double
   bool lane_layout = false;                // understands Views with lanes > 1
+  bool rectifies = false;                  // its linear, conv2d and group_norm heed layers.h's Rectified
   const Device* device = nullptr;          // null: the host, where a task alone is the fast way; else all tasks at once
   OpFn run[kOps] = {};                     // null: this backend lacks the op
   ScratchFn scratch[kOps] = {};            // null: no scratch

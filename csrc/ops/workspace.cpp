@@ -73,8 +73,11 @@ Workspace plan_workspace(const Schedule& schedule, const OpTable& table) {
   for (const Step& step : schedule.steps) {
     if (!is_callers(step.op) && !table.supports(step.op))
       throw std::invalid_argument(std::string("backend ") + table.backend + " has no op " + op_name(step.op));
+    const Layer& layer = schedule.layers[size_t(step.layer)];
+    if (!table.rectifies && (rectified_output(layer).on || rectified_input(layer).on))
+      throw std::invalid_argument(std::string("backend ") + table.backend + " takes no rectifier into " + op_name(step.op));
     if (ScratchFn scratch = table.scratch[static_cast<int>(step.op)])
-      plan.scratch_bytes = std::max(plan.scratch_bytes, round_up(scratch(step, schedule.layers[step.layer])));
+      plan.scratch_bytes = std::max(plan.scratch_bytes, round_up(scratch(step, layer)));
   }
   std::vector<Life> lives = lives_of(schedule, table.real_bytes);
   largest_first(lives);

@@ -34,12 +34,28 @@ bool taps_fit(const Pool2d& pool) { return pool.KH * pool.KW <= int64_t(std::num
 // With a negative slope the sign of y would not be that of the activation's argument, and the largest pixel not make the largest y.
 bool rectifies(const Pointwise& f) { return f.kind == Pointwise::Kind::relu || (f.kind == Pointwise::Kind::leaky_relu && f.slope > 0); }
 
+double slope_of(const Pointwise& f) { return f.kind == Pointwise::Kind::relu ? 0.0 : f.slope; }
+
 Pool2d no_pool(const Shape& x) { return {x.C, x.H, x.W, x.H, x.W, 1, 1, 1, 1, 0, 0, true}; }
 
-}  // namespace
+// The network of the nodes that are not absorbed, of as many as there were.
+Program without(const Program& net, std::vector<Node> nodes, const std::vector<bool>& absorbed) {
+  Program out = net;
+  out.nodes.clear();
+  out.values = {net.values[0]};
+  std::vector<int> now(net.values.size(), 0);  // where the values that are left have gone
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (absorbed[i]) continue;
+    for (int& v : nodes[i].inputs) v = now[v];
+    now[i + 1] = int(out.values.size());
+    out.nodes.push_back(nodes[i]);
+    out.values.push_back(net.values[i + 1]);
+  }
+  out.output = now[net.output];
+  return out;
+}
 
-Program fuse(const Program& net, const std::function<bool(Op)>& supports) {
-  if (!std::all_of(std::begin(kNormPoolActOps), std::end(kNormPoolActOps), supports)) return net;
+Program join_norm_pool_act(const Program& net) {
   const std::vector<int> reader = only_readers(net);
   std::vector<Node> nodes = net.nodes;  // by the value they make, less one; what is absorbed is marked below
   std::vector<bool> absorbed(nodes.size(), false);
@@ -55,24 +71,57 @@ Program fuse(const Program& net, const std::function<bool(Op)>& supports) {
     fused.kind = NodeKind::norm_pool_act;
     fused.layer = NormPoolAct{std::get<BatchNorm>(nodes[i].layer),
                               pool == kNobody ? no_pool(net.values[nodes[i].inputs[0]]) : std::get<Pool2d>(nodes[pool].layer),
-                              pool != kNobody, f.kind == Pointwise::Kind::relu ? 0.0 : f.slope};
+                              pool != kNobody, slope_of(f)};
     nodes[act] = fused;
     absorbed[i] = true;
     if (pool != kNobody) absorbed[pool] = true;
   }
+  return without(net, std::move(nodes), absorbed);
+}
 
-  Program out = net;
-  out.nodes.clear();
-  out.values = {net.values[0]};
-  std::vector<int> now(net.values.size(), 0);  // where the values that are left have gone
+bool is_product(NodeKind kind) { return kind == NodeKind::linear || kind == NodeKind::conv2d; }
+
+void rectify_output(Layer& layer, Rectified how) {
+  if (auto* s = std::get_if<Linear>(&layer)) s->y = how;
+  if (auto* s = std::get_if<Conv2d>(&layer)) s->y = how;
+  if (auto* s = std::get_if<GroupNorm>(&layer)) s->y = how;
+}
+
+void rectify_input(Layer& layer, Rectified how) {
+  if (auto* s = std::get_if<Linear>(&layer)) s->x = how;
+  if (auto* s = std::get_if<Conv2d>(&layer)) s->x = how;
+}
+
+// A rectifier goes where both its ends are seen to. What is rectified: a linear, conv2d or group_norm layer that nobody else reads. The way
+// back: the one linear or conv2d layer that reads y (flattened or not) masks the gradient that it writes; a group norm can mask what it
+// reads as well, and so does not mind who reads y.
+Program join_rectifiers(const Program& net) {
+  const std::vector<int> reader = only_readers(net);
+  std::vector<Node> nodes = net.nodes;
+  std::vector<bool> absorbed(nodes.size(), false);
   for (size_t i = 0; i < nodes.size(); ++i) {
-    if (absorbed[i]) continue;
-    for (int& v : nodes[i].inputs) v = now[v];
-    now[i + 1] = int(out.values.size());
-    out.nodes.push_back(nodes[i]);
-    out.values.push_back(net.values[i + 1]);
+    const int act = rectified_output(nodes[i].layer).on ? kNobody : reader[i + 1];
+    if (act == kNobody || nodes[act].kind != NodeKind::pointwise || !rectifies(std::get<Pointwise>(nodes[act].layer))) continue;
+    const bool norm = nodes[i].kind == NodeKind::group_norm;
+    int next = reader[act + 1];
+    while (next != kNobody && nodes[next].kind == NodeKind::flatten) next = reader[next + 1];
+    const bool masked = next != kNobody && is_product(nodes[next].kind);
+    if (!norm && !(masked && is_product(nodes[i].kind))) continue;
+    const Rectified how{true, slope_of(std::get<Pointwise>(nodes[act].layer))};
+    if (masked) rectify_input(nodes[next].layer, how);
+    rectify_output(nodes[i].layer, how);
+    nodes[act] = nodes[i];
+    absorbed[i] = true;
   }
-  out.output = now[net.output];
+  return without(net, std::move(nodes), absorbed);
+}
+
+}  // namespace
+
+Program fuse(const Program& net, const Abilities& backend) {
+  Program out = net;
+  if (std::all_of(std::begin(kNormPoolActOps), std::end(kNormPoolActOps), backend.supports)) out = join_norm_pool_act(out);
+  if (backend.rectifies) out = join_rectifiers(out);
   return out;
 }
 

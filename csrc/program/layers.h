@@ -6,8 +6,16 @@
 
 namespace fastmaml {
 
+// ReLU (slope 0) or leaky ReLU (slope > 0) as a part of the layer beside it: program/fuse.cpp.
+struct Rectified {
+  bool on = false;
+  double slope = 0;
+};
+
 struct Linear {
   int64_t in, out;
+  Rectified y = {};  // what the layer makes is rectified
+  Rectified x = {};  // x comes out of a rectifier, and the layer's backward pass goes on through it
 };
 
 struct Conv2d {
@@ -16,6 +24,7 @@ struct Conv2d {
   int64_t KH, KW;     // kernel
   int64_t stride_h, stride_w;
   int64_t pad_h, pad_w;
+  Rectified y = {}, x = {};  // as in Linear
 };
 
 struct BatchNorm {
@@ -28,6 +37,7 @@ struct BatchNorm {
 struct GroupNorm {
   int64_t channels, spatial, groups;
   double eps;
+  Rectified y = {};
 };
 
 struct Pointwise {
@@ -104,5 +114,18 @@ struct Adam {
 
 using Layer = std::variant<Vector, Linear, Conv2d, BatchNorm, GroupNorm, Pointwise, Pool2d, NormPoolAct, Flatten, Add, Loss, CallerLoss,
                            Axpy, Clip, Momentum, Adam>;
+
+inline Rectified rectified_output(const Layer& layer) {
+  if (const auto* s = std::get_if<Linear>(&layer)) return s->y;
+  if (const auto* s = std::get_if<Conv2d>(&layer)) return s->y;
+  if (const auto* s = std::get_if<GroupNorm>(&layer)) return s->y;
+  return {};
+}
+
+inline Rectified rectified_input(const Layer& layer) {
+  if (const auto* s = std::get_if<Linear>(&layer)) return s->x;
+  if (const auto* s = std::get_if<Conv2d>(&layer)) return s->x;
+  return {};
+}
 
 }  // namespace fastmaml

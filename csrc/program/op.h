@@ -17,22 +17,23 @@ namespace fastmaml {
   X(copy, "out x")                                                                                                                 \
   X(add, "out a b")      /* out may be a                                                            */                             \
   X(axpy, "y [alpha] x") /* y += factor alpha x (in place); alpha is one number, absent: one         */                            \
-  /* linear: y = x w + b */                                                                                                        \
+  /* linear: y = x w + b, rectified where the layer says so: then its tangent takes [y], whose sign tells what was rectified */    \
+  /* data gradients take [x] where that comes out of a rectifier: then dx is the gradient by what went into it                  */ \
   X(linear_fwd, "y x w [b]")                                                                                                       \
-  X(linear_fwd_jvp, "y_dot x [x_dot] w w_dot [b_dot]")                                                                             \
+  X(linear_fwd_jvp, "y_dot x [x_dot] w w_dot [b_dot] [y]")                                                                         \
   X(linear_fwd_dual, "y y_dot x [x_dot] w w_dot [b] [b_dot]")                                                                      \
-  X(linear_bwd_data, "dx dy w")                                                                                                    \
-  X(linear_bwd_data_jvp, "dx_dot dy dy_dot w w_dot")                                                                               \
-  X(linear_bwd_data_dual, "dx dx_dot dy dy_dot w w_dot")                                                                           \
+  X(linear_bwd_data, "dx dy w [x]")                                                                                                \
+  X(linear_bwd_data_jvp, "dx_dot dy dy_dot w w_dot [x]")                                                                           \
+  X(linear_bwd_data_dual, "dx dx_dot dy dy_dot w w_dot [x]")                                                                       \
   X(linear_bwd_weight, "dw [db] x dy")                                                                                             \
   X(linear_bwd_weight_jvp, "dw_dot [db_dot] x [x_dot] dy dy_dot")                                                                  \
   /* conv2d: the same roles */                                                                                                     \
   X(conv2d_fwd, "y x w [b]")                                                                                                       \
-  X(conv2d_fwd_jvp, "y_dot x [x_dot] w w_dot [b_dot]")                                                                             \
+  X(conv2d_fwd_jvp, "y_dot x [x_dot] w w_dot [b_dot] [y]")                                                                         \
   X(conv2d_fwd_dual, "y y_dot x [x_dot] w w_dot [b] [b_dot]")                                                                      \
-  X(conv2d_bwd_data, "dx dy w")                                                                                                    \
-  X(conv2d_bwd_data_jvp, "dx_dot dy dy_dot w w_dot")                                                                               \
-  X(conv2d_bwd_data_dual, "dx dx_dot dy dy_dot w w_dot")                                                                           \
+  X(conv2d_bwd_data, "dx dy w [x]")                                                                                                \
+  X(conv2d_bwd_data_jvp, "dx_dot dy dy_dot w w_dot [x]")                                                                           \
+  X(conv2d_bwd_data_dual, "dx dx_dot dy dy_dot w w_dot [x]")                                                                       \
   X(conv2d_bwd_weight, "dw [db] x dy")                                                                                             \
   X(conv2d_bwd_weight_jvp, "dw_dot [db_dot] x [x_dot] dy dy_dot")                                                                  \
   /* batch norm over the first stat_examples: stats [3, C] = mean, 1/std, the mean's rounding error (a backend may leave it); */   \
@@ -47,10 +48,11 @@ namespace fastmaml {
   X(batch_norm_bwd_data, "dx x dy stats [gamma] dgamma dbeta")                                                                     \
   X(batch_norm_bwd_data_jvp, "dx_dot x [x_dot] dy dy_dot stats [stats_dot] [gamma] [gamma_dot] dgamma dbeta dgamma_dot dbeta_dot") \
   /* group norm (and layer norm): stats = [mean, 1/std] of [N, G, 2], stats_dot = [mean(x_dot), mean(xhat x_dot)] */               \
+  /* y may be rectified as linear's; the backward pass takes [y] where dy is the gradient behind the rectifier                  */ \
   X(group_norm_fwd, "y stats x [gamma] [beta]")                                                                                    \
-  X(group_norm_fwd_jvp, "y_dot stats_dot x [x_dot] stats [gamma] [gamma_dot] [beta_dot]")                                          \
-  X(group_norm_bwd, "[dx] dgamma dbeta x dy stats [gamma]")                                                                        \
-  X(group_norm_bwd_jvp, "[dx_dot] dgamma_dot dbeta_dot x [x_dot] dy dy_dot stats [stats_dot] [gamma] [gamma_dot]")                 \
+  X(group_norm_fwd_jvp, "y_dot stats_dot x [x_dot] stats [gamma] [gamma_dot] [beta_dot] [y]")                                      \
+  X(group_norm_bwd, "[dx] dgamma dbeta x dy stats [gamma] [y]")                                                                    \
+  X(group_norm_bwd_jvp, "[dx_dot] dgamma_dot dbeta_dot x [x_dot] dy dy_dot stats [stats_dot] [gamma] [gamma_dot] [y]")             \
   /* pointwise functions (layers.h, Pointwise::Kind) */                                                                            \
   X(pointwise_fwd, "y x")                                                                                                          \
   X(pointwise_fwd_jvp, "y_dot x x_dot")                                                                                            \

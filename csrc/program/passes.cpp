@@ -102,13 +102,17 @@ class ForwardWalk {
     out_.step(op, layer, tape_.examples, operands, node.support_stats ? tape_.stat_examples : tape_.examples);
   }
 
+  // What the tangent of a layer takes of its value.
+  Operand if_rectified(const Rectified& y, int made) const { return y.on ? tape_.value[made] : Operand{}; }
+
   void product(const Node& node, int made, int64_t size, Operand x, Operand x_dot, Op fwd, Op fwd_jvp, Op fwd_dual) {
     const Operand w = part(net_, tape_.params, node.weight), b = part(net_, tape_.params, node.bias);
     const Operand w_dot = part(net_, tape_.params_dot, node.weight), b_dot = part(net_, tape_.params_dot, node.bias);
     if (primal()) tape_.value[made] = out_.arena(size);
     if (tangent()) tape_.dot[made] = out_.arena(size);
     if (pass_ == Pass::primal) step(fwd, node, {tape_.value[made], x, w, b});
-    if (pass_ == Pass::tangent) step(fwd_jvp, node, {tape_.dot[made], x, x_dot, w, w_dot, b_dot});
+    if (pass_ == Pass::tangent)
+      step(fwd_jvp, node, {tape_.dot[made], x, x_dot, w, w_dot, b_dot, if_rectified(rectified_output(node.layer), made)});
     if (pass_ == Pass::dual) step(fwd_dual, node, {tape_.value[made], tape_.dot[made], x, x_dot, w, w_dot, b, b_dot});
   }
 
@@ -181,8 +185,8 @@ class ForwardWalk {
     const Operand gamma_dot = part(net_, tape_.params_dot, node.weight), beta_dot = part(net_, tape_.params_dot, node.bias);
     if (!x_dot && !gamma_dot && !beta_dot) return;
     step(Op::group_norm_fwd_jvp, node,
-         {tape_.dot[i + 1] = out_.arena(size), tape_.saved_dot[i] = out_.arena(stats), x, x_dot, tape_.saved[i], gamma, gamma_dot,
-          beta_dot});
+         {tape_.dot[i + 1] = out_.arena(size), tape_.saved_dot[i] = out_.arena(stats), x, x_dot, tape_.saved[i], gamma, gamma_dot, beta_dot,
+          if_rectified(rectified_output(node.layer), i + 1)});
   }
 };
 
@@ -239,13 +243,19 @@ class BackwardWalk {
         pass_(pass),
         grad_(out, net, grad),
         grad_dot_(out, net, grad_dot),
-        needed_(net.values.size(), false) {
+        needed_(net.values.size(), false),
+        masked_(net.values.size(), false) {
     needed_[0] = want_input;
     for (size_t i = 0; i < net.nodes.size(); ++i) {
       const Node& node = net.nodes[i];
       bool need = node.weight >= 0 || node.bias >= 0;
       for (int v : node.inputs) need = need || needed_[v];
       needed_[i + 1] = need;
+    }
+    for (size_t i = net.nodes.size(); i-- > 0;) {
+      const Node& node = net.nodes[i];
+      const bool through = node.kind == NodeKind::flatten && masked_[i + 1];
+      if (through || rectified_input(node.layer).on) masked_[size_t(node.inputs[0])] = true;
     }
   }
 
@@ -320,6 +330,7 @@ class BackwardWalk {
   const Pass pass_;
   ParamGrad grad_, grad_dot_;
   std::vector<bool> needed_;         // by value: does a parameter (or a wanted input) lie upstream?
+  std::vector<bool> masked_;         // by value: has its reader gone back through the rectifier that made it?
   Operand x_, x_dot_, dy_, dy_dot_;  // of the current node
   Operand d_, d_dot_;                // what it contributes to its input's gradient
   int64_t size_ = 0;                 // elements of its input
@@ -373,12 +384,13 @@ class BackwardWalk {
     }
     const int in = node.inputs[0];
     if (!needed_[in]) return;
-    if (pass_ == Pass::primal) step(data.primal, node, {new_d(), dy_, w});
-    if (pass_ == Pass::tangent) step(data.tangent, node, {new_d_dot(), dy_, dy_dot_, w, w_dot});
+    const Operand mask = rectified_input(node.layer).on ? x_ : Operand{};
+    if (pass_ == Pass::primal) step(data.primal, node, {new_d(), dy_, w, mask});
+    if (pass_ == Pass::tangent) step(data.tangent, node, {new_d_dot(), dy_, dy_dot_, w, w_dot, mask});
     if (pass_ == Pass::dual) {
       new_d();
       new_d_dot();
-      step(data.dual, node, {d_, d_dot_, dy_, dy_dot_, w, w_dot});
+      step(data.dual, node, {d_, d_dot_, dy_, dy_dot_, w, w_dot, mask});
     }
     contribute(in);
   }
@@ -442,20 +454,20 @@ class BackwardWalk {
 
   void group_norm(const Node& node, int i) {
     const int64_t C = std::get<GroupNorm>(node.layer).channels;
-    const int in = node.inputs[0];
+    const int in = node.inputs[0], made = i + 1;
     const Operand gamma = part(net_, tape_.params, node.weight), gamma_dot = part(net_, tape_.params_dot, node.weight);
-    const Operand none;
+    const Operand none, y = rectified_output(node.layer).on && !masked_[made] ? tape_.value[made] : none;
     if (primal()) {
       const Operand dgamma = grad_.target(node.weight, C, true), dbeta = grad_.target(node.bias, C, true);
-      step(Op::group_norm_bwd, node, {needed_[in] ? new_d() : none, dgamma, dbeta, x_, dy_, tape_.saved[i], gamma});
+      step(Op::group_norm_bwd, node, {needed_[in] ? new_d() : none, dgamma, dbeta, x_, dy_, tape_.saved[i], gamma, y});
       grad_.wrote(node.weight, dgamma);
       grad_.wrote(node.bias, dbeta);
     }
     if (tangent()) {
       const Operand dgamma = grad_dot_.target(node.weight, C, true), dbeta = grad_dot_.target(node.bias, C, true);
       step(Op::group_norm_bwd_jvp, node,
-           {needed_[in] ? new_d_dot() : none, dgamma, dbeta, x_, x_dot_, dy_, dy_dot_, tape_.saved[i], tape_.saved_dot[i], gamma,
-            gamma_dot});
+           {needed_[in] ? new_d_dot() : none, dgamma, dbeta, x_, x_dot_, dy_, dy_dot_, tape_.saved[i], tape_.saved_dot[i], gamma, gamma_dot,
+            y});
       grad_dot_.wrote(node.weight, dgamma);
       grad_dot_.wrote(node.bias, dbeta);
     }

@@ -352,6 +352,8 @@ std::string to_string(const Program& program) {
       for (int v : node.inputs) out << " %" << v;
       if (node.weight >= 0) out << " weight=" << program.params[node.weight].offset;
       if (node.bias >= 0) out << " bias=" << program.params[node.bias].offset;
+      if (const Rectified y = rectified_output(node.layer); y.on) out << " rectified=" << y.slope;
+      if (const Rectified x = rectified_input(node.layer); x.on) out << " mask=" << x.slope;
     }
     out << "  [" << shape.C;
     if (shape.image) out << ' ' << shape.H << ' ' << shape.W;

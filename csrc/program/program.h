@@ -57,9 +57,14 @@ struct Program {
   static Program parse(const std::string& text);
 };
 
-// The same network with a norm_pool_act for every batch norm -> [max-pool] -> ReLU or leaky ReLU of which nobody else sees the parts,
-// where all ops of it are supported.
-Program fuse(const Program& net, const std::function<bool(Op)>& supports);
+struct Abilities {  // of a backend
+  std::function<bool(Op)> supports;
+  bool rectifies;  // its linear, conv2d and group_norm take a rectifier in (Rectified in layers.h)
+};
+
+// The same network with fewer layers, where the backend is able to: a norm_pool_act for every batch norm -> [max-pool] -> ReLU or leaky
+// ReLU of which nobody else sees the parts, and no ReLU or leaky ReLU of its own where the layers beside it take it in.
+Program fuse(const Program& net, const Abilities& backend);
 
 std::string to_string(const Program& program);
 

@@ -68,6 +68,7 @@ void conv2d_fwd(const Call& call) {
     const Real y = real(call, 0, task), x = real(call, 1, task), w = real(call, 2, task), b = real(call, 3, task);
     set_pixels(y, b, N, shape);
     add_convolution(y, x, w, N, shape);
+    if (shape.y.on) rectify(y, y, N * shape.OH * shape.OW * shape.F, shape.y.slope);
   }
 }
 
@@ -77,16 +78,18 @@ void conv2d_fwd_jvp(const Call& call) {
   const int64_t N = call.step.examples;
   for (int64_t task = 0; task < call.tasks; ++task) {
     const Real y_dot = real(call, 0, task), x = real(call, 1, task), x_dot = real(call, 2, task);
-    const Real w = real(call, 3, task), w_dot = real(call, 4, task), b_dot = real(call, 5, task);
+    const Real w = real(call, 3, task), w_dot = real(call, 4, task), b_dot = real(call, 5, task), y = real(call, 6, task);
     set_pixels(y_dot, b_dot, N, shape);
     if (x_dot) add_convolution(y_dot, x_dot, w, N, shape);
     add_convolution(y_dot, x, w_dot, N, shape);
+    if (y) rectify(y_dot, y, N * shape.OH * shape.OW * shape.F, shape.y.slope);
   }
 }
 
 void conv2d_fwd_dual(const Call& call) {
   const View fwd[] = {call[0], call[2], call[4], call[6]};
-  const View jvp[] = {call[1], call[2], call[3], call[4], call[5], call[7]};
+  const View y = call.shape<Conv2d>().y.on ? call[0] : View{};
+  const View jvp[] = {call[1], call[2], call[3], call[4], call[5], call[7], y};
   conv2d_fwd(with_operands(call, fwd));
   conv2d_fwd_jvp(with_operands(call, jvp));
 }
@@ -96,9 +99,10 @@ void conv2d_bwd_data(const Call& call) {
   const Conv2d& shape = call.shape<Conv2d>();
   const int64_t N = call.step.examples;
   for (int64_t task = 0; task < call.tasks; ++task) {
-    const Real dx = real(call, 0, task), dy = real(call, 1, task), w = real(call, 2, task);
+    const Real dx = real(call, 0, task), dy = real(call, 1, task), w = real(call, 2, task), x = real(call, 3, task);
     fill(dx, N * shape.H * shape.W * shape.C, 0.0);
     add_data_gradient(dx, dy, w, N, shape);
+    if (x) rectify(dx, x, N * shape.H * shape.W * shape.C, shape.x.slope);
   }
 }
 
@@ -108,16 +112,17 @@ void conv2d_bwd_data_jvp(const Call& call) {
   const int64_t N = call.step.examples;
   for (int64_t task = 0; task < call.tasks; ++task) {
     const Real dx_dot = real(call, 0, task), dy = real(call, 1, task), dy_dot = real(call, 2, task);
-    const Real w = real(call, 3, task), w_dot = real(call, 4, task);
+    const Real w = real(call, 3, task), w_dot = real(call, 4, task), x = real(call, 5, task);
     fill(dx_dot, N * shape.H * shape.W * shape.C, 0.0);
     add_data_gradient(dx_dot, dy_dot, w, N, shape);
     add_data_gradient(dx_dot, dy, w_dot, N, shape);
+    if (x) rectify(dx_dot, x, N * shape.H * shape.W * shape.C, shape.x.slope);
   }
 }
 
 void conv2d_bwd_data_dual(const Call& call) {
-  const View bwd[] = {call[0], call[2], call[4]};
-  const View jvp[] = {call[1], call[2], call[3], call[4], call[5]};
+  const View bwd[] = {call[0], call[2], call[4], call[6]};
+  const View jvp[] = {call[1], call[2], call[3], call[4], call[5], call[6]};
   conv2d_bwd_data(with_operands(call, bwd));
   conv2d_bwd_data_jvp(with_operands(call, jvp));
 }

@@ -49,6 +49,7 @@ void linear_fwd(const Call& call) {
     const Real y = real(call, 0, task), x = real(call, 1, task), w = real(call, 2, task), b = real(call, 3, task);
     set_rows(y, b, N, shape);
     add_product(y, x, w, N, shape);
+    if (shape.y.on) rectify(y, y, N * shape.out, shape.y.slope);
   }
 }
 
@@ -58,16 +59,18 @@ void linear_fwd_jvp(const Call& call) {
   const int64_t N = call.step.examples;
   for (int64_t task = 0; task < call.tasks; ++task) {
     const Real y_dot = real(call, 0, task), x = real(call, 1, task), x_dot = real(call, 2, task);
-    const Real w = real(call, 3, task), w_dot = real(call, 4, task), b_dot = real(call, 5, task);
+    const Real w = real(call, 3, task), w_dot = real(call, 4, task), b_dot = real(call, 5, task), y = real(call, 6, task);
     set_rows(y_dot, b_dot, N, shape);
     if (x_dot) add_product(y_dot, x_dot, w, N, shape);
     add_product(y_dot, x, w_dot, N, shape);
+    if (y) rectify(y_dot, y, N * shape.out, shape.y.slope);
   }
 }
 
 void linear_fwd_dual(const Call& call) {
   const View fwd[] = {call[0], call[2], call[4], call[6]};
-  const View jvp[] = {call[1], call[2], call[3], call[4], call[5], call[7]};
+  const View y = call.shape<Linear>().y.on ? call[0] : View{};
+  const View jvp[] = {call[1], call[2], call[3], call[4], call[5], call[7], y};
   linear_fwd(with_operands(call, fwd));
   linear_fwd_jvp(with_operands(call, jvp));
 }
@@ -77,9 +80,10 @@ void linear_bwd_data(const Call& call) {
   const Linear& shape = call.shape<Linear>();
   const int64_t N = call.step.examples;
   for (int64_t task = 0; task < call.tasks; ++task) {
-    const Real dx = real(call, 0, task), dy = real(call, 1, task), w = real(call, 2, task);
+    const Real dx = real(call, 0, task), dy = real(call, 1, task), w = real(call, 2, task), x = real(call, 3, task);
     fill(dx, N * shape.in, 0.0);
     add_data_gradient(dx, dy, w, N, shape);
+    if (x) rectify(dx, x, N * shape.in, shape.x.slope);
   }
 }
 
@@ -89,16 +93,17 @@ void linear_bwd_data_jvp(const Call& call) {
   const int64_t N = call.step.examples;
   for (int64_t task = 0; task < call.tasks; ++task) {
     const Real dx_dot = real(call, 0, task), dy = real(call, 1, task), dy_dot = real(call, 2, task);
-    const Real w = real(call, 3, task), w_dot = real(call, 4, task);
+    const Real w = real(call, 3, task), w_dot = real(call, 4, task), x = real(call, 5, task);
     fill(dx_dot, N * shape.in, 0.0);
     add_data_gradient(dx_dot, dy_dot, w, N, shape);
     add_data_gradient(dx_dot, dy, w_dot, N, shape);
+    if (x) rectify(dx_dot, x, N * shape.in, shape.x.slope);
   }
 }
 
 void linear_bwd_data_dual(const Call& call) {
-  const View bwd[] = {call[0], call[2], call[4]};
-  const View jvp[] = {call[1], call[2], call[3], call[4], call[5]};
+  const View bwd[] = {call[0], call[2], call[4], call[6]};
+  const View jvp[] = {call[1], call[2], call[3], call[4], call[5], call[6]};
   linear_bwd_data(with_operands(call, bwd));
   linear_bwd_data_jvp(with_operands(call, jvp));
 }

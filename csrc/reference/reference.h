@@ -16,6 +16,17 @@ inline Real real(const Call& call, int i, int64_t task) { return elements<double
 
 inline double value_or(const Real& x, int64_t i, double if_absent) { return x ? x[i] : if_absent; }
 
+// d times the derivative of a rectifier (layers.h's Rectified, slope 0 or positive) that makes y, or that is given y: their signs are the
+// same. NaN counts as positive where it is a ReLU, as in torch; and so y itself is rectified(y, y).
+inline double rectified(double slope, double y, double d) {
+  if (y > 0 || (y != y && slope == 0)) return d;
+  return slope == 0 ? 0.0 : slope * d;
+}
+
+inline void rectify(const Real& d, const Real& y, int64_t size, double slope) {
+  for (int64_t i = 0; i < size; ++i) d[i] = rectified(slope, y[i], d[i]);
+}
+
 inline void fill(const Real& out, int64_t size, double value) {
   for (int64_t i = 0; i < size; ++i) out[i] = value;
 }

@@ -312,12 +312,15 @@ std::string name_of(const Case& c, size_t real_bytes, const std::string& variant
     }
     std::string operator()(const Adam& s) const { return std::to_string(s.size); }
     std::string operator()(const CallerLoss&) const { return "the caller's"; }
-    std::string operator()(const Linear& s) const { return std::to_string(s.in) + " to " + std::to_string(s.out); }
+    std::string operator()(const Linear& s) const { return std::to_string(s.in) + " to " + std::to_string(s.out) + rectified(s.y, s.x); }
     std::string operator()(const Conv2d& s) const {
-      return join({s.C, s.H, s.W, s.F, s.KH, s.KW, s.stride_h, s.stride_w, s.pad_h, s.pad_w}) + " (C H W F KH KW strides pads)";
+      return join({s.C, s.H, s.W, s.F, s.KH, s.KW, s.stride_h, s.stride_w, s.pad_h, s.pad_w}) + " (C H W F KH KW strides pads)" +
+             rectified(s.y, s.x);
     }
     std::string operator()(const BatchNorm& s) const { return join({s.C, s.spatial}) + (s.frozen ? " frozen" : "") + " (C pixels)"; }
-    std::string operator()(const GroupNorm& s) const { return join({s.channels, s.spatial, s.groups}) + " (C pixels groups)"; }
+    std::string operator()(const GroupNorm& s) const {
+      return join({s.channels, s.spatial, s.groups}) + " (C pixels groups)" + rectified(s.y, {});
+    }
     std::string operator()(const Pointwise& s) const { return join({s.size, int(s.kind)}) + " (size kind)"; }
     std::string operator()(const Pool2d& s) const {
       return join({s.C, s.H, s.W, s.KH, s.KW, s.stride_h, s.stride_w, s.pad_h, s.pad_w}) + " (C H W KH KW strides pads)";
@@ -327,6 +330,12 @@ std::string name_of(const Case& c, size_t real_bytes, const std::string& variant
     }
     std::string operator()(const Flatten& s) const { return join({s.C, s.H, s.W}) + " (C H W)"; }
     std::string operator()(const Loss& s) const { return join({s.size}) + (s.smoothing > 0 ? " smoothed" : ""); }
+    static std::string rectified(const Rectified& y, const Rectified& x) {
+      const auto text = [](const char* name, const Rectified& how) {
+        return how.on ? std::string(how.slope > 0 ? " leaky " : " rectified ") + name : "";
+      };
+      return text("y", y) + text("x", x);
+    }
     static std::string join(std::initializer_list<int64_t> numbers) {
       std::string text;
       for (int64_t n : numbers) text += (text.empty() ? "" : " ") + std::to_string(n);

@@ -19,6 +19,12 @@ inline ProductCase conv(int64_t tasks, int64_t N, int64_t H, int64_t W, int64_t 
   return {Conv2d{C, H, W, F, OH, OW, KH, KW, stride_h, stride_w, pad_h, pad_w}, N, tasks};
 }
 
+inline ProductCase rectified(ProductCase c, const Rectified& y, const Rectified& x) {
+  if (auto* s = std::get_if<Linear>(&c.layer)) s->y = y, s->x = x;
+  if (auto* s = std::get_if<Conv2d>(&c.layer)) s->y = y, s->x = x;
+  return c;
+}
+
 // From 1024 rows on choose.h takes larger tiles, and cuts the sums of weight gradients in parts.
 inline std::vector<ProductCase> large_product_cases() {
   return {
@@ -36,9 +42,8 @@ inline std::vector<ProductCase> large_product_cases() {
   };
 }
 
-inline std::vector<ProductCase> product_cases() {
-  std::vector<ProductCase> cases = large_product_cases();
-  const std::vector<ProductCase> small = {
+inline std::vector<ProductCase> small_product_cases() {
+  return {
       {Linear{1, 1}, 1, 1},
       {Linear{3, 2}, 5, 3},
       {Linear{5, 31}, 33, 2},
@@ -66,7 +71,28 @@ inline std::vector<ProductCase> product_cases() {
       conv(1, 2, 12, 11, 36, 34, 1, 2, 1, 1, 0, 0),  //
       conv(1, 2, 12, 12, 33, 36, 2, 1, 1, 1, 1, 0),  //
   };
-  cases.insert(cases.end(), small.begin(), small.end());
+}
+
+// With rectifiers on both sides, ReLU and leaky ReLU in turn. An epilogue does not care how long a sum is, only which tile takes it.
+inline std::vector<ProductCase> large_rectified_cases() {
+  return {
+      {Linear{36, 40, {true, 0}, {true, 0.3}}, 1025, 2},                                // large tiles
+      {Linear{33, 34, {true, 0.2}, {true, 0}}, 1026, 1},                                // and without chunks
+      {Linear{36, 32, {true, 0.2}, {true, 0}}, 1040, 1},                                // medium tiles
+      rectified(conv(1, 5, 15, 14, 36, 36, 1, 2, 1, 1, 0, 0), {true, 0}, {true, 0.3}),  // large tiles
+      rectified(conv(1, 5, 16, 15, 33, 34, 1, 2, 1, 1, 0, 0), {true, 0.2}, {true, 0}),  // and without chunks
+      rectified(conv(1, 6, 14, 13, 4, 32, 2, 1, 1, 1, 0, 0), {true, 0.2}, {true, 0}),   // medium tiles
+      rectified(conv(1, 5, 17, 15, 36, 4, 2, 1, 2, 2, 0, 0), {true, 0}, {true, 0.3}),   // large tiles in phases
+  };
+}
+
+inline std::vector<ProductCase> rectified_cases() {
+  std::vector<ProductCase> cases = large_rectified_cases();
+  bool leaky = false;
+  for (const ProductCase& c : small_product_cases()) {
+    leaky = !leaky;
+    cases.push_back(rectified(c, {true, leaky ? 0.2 : 0.0}, {true, leaky ? 0.0 : 0.3}));
+  }
   return cases;
 }
 

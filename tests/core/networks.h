@@ -49,6 +49,57 @@ output 9
 loss cross_entropy smoothing=0.1
 )";
 
+inline const char* const kRectifiedMlp = R"(fastmaml 1
+input 3
+param 0 9 3
+param 27 9
+param 36 7 9
+param 99 2 7
+param 113 2
+linear 0 weight=0 bias=1
+relu 1
+linear 2 weight=2 bias=-1
+leaky_relu 3 slope=0.2
+linear 4 weight=3 bias=4
+output 5
+loss mse
+)";
+
+// Rectifiers behind and before every layer that takes them, one through a flatten, one with two readers.
+inline const char* const kRectified = R"(fastmaml 1
+input 2 5 6
+param 0 5 2 3 3
+param 90 5
+param 95 4 5 3 2
+param 215 4
+param 219 4
+param 223 4 4 1 1
+param 239 3 4 2 2
+param 287 5 36
+param 467 5
+param 472 5
+param 477 3 5
+param 492 3
+conv2d 0 weight=0 bias=1 stride=1,1 padding=1,1
+leaky_relu 1 slope=0.3
+conv2d 2 weight=2 bias=-1 stride=2,1 padding=1,0
+group_norm 3 weight=3 bias=4 groups=2 eps=1e-3
+relu 4
+conv2d 5 weight=5 bias=-1 stride=1,1 padding=0,0
+add 5,6
+group_norm 7 weight=-1 bias=-1 groups=1 eps=1e-3
+relu 8
+conv2d 9 weight=6 bias=-1 stride=1,2 padding=1,1
+relu 10
+flatten 11
+linear 12 weight=7 bias=8
+layer_norm 13 weight=9 bias=-1 dims=1 eps=1e-3
+leaky_relu 14 slope=0.1
+linear 15 weight=10 bias=11
+output 16
+loss cross_entropy smoothing=0.1
+)";
+
 // Every argument of a schedule, filled with reproducible numbers; results are zero until a run writes them.
 template <class T>
 struct Arguments {

@@ -32,10 +32,13 @@ std::map<Op, double> largest_error[2];  // in units of epsilon, by type
 
 enum class Presence { always, never, either };
 
-// An average b is there except in the first step; what a pool adds is there if and only if there is a pool.
+// An average b is there except in the first step; what a pool adds is there if and only if there is a pool; what masks ([x], [y]) only
+// where there is a rectifier.
 Presence presence(const Case& c, const Role& role) {
   const auto* momentum = std::get_if<Momentum>(&c.layer);
   const auto* fused = std::get_if<NormPoolAct>(&c.layer);
+  if (role.optional && (role.name == "x" || role.name == "y"))
+    return (role.name == "x" ? rectified_input : rectified_output)(c.layer).on ? Presence::either : Presence::never;
   if (!role.optional || (momentum && !momentum->first && role.name == "b")) return Presence::always;
   if (fused && (role.name == "tap" || (c.op == Op::norm_pool_act_fwd && role.name == "winner")))
     return fused->pooled ? Presence::always : Presence::never;
@@ -87,6 +90,17 @@ Operands draw_all(const Case& c) {
   return all;
 }
 
+// What the reference makes of it. Where y is around 0, rounding decides whether y_dot goes through a rectifier: the y that was got does.
+Operands definition(const Case& c, const Operands& given, const Operands& got) {
+  Operands want = on_reference(c, given, {});
+  if ((c.op != Op::linear_fwd_dual && c.op != Op::conv2d_fwd_dual) || !rectified_output(c.layer).on) return want;
+  Case jvp = c;
+  jvp.op = c.op == Op::linear_fwd_dual ? Op::linear_fwd_jvp : Op::conv2d_fwd_jvp;
+  const auto& v = given.values;
+  want.values[1] = on_reference(jvp, {{v[1], v[2], v[3], v[4], v[5], v[7], got.values[0]}}, {}).values[0];
+  return want;
+}
+
 template <class T>
 void check(const Case& c) {
   const std::vector<Role> role = roles(c.op);
@@ -103,7 +117,7 @@ void check(const Case& c) {
     try {
       const size_t written = op_outputs(c.op);
       const Operands got = on_device<T>(c, given, {});
-      const Worst w = worst(c, got, on_reference(c, given, {}));
+      const Worst w = worst(c, got, definition(c, given, got));
       report(w.error <= kTolerance<T>, name(""), w.where);
       double& largest = largest_error[sizeof(T) / 8][c.op];
       largest = std::max(largest, w.error / double(std::numeric_limits<T>::epsilon()));
@@ -218,6 +232,11 @@ void norms() {
                                                      {4, 1030, 1, 4}})
     check_ops({Op::group_norm_fwd, Op::group_norm_fwd_jvp, Op::group_norm_bwd, Op::group_norm_bwd_jvp},
               GroupNorm{channels, spatial, groups, 1e-5}, N, 2);
+  for (const auto& [channels, spatial, groups, N] :
+       {std::array<int64_t, 4>{1, 1, 1, 3}, {33, 1, 1, 5}, {64, 1, 1, 2}, {6, 5, 3, 2}, {8, 9, 2, 3}, {65, 2, 5, 2}, {4, 1030, 1, 4}})
+    for (double slope : {0.0, 0.2})
+      check_ops({Op::group_norm_fwd, Op::group_norm_fwd_jvp, Op::group_norm_bwd, Op::group_norm_bwd_jvp},
+                GroupNorm{channels, spatial, groups, 1e-5, {true, slope}}, N, 2);
 }
 
 Pool2d pool(int64_t C, int64_t H, int64_t W, int64_t KH, int64_t KW, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
@@ -299,10 +318,20 @@ constexpr std::initializer_list<Op> kConvOps = {Op::conv2d_fwd,        Op::conv2
                                                 Op::conv2d_bwd_data,   Op::conv2d_bwd_data_jvp,  Op::conv2d_bwd_data_dual,
                                                 Op::conv2d_bwd_weight, Op::conv2d_bwd_weight_jvp};
 
-const std::initializer_list<Op>& ops_of(const ProductCase& c) { return std::holds_alternative<Linear>(c.layer) ? kLinearOps : kConvOps; }
+constexpr std::initializer_list<Op> kRectifiedLinearOps = {Op::linear_fwd,      Op::linear_fwd_jvp,      Op::linear_fwd_dual,
+                                                           Op::linear_bwd_data, Op::linear_bwd_data_jvp, Op::linear_bwd_data_dual};
+constexpr std::initializer_list<Op> kRectifiedConvOps = {Op::conv2d_fwd,      Op::conv2d_fwd_jvp,      Op::conv2d_fwd_dual,
+                                                         Op::conv2d_bwd_data, Op::conv2d_bwd_data_jvp, Op::conv2d_bwd_data_dual};
+
+const std::initializer_list<Op>& ops_of(const ProductCase& c) {
+  const bool linear = std::holds_alternative<Linear>(c.layer);
+  if (rectified_output(c.layer).on) return linear ? kRectifiedLinearOps : kRectifiedConvOps;
+  return linear ? kLinearOps : kConvOps;
+}
 
 void products() {
-  for (const ProductCase& c : product_cases()) check_ops(ops_of(c), c.layer, c.N, c.tasks);
+  for (const auto& cases : {large_product_cases(), small_product_cases(), rectified_cases()})
+    for (const ProductCase& c : cases) check_ops(ops_of(c), c.layer, c.N, c.tasks);
 }
 
 // On tensor cores: operands that keep 10 bits of their mantissa, or 21, or 16. Rounded to TF32, each of two factors is off by 2^-11 of
@@ -318,15 +347,20 @@ void tensor_products() {
                                                  {"tf32x3", Precision::tf32x3, double(kTolerance<float>)},
                                                  {"bf16x3", Precision::bf16x3, 0x1p-16}}) {
     double largest = 0;
-    for (const ProductCase& sizes : large_product_cases())
+    std::vector<ProductCase> cases = large_product_cases();
+    const std::vector<ProductCase> with_rectifiers = large_rectified_cases();
+    cases.insert(cases.end(), with_rectifiers.begin(), with_rectifiers.end());
+    for (const ProductCase& sizes : cases)
       for (Op op : ops_of(sizes)) {
         const Case c{op, sizes.layer, sizes.N, sizes.tasks};
         const std::string name = name_of(c, 4, mode);
-        const Operands given = draw_all<float>(c);
+        Operands given = draw_all<float>(c);
+        const std::set<size_t> absent = absences(c)[0];
+        for (size_t k : absent) given.values[k].clear();
         const OpTable& table = cuda_emulated_tensor_ops(precision);
         const auto on_tensor_cores = [&](const How& how) { return run<float>(table, c, given, how, emu::allocate, emu::free); };
         const Operands got = on_tensor_cores({});
-        const Worst w = worst(c, got, on_reference(c, given, {}));
+        const Worst w = worst(c, got, definition(c, given, got));
         report(w.error <= allowed, name, w.where);
         largest = std::max(largest, w.error);
         How unaligned;
@@ -357,6 +391,16 @@ void special_numbers() {
     expect_same({Op::pointwise_bwd, s, 1, 1}, {{{hole}, {odd}, {ones}}});
     expect_same({Op::pointwise_fwd_jvp, s, 1, 1}, {{{hole}, {odd}, {ones}}});
     expect_same({Op::pointwise_bwd_jvp, s, 1, 1}, {{{hole}, {odd}, {ones}, {ones}, {ones}}});
+  }
+  for (double slope : {0.0, 0.5}) {  // one by one through products
+    const Linear s{1, 1, {true, slope}, {true, slope}};
+    const Vec one{1}, zero{0};
+    expect_same({Op::linear_fwd, s, 16, 1}, {{{hole}, {odd}, {one}, {zero}}});
+    expect_same({Op::linear_fwd_jvp, s, 16, 1}, {{{hole}, {ones}, {ones}, {one}, {one}, {zero}, {odd}}});
+    expect_same({Op::linear_fwd_dual, s, 16, 1}, {{{hole}, {hole}, {odd}, {ones}, {one}, {one}, {zero}, {zero}}});
+    expect_same({Op::linear_bwd_data, s, 16, 1}, {{{hole}, {ones}, {one}, {odd}}});
+    expect_same({Op::linear_bwd_data_jvp, s, 16, 1}, {{{hole}, {ones}, {ones}, {one}, {one}, {odd}}});
+    expect_same({Op::linear_bwd_data_dual, s, 16, 1}, {{{hole}, {hole}, {ones}, {ones}, {one}, {one}, {odd}}});
   }
   for (int64_t C : {1, 4}) {
     const Pool2d s = pool(C, 16 / C / 2, 2, 2, 2, 1, 1, 0, 0, true);

@@ -146,7 +146,7 @@ void check_both(const std::string& name, const Schedule& parts) {
 }
 
 void network(const std::string& name, const std::string& text) {
-  const Program net = fuse(Program::parse(text), supported);
+  const Program net = fuse(Program::parse(text), {supported, true});
   Adaptation how;
   how.support_examples = 5;
   how.query_examples = 3;
@@ -170,6 +170,8 @@ int main() {
   network("mlp", kMlp);
   network("convnet", kConvnet);
   network("fusednet", kFusednet);
+  network("rectified mlp", kRectifiedMlp);
+  network("rectified net", kRectified);
   for (const auto& [name, text] : {std::pair{"convnet", kConvnet}, {"fusednet", kFusednet}}) {
     std::string support = text;
     for (size_t at; (at = support.find("mode=batch")) != std::string::npos;) support.replace(at, 10, "mode=support");

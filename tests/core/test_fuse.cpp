@@ -29,7 +29,10 @@ std::string kinds(const Program& net) {
     std::istringstream words(line);
     std::string value, equals, kind;
     words >> value >> equals >> kind;
-    if (equals == "=" && kind != "input") text += (text.empty() ? "" : " ") + kind;
+    if (equals != "=" || kind == "input") continue;
+    text += (text.empty() ? "" : " ") + kind;
+    for (std::string word; words >> word;)
+      if (word.rfind("rectified=", 0) == 0 || word.rfind("mask=", 0) == 0) text += " " + word;
   }
   return text;
 }
@@ -43,8 +46,8 @@ std::string net_of(const std::string& lines, const std::string& input = "2 6 5",
 const std::string kNorm = "batch_norm 0 weight=0 bias=1 eps=1e-3 mode=batch\n", kPool = " kernel=2,2 stride=2,2 padding=0,0\n";
 
 void expect_kinds(const std::string& what, const std::string& text, const std::string& want,
-                  const std::function<bool(Op)>& supports = everything) {
-  const Program net = Program::parse(text), fused = fuse(net, supports);
+                  const std::function<bool(Op)>& supports = everything, bool rectifies = true) {
+  const Program net = Program::parse(text), fused = fuse(net, {supports, rectifies});
   const std::string got = kinds(fused);
   const Shape &before = net.output_shape(), &after = fused.output_shape();
   report(got == want && before.size() == after.size() && before.image == after.image, what, got + " [" + want + "]");
@@ -78,6 +81,51 @@ void joins() {
                  [op](Op other) { return other != op; });
 }
 
+std::string conv(int from) { return "conv2d " + std::to_string(from) + " weight=2 bias=-1 stride=1,1 padding=0,0\n"; }
+std::string linear(int from) { return "linear " + std::to_string(from) + " weight=2 bias=-1\n"; }
+
+void rectifiers() {
+  // All layers keep the size of what they read.
+  const auto net = [](const std::string& head, const std::string& lines, const std::string& output) {
+    const auto count = std::count(lines.begin(), lines.end(), '\n');
+    return "fastmaml 1\n" + head + lines + "output " + (output.empty() ? std::to_string(count) : output) + "\nloss none\n";
+  };
+  const auto image = [&](const std::string& lines, const std::string& output = "") {
+    return net("input 2 6 5\nparam 0 2\nparam 2 2\nparam 4 2 2 1 1\nparam 8 3 60\n", lines, output);
+  };
+  const auto vector = [&](const std::string& lines, const std::string& output = "") {
+    return net("input 2\nparam 0 2\nparam 2 2\nparam 4 2 2\n", lines, output);
+  };
+  const std::string norm = "group_norm 1 weight=0 bias=1 eps=1e-3 groups=2\n", mean = "avg_pool2d 3 count_include_pad=1" + kPool;
+  expect_kinds("linear, ReLU, linear", vector(linear(0) + "relu 1\n" + linear(2)), "linear rectified=0 linear mask=0");
+  expect_kinds("three layers", vector(linear(0) + "relu 1\n" + linear(2) + "leaky_relu 3 slope=0.5\n" + linear(4)),
+               "linear rectified=0 linear rectified=0.5 mask=0 linear mask=0.5");
+  expect_kinds("conv2d, leaky ReLU, conv2d", image(conv(0) + "leaky_relu 1 slope=0.25\n" + conv(2)),
+               "conv2d rectified=0.25 conv2d mask=0.25");
+  expect_kinds("conv2d, ReLU, flatten, linear", image(conv(0) + "relu 1\nflatten 2\nlinear 3 weight=3 bias=-1\n"),
+               "conv2d rectified=0 flatten linear mask=0");
+  expect_kinds("group norm, ReLU, conv2d", image(conv(0) + norm + "relu 2\n" + conv(3)), "conv2d group_norm rectified=0 conv2d mask=0");
+  expect_kinds("group norm, ReLU, pool", image(conv(0) + norm + "relu 2\n" + mean), "conv2d group_norm rectified=0 avg_pool2d");
+  expect_kinds("group norm, ReLU, two readers", image(conv(0) + norm + "relu 2\n" + conv(3) + "add 3,4\n"),
+               "conv2d group_norm rectified=0 conv2d add");
+  expect_kinds("group norm, ReLU, output", image(conv(0) + norm + "relu 2\n"), "conv2d group_norm rectified=0");
+  expect_kinds("group norm, two rectifiers", image(conv(0) + norm + "leaky_relu 2 slope=0.5\nrelu 3\n" + conv(4)),
+               "conv2d group_norm rectified=0.5 pointwise conv2d");
+  expect_kinds("a rectifier that is joined already", image(kNorm + "relu 1\n" + conv(2)), "norm_pool_act conv2d");
+  expect_kinds("a pool reads y", image(conv(0) + "tanh 1\nrelu 2\n" + mean), "conv2d pointwise pointwise avg_pool2d");
+  expect_kinds("the loss reads y", vector(linear(0) + "relu 1\n"), "linear pointwise");
+  expect_kinds("two layers read y", vector(linear(0) + "relu 1\n" + linear(2) + linear(2) + "add 3,4\n"),
+               "linear pointwise linear linear add");
+  expect_kinds("y is the output as well", vector(linear(0) + "relu 1\n" + linear(2), "2"), "linear pointwise linear");
+  expect_kinds("what is rectified has a second reader", vector(linear(0) + "relu 1\n" + linear(2) + "add 1,3\n"),
+               "linear pointwise linear add");
+  expect_kinds("what is rectified is a sum", vector("add 0,0\nrelu 1\n" + linear(2)), "add pointwise linear");
+  expect_kinds("a slope of 0 before linear", vector(linear(0) + "leaky_relu 1 slope=0\n" + linear(2)), "linear pointwise linear");
+  expect_kinds("a negative slope before linear", vector(linear(0) + "leaky_relu 1 slope=-0.1\n" + linear(2)), "linear pointwise linear");
+  expect_kinds("another function before linear", vector(linear(0) + "tanh 1\n" + linear(2)), "linear pointwise linear");
+  expect_kinds("a backend that does not rectify", vector(linear(0) + "relu 1\n" + linear(2)), "linear pointwise linear", everything, false);
+}
+
 // ---------------------------------------------------------------- the same numbers
 
 using Results = std::vector<std::vector<double>>;
@@ -93,8 +141,10 @@ Results results(const Schedule& schedule) {  // on the reference
 }
 
 // 1e-12 of the largest: the same formulas in float64, sums in another order.
-void same(const std::string& what, const Program& net, const std::function<Schedule(const Program&)>& schedule_of) {
-  const Program fused = fuse(net, everything);
+// `part`: what the names of the ops that are fused begin with.
+void same(const std::string& what, const Program& net, const std::function<Schedule(const Program&)>& schedule_of,
+          const std::string& part = "batch_norm_fwd") {
+  const Program fused = fuse(net, {everything, true});
   const Schedule parts_schedule = schedule_of(net), fused_schedule = schedule_of(fused);
   const std::string listing = to_string(fused_schedule);
   const Results want = results(parts_schedule), got = results(fused_schedule);
@@ -111,8 +161,7 @@ void same(const std::string& what, const Program& net, const std::function<Sched
   char text[80];
   std::snprintf(text, sizeof text, "%.1e of the largest", worst);
   report(worst <= 1e-12 && largest > 0, what, text);
-  report(listing.find("norm_pool_act_fwd") != std::string::npos && listing.find("batch_norm_fwd") == std::string::npos,
-         what + ": is fused");
+  report(to_string(parts_schedule).find(part) != std::string::npos && listing.find(part) == std::string::npos, what + ": is fused");
 }
 
 // Of the sweep's steps: exactly the same numbers, for nothing is added up in another order.
@@ -208,14 +257,42 @@ void networks() {
   }
 }
 
+void rectified_networks() {
+  for (const auto& [name, text] : {std::pair<std::string, std::string>{"rectified net", kRectified}, {"rectified mlp", kRectifiedMlp}}) {
+    const Program net = Program::parse(text), bare = Program::parse(text.substr(0, text.find("loss ")) + "loss none\n");
+    for (bool dual : {false, true})
+      same(name + (dual ? ", dual" : ", passes"), bare, [dual](const Program& n) { return passes_schedule(n, 3, dual); }, "pointwise_");
+    const std::string label = name + ", ";
+    const auto check = [&](const std::string& what, const std::function<Schedule(const Program&)>& schedule_of) {
+      same(label + what, net, schedule_of, "pointwise_");
+    };
+    Adaptation how;
+    how.support_examples = 4;
+    how.query_examples = 3;
+    how.loop = InnerLoop::parse("steps=2 rate_grad=1");
+    const auto meta_gradient = [&how](const Program& n) { return meta_gradient_schedule(n, how); };
+    check("meta-gradient, low memory", meta_gradient);
+    how.stash = true;
+    check("meta-gradient, stash", meta_gradient);
+    how.loop = InnerLoop::parse("steps=2 order=0");
+    check("first order", meta_gradient);
+    check("forward", [](const Program& n) { return forward_schedule(n, 3, 4); });
+    check("conjugate gradients", [](const Program& n) { return conjugate_gradient_schedule(n, 4, false, 2); });
+    check("hvp", [](const Program& n) { return hvp_schedule(n, 4, true); });
+    check("vjp", [](const Program& n) { return vjp_schedule(n, 4); });
+  }
+}
+
 }  // namespace
 }  // namespace fastmaml
 
 int main() {
   using namespace fastmaml;
   joins();
+  rectifiers();
   passes();
   networks();
+  rectified_networks();
   sweeps();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;

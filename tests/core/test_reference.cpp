@@ -317,22 +317,34 @@ struct ProductOps {
         Op::name##_bwd_weight, Op::name##_bwd_weight_jvp                                                                             \
   }
 
+// d times the derivative of the rectifier that made y, or whose argument y is; if there is one.
+Vec masked(const Rectified& how, const Vec& y, Vec d) {
+  for (size_t i = 0; how.on && i < d.size(); ++i)
+    if (y[i] <= 0) d[i] *= how.slope;
+  return d;
+}
+
 // x of x_size, w of w_size, b of b_size -> y of y_size, all for N examples.
 void test_product(const std::string& name, const ProductOps& op, const Layer& layer, int64_t N, int64_t x_size, int64_t w_size,
                   int64_t b_size, int64_t y_size) {
   auto one = [&](Op which) { return Sized{which, layer, N}; };
+  const Rectified act = rectified_output(layer), before = rectified_input(layer);
+  const Vec none;
   Piece piece;
   piece.forward = [&](const Values& v) { return Values{run(one(op.fwd), {hole(y_size), v[0], v[1], v[2]})[0]}; };
+  const auto y_of = [&](const Values& v) { return act.on ? piece.forward(v)[0] : none; };
   piece.forward_jvp = [&](const Values& v, const Values& d) {
-    return Values{run(one(op.fwd_jvp), {hole(y_size), v[0], d[0], v[1], d[1], d[2]})[0]};
+    return Values{run(one(op.fwd_jvp), {hole(y_size), v[0], d[0], v[1], d[1], d[2], y_of(v)})[0]};
   };
-  piece.backward = [&](const Values& v, const Vec& dy) {
-    const Values data = run(one(op.data), {hole(x_size), dy, v[1]});
+  piece.backward = [&](const Values& v, const Vec& dy_behind) {
+    const Vec dy = masked(act, y_of(v), dy_behind);
+    const Values data = run(one(op.data), {hole(x_size), dy, v[1], none});
     const Values weight = run(one(op.weight), {hole(w_size), hole(b_size), v[0], dy});
     return Values{data[0], weight[0], weight[1]};
   };
-  piece.backward_jvp = [&](const Values& v, const Values& d, const Vec& dy, const Vec& dy_dot) {
-    const Values data = run(one(op.data_jvp), {hole(x_size), dy, dy_dot, v[1], d[1]});
+  piece.backward_jvp = [&](const Values& v, const Values& d, const Vec& dy_behind, const Vec& dy_dot_behind) {
+    const Vec dy = masked(act, y_of(v), dy_behind), dy_dot = masked(act, y_of(v), dy_dot_behind);
+    const Values data = run(one(op.data_jvp), {hole(x_size), dy, dy_dot, v[1], d[1], none});
     const Values weight = run(one(op.weight_jvp), {hole(w_size), hole(b_size), v[0], d[0], dy, dy_dot});
     return Values{data[0], weight[0], weight[1]};
   };
@@ -340,28 +352,44 @@ void test_product(const std::string& name, const ProductOps& op, const Layer& la
   check(name, piece, v);
 
   const Values d = draw_like(v);
-  const Vec dy = draw(y_size), dy_dot = draw(y_size), none;
+  const Vec dy = draw(y_size), dy_dot = draw(y_size);
   for (const bool x_has_tangent : {true, false}) {
     const Values used{x_has_tangent ? d[0] : none, d[1], d[2]};
     const Values dual = run(one(op.fwd_dual), {hole(y_size), hole(y_size), v[0], used[0], v[1], d[1], v[2], d[2]});
     expect_close(name + ": fwd_dual is fwd and fwd_jvp", {dual[0], dual[1]}, {piece.forward(v)[0], piece.forward_jvp(v, used)[0]}, 0);
   }
-  const Values data = run(one(op.data_dual), {hole(x_size), hole(x_size), dy, dy_dot, v[1], d[1]});
-  expect_close(name + ": bwd_data_dual is bwd_data and bwd_data_jvp", {data[0], data[1]},
-               {piece.backward(v, dy)[0], piece.backward_jvp(v, d, dy, dy_dot)[0]}, 0);
+  const Vec data = run(one(op.data), {hole(x_size), dy, v[1], none})[0];
+  const Vec data_jvp = run(one(op.data_jvp), {hole(x_size), dy, dy_dot, v[1], d[1], none})[0];
+  const Values dual = run(one(op.data_dual), {hole(x_size), hole(x_size), dy, dy_dot, v[1], d[1], none});
+  expect_close(name + ": bwd_data_dual is bwd_data and bwd_data_jvp", {dual[0], dual[1]}, {data, data_jvp}, 0);
+  if (before.on) {
+    const Values dual_behind = run(one(op.data_dual), {hole(x_size), hole(x_size), dy, dy_dot, v[1], d[1], v[0]});
+    const Vec want = masked(before, v[0], data), want_dot = masked(before, v[0], data_jvp);
+    expect_close(name + ": x masks dx",
+                 {run(one(op.data), {hole(x_size), dy, v[1], v[0]})[0],
+                  run(one(op.data_jvp), {hole(x_size), dy, dy_dot, v[1], d[1], v[0]})[0], dual_behind[0], dual_behind[1]},
+                 {want, want_dot, want, want_dot}, 0);
+  }
 
   const Values no_x_dot{zeros(v[0]), d[1], d[2]};
-  expect_close(
-      name + ": an absent x_dot, b or b_dot is zero",
-      {run(one(op.fwd_jvp), {hole(y_size), v[0], none, v[1], d[1], none})[0], run(one(op.fwd), {hole(y_size), v[0], v[1], none})[0],
-       run(one(op.weight_jvp), {hole(w_size), none, v[0], none, dy, dy_dot})[0], run(one(op.weight), {hole(w_size), none, v[0], dy})[0]},
-      {piece.forward_jvp(v, {zeros(v[0]), d[1], zeros(v[2])})[0], piece.forward({v[0], v[1], zeros(v[2])})[0],
-       piece.backward_jvp(v, no_x_dot, dy, dy_dot)[1], piece.backward(v, dy)[1]},
-      0);
+  const auto front = [&](const Vec& behind) { return masked(act, y_of(v), behind); };
+  expect_close(name + ": an absent x_dot, b or b_dot is zero",
+               {run(one(op.fwd_jvp), {hole(y_size), v[0], none, v[1], d[1], none, y_of(v)})[0],
+                run(one(op.fwd), {hole(y_size), v[0], v[1], none})[0],
+                run(one(op.weight_jvp), {hole(w_size), none, v[0], none, front(dy), front(dy_dot)})[0],
+                run(one(op.weight), {hole(w_size), none, v[0], front(dy)})[0]},
+               {piece.forward_jvp(v, {zeros(v[0]), d[1], zeros(v[2])})[0], piece.forward({v[0], v[1], zeros(v[2])})[0],
+                piece.backward_jvp(v, no_x_dot, dy, dy_dot)[1], piece.backward(v, dy)[1]},
+               0);
 }
 
 Conv2d conv_shape(int64_t C, int64_t H, int64_t W, int64_t F, int64_t KH, int64_t KW, int64_t sh, int64_t sw, int64_t ph, int64_t pw) {
   return {C, H, W, F, (H + 2 * ph - KH) / sh + 1, (W + 2 * pw - KW) / sw + 1, KH, KW, sh, sw, ph, pw};
+}
+
+Conv2d rectified(Conv2d shape, double slope) {
+  shape.y = shape.x = {true, slope};
+  return shape;
 }
 
 void test_products() {
@@ -369,6 +397,9 @@ void test_products() {
     for (const int64_t N : {1, 5})
       test_product("linear " + std::to_string(shape.in) + "->" + std::to_string(shape.out) + " N=" + std::to_string(N), PRODUCT_OPS(linear),
                    shape, N, N * shape.in, shape.in * shape.out, shape.out, N * shape.out);
+  for (const double slope : {0.0, 0.3})
+    test_product("linear, slope " + std::to_string(slope), PRODUCT_OPS(linear), Linear{4, 3, {true, slope}, {true, slope}}, 5, 20, 12, 3,
+                 15);
   const Vec y = run({Op::linear_fwd, Linear{2, 3}, 2}, {hole(6), {1, 2, 3, 4}, {1, 0, 2, 0, 1, 3}, {10, 20, 30}})[0];
   expect_close("linear_fwd by hand, w is [in, out]", {y}, {{11, 22, 38, 13, 24, 48}}, 0);
 
@@ -380,7 +411,9 @@ void test_products() {
                {"2x3 stride 2,1 pad 0,2", conv_shape(1, 4, 3, 2, 2, 3, 2, 1, 0, 2)},
                {"1x1", conv_shape(3, 2, 2, 2, 1, 1, 1, 1, 0, 0)},
                {"3x3 pad 0, whole image", conv_shape(2, 3, 3, 4, 3, 3, 1, 1, 0, 0)},
-               {"5x5 pad 2 on 2x2", conv_shape(1, 2, 2, 2, 5, 5, 1, 1, 2, 2)}};
+               {"5x5 pad 2 on 2x2", conv_shape(1, 2, 2, 2, 5, 5, 1, 1, 2, 2)},
+               {"3x3 stride 2 pad 1, ReLU", rectified(conv_shape(2, 5, 4, 2, 3, 3, 2, 2, 1, 1), 0)},
+               {"3x3 pad 1, leaky ReLU", rectified(conv_shape(2, 4, 5, 3, 3, 3, 1, 1, 1, 1), 0.3)}};
   for (const auto& c : cases)
     for (const int64_t N : {1, 3}) {
       const Conv2d& s = c.shape;
@@ -505,38 +538,40 @@ void test_group_norm(const std::string& name, const GroupNorm& shape, int64_t N,
   auto gamma = [&](const Values& v) { return affine ? v[1] : none; };
   auto beta = [&](const Values& v) { return affine ? v[2] : none; };
   auto forward = [&](const Values& v) { return run(one(Op::group_norm_fwd), {hole(size), hole(stat), v[0], gamma(v), beta(v)}); };
+  auto y_of = [&](const Values& v) { return shape.y.on ? forward(v)[0] : none; };
   auto jvp = [&](const Values& v, const Values& d) {
-    return run(one(Op::group_norm_fwd_jvp), {hole(size), hole(stat), v[0], d[0], forward(v)[1], gamma(v), gamma(d), beta(d)});
+    return run(one(Op::group_norm_fwd_jvp), {hole(size), hole(stat), v[0], d[0], forward(v)[1], gamma(v), gamma(d), beta(d), y_of(v)});
   };
   auto first = [&](const Values& out) { return affine ? Values{out[0], out[1], out[2]} : Values{out[0]}; };
   Piece piece;
   piece.forward = [&](const Values& v) { return Values{forward(v)[0]}; };
   piece.forward_jvp = [&](const Values& v, const Values& d) { return Values{jvp(v, d)[0]}; };
   piece.backward = [&](const Values& v, const Vec& dy) {
-    return first(run(one(Op::group_norm_bwd), {hole(size), hole(C), hole(C), v[0], dy, forward(v)[1], gamma(v)}));
+    return first(run(one(Op::group_norm_bwd), {hole(size), hole(C), hole(C), v[0], dy, forward(v)[1], gamma(v), y_of(v)}));
   };
   piece.backward_jvp = [&](const Values& v, const Values& d, const Vec& dy, const Vec& dy_dot) {
     return first(run(one(Op::group_norm_bwd_jvp),
-                     {hole(size), hole(C), hole(C), v[0], d[0], dy, dy_dot, forward(v)[1], jvp(v, d)[1], gamma(v), gamma(d)}));
+                     {hole(size), hole(C), hole(C), v[0], d[0], dy, dy_dot, forward(v)[1], jvp(v, d)[1], gamma(v), gamma(d), y_of(v)}));
   };
   Values v{draw(size)};
   if (affine) v.push_back(draw(C)), v.push_back(draw(C));
   check("group_norm " + name, piece, v);
 
   Values d = draw_like(v);
-  const Vec dy = draw(size), dy_dot = draw(size), s = forward(v)[1], s_dot = jvp(v, d)[1];
-  const Values no_dx = run(one(Op::group_norm_bwd), {none, hole(C), hole(C), v[0], dy, s, gamma(v)});
-  const Values with_dx = run(one(Op::group_norm_bwd), {hole(size), hole(C), hole(C), v[0], dy, s, gamma(v)});
-  const Values no_dx_dot = run(one(Op::group_norm_bwd_jvp), {none, hole(C), hole(C), v[0], d[0], dy, dy_dot, s, s_dot, gamma(v), gamma(d)});
+  const Vec dy = draw(size), dy_dot = draw(size), s = forward(v)[1], s_dot = jvp(v, d)[1], y = y_of(v);
+  const Values no_dx = run(one(Op::group_norm_bwd), {none, hole(C), hole(C), v[0], dy, s, gamma(v), y});
+  const Values with_dx = run(one(Op::group_norm_bwd), {hole(size), hole(C), hole(C), v[0], dy, s, gamma(v), y});
+  const Values no_dx_dot =
+      run(one(Op::group_norm_bwd_jvp), {none, hole(C), hole(C), v[0], d[0], dy, dy_dot, s, s_dot, gamma(v), gamma(d), y});
   const Values with_dx_dot =
-      run(one(Op::group_norm_bwd_jvp), {hole(size), hole(C), hole(C), v[0], d[0], dy, dy_dot, s, s_dot, gamma(v), gamma(d)});
+      run(one(Op::group_norm_bwd_jvp), {hole(size), hole(C), hole(C), v[0], d[0], dy, dy_dot, s, s_dot, gamma(v), gamma(d), y});
   expect_close("group_norm " + name + ": without dx the parameter gradients are the same", {no_dx[1], no_dx[2], no_dx_dot[1], no_dx_dot[2]},
                {with_dx[1], with_dx[2], with_dx_dot[1], with_dx_dot[2]}, 0);
 
   d[0] = zeros(d[0]);
-  const Values y_dot = run(one(Op::group_norm_fwd_jvp), {hole(size), hole(stat), v[0], none, s, gamma(v), gamma(d), beta(d)});
+  const Values y_dot = run(one(Op::group_norm_fwd_jvp), {hole(size), hole(stat), v[0], none, s, gamma(v), gamma(d), beta(d), y});
   const Values absent =
-      run(one(Op::group_norm_bwd_jvp), {hole(size), hole(C), hole(C), v[0], none, dy, dy_dot, s, none, gamma(v), gamma(d)});
+      run(one(Op::group_norm_bwd_jvp), {hole(size), hole(C), hole(C), v[0], none, dy, dy_dot, s, none, gamma(v), gamma(d), y});
   Values got{y_dot[0], y_dot[1]}, want{jvp(v, d)[0], jvp(v, d)[1]};
   for (const Vec& g : first(absent)) got.push_back(g);
   for (const Vec& g : piece.backward_jvp(v, d, dy, dy_dot)) want.push_back(g);
@@ -548,6 +583,8 @@ void test_group_norms() {
   test_group_norm("3 groups of one channel (instance norm)", {3, 4, 3, 1e-3}, 2, true);
   test_group_norm("layer norm of vectors", {5, 1, 1, 1e-3}, 3, true);
   test_group_norm("layer norm, not affine", {6, 1, 1, 1e-3}, 2, false);
+  test_group_norm("2 groups of images, ReLU", {4, 3, 2, 1e-3, {true, 0}}, 2, true);
+  test_group_norm("layer norm, leaky ReLU", {5, 1, 1, 1e-3, {true, 0.3}}, 3, false);
   // Pixels (1 3 | 10 20) and (5 7 | 30 40) in two groups: means 4 and 25, variances 5 and 125.
   const Values out = run({Op::group_norm_fwd, GroupNorm{4, 2, 2, 0}, 1}, {hole(8), hole(4), {1, 3, 10, 20, 5, 7, 30, 40}, {}, {}});
   const double a = 1 / std::sqrt(5.0), b = 1 / std::sqrt(125.0);

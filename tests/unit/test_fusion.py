@@ -1,8 +1,9 @@
-# Which backends run batch norm, max-pool and ReLU as one layer, and what of it the plans show.
+# Which backends run batch norm, max-pool and ReLU as one layer, and ReLU as a part of the layers beside it; and what of it
+# the plans show.
 from __future__ import annotations
 
 import pytest
-from cases import OpCase, norm_pool_act
+from cases import OpCase, conv_rectified_conv, linear_rectified_linear, norm_pool_act
 
 _C = pytest.importorskip("fastmaml._C")
 
@@ -39,3 +40,23 @@ def test_a_fused_plan_takes_less_memory():
     text = case.text.replace("loss none", "loss mse")
     fused, parts = (_C.arena_bytes(text, "grad", backend, 8, 3, 0) for backend in ("reference", "cpu"))
     assert fused < 0.7 * parts
+
+
+CONV, MLP = conv_rectified_conv((2, 5, 5), 4), linear_rectified_linear((3, 5, 2))
+
+
+@pytest.mark.parametrize("backend, case", [("reference", CONV), ("reference", MLP), ("cuda_emulated", CONV)], ids=str)
+def test_a_backend_that_rectifies_runs_no_relu_of_its_own(case, backend):
+    assert not {op for op in ops(case, backend) if op.startswith("pointwise")}
+
+
+@pytest.mark.parametrize("backend, case", [("cpu", CONV), ("cpu", MLP), ("cuda_emulated", MLP)], ids=str)
+def test_a_backend_that_does_not_or_a_resident_walk_runs_it(case, backend):
+    assert ops(case, backend) >= {"pointwise_fwd", "pointwise_bwd"}
+
+
+def test_what_was_rectified_takes_no_memory():
+    case = conv_rectified_conv((2, 16, 16), 32)
+    text = case.text.replace("loss none", "loss mse")
+    fused, parts = (_C.arena_bytes(text, "grad", backend, 8, 3, 0) for backend in ("reference", "cpu"))
+    assert fused < 0.8 * parts

@@ -182,36 +182,17 @@ struct TensorProduct {
     }
   }
 
-  static __device__ void write(const Block& block, const Sum& sum, T* out, const T* bias, bool wide) {
-    // Neighbouring columns of a lane: of as many pieces where it took chunks of b's rows, else the two of a piece.
-    constexpr bool kChunks = ReadsB::kChunks;
-    constexpr int kSide = kChunks ? 4 : 2;
-    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-#pragma unroll
-    for (int n = 0; n < kAcross; n += kChunks ? kSide : 1)
-#pragma unroll
-      for (int e = 0; e < 2; e += kChunks ? 1 : kSide) {
-        const int col = block.first_col + first_col() + ReadsB::row(2 * q + e, n);
-        const int count = block.cols - col < kSide ? block.cols - col : kSide;
-        if (count <= 0) continue;
-        Chunk<T, kSide> biases = {};
-        if (bias) biases = load<false, kSide>(bias + col, count);
-#pragma unroll
-        for (int m = 0; m < kDown; ++m)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int row = block.out_row(first_row() + ReadsA::row(g, m * 2 + half));
-            if (row < 0) continue;
-            Chunk<T, kSide> chunk;
-#pragma unroll
-            for (int j = 0; j < kSide; ++j) chunk.at[j] = sum[m][kChunks ? n + j : n][half * 2 + (kChunks ? e : j)] + biases.at[j];
-            T* const to = out + int64_t(row) * block.cols + col;
-            if (wide)
-              store<true>(to, chunk, count);
-            else
-              store<false>(to, chunk, count);
-          }
-      }
+  // The lane's share of `out`, as in TileProduct. Neighbouring columns: of as many pieces where it took chunks of b's rows, else the two of
+  // a piece.
+  static constexpr bool kChunks = ReadsB::kChunks;
+  static constexpr int kLines = kDown * 2, kSide = kChunks ? 4 : 2, kSpans = kAcross * 2 / kSide;
+  static __device__ int line(int i) { return first_row() + ReadsA::row(threadIdx.x % 32 / 4, i); }
+  static __device__ int span(int j) {
+    const int q = threadIdx.x % 4;
+    return first_col() + (kChunks ? ReadsB::row(2 * q + j % 2, j / 2 * 4) : ReadsB::row(2 * q, j));
+  }
+  static __device__ T at(const Sum& sum, int i, int j, int e) {
+    return kChunks ? sum[i / 2][j / 2 * 4 + e][i % 2 * 2 + j % 2] : sum[i / 2][j][i % 2 * 2 + e];
   }
 };
 

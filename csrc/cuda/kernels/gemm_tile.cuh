@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/kernels/operands.cuh"
+#include "cuda/kernels/rectifier.cuh"
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
@@ -24,6 +25,10 @@ struct Product {
   PerTask<const T> a[2], b[2], bias[2];
   PerTask<T> out[2];
   PerTask<T> sums;  // [cols], the sum of b[0] over k; absent in most products
+  // Where `rectified`, every out is multiplied by act'(mask), mask [rows, cols]; absent: by act'(out[0]), which makes act(out[0]) of it.
+  bool rectified = false;
+  Rectifier<T> act = {T(0)};
+  PerTask<const T> mask;
   int terms = 1;
   bool wide_a = false, wide_b = false, wide_out = false;  // may be accessed in chunks
   // k is cut into `parts` of part_depth (a multiple of kDepth); part p writes to out + p part_stride and sums + p part_stride.
@@ -187,40 +192,64 @@ struct TileProduct {
     }
   }
 
-  static __device__ void write(const Block& block, const Sum& sum, T* out, const T* bias, bool wide) {
-    const int a_place = threadIdx.x / kAcross, b_place = threadIdx.x % kAcross;
-    T biases[Tile::kThreadCols];
+  // The thread's share of `out`: kLines rows, and in each kSpans times kSide columns side by side.
+  static constexpr int kLines = Tile::kThreadRows, kSide = B::kAlongK ? 1 : kV, kSpans = Tile::kThreadCols / kSide;
+  static __device__ int line(int i) { return A::row(threadIdx.x / kAcross, i); }
+  static __device__ int span(int j) { return B::row(threadIdx.x % kAcross, j * kSide); }
+  static __device__ T at(const Sum& sum, int i, int j, int e) { return sum[i][j * kSide + e]; }
+};
+
+// Writes the sums of a block to out, and what is done with them on the way.
+template <class Work, bool rectified, class T>
+__device__ __forceinline__ void write(const typename Work::Block& block, const typename Work::Sum (&sum)[Work::kSets], const Product<T>& p,
+                                      int64_t task, int64_t part_offset) {
+  constexpr int kSets = Work::kSets, kSide = Work::kSide;
+  T* out[kSets];
+  const T* bias[kSets];
 #pragma unroll
-    for (int j = 0; j < Tile::kThreadCols; ++j) {
-      const int col = block.first_col + B::row(b_place, j);
-      biases[j] = bias && col < block.cols ? bias[col] : T(0);
-    }
+  for (int s = 0; s < kSets; ++s) {
+    out[s] = p.out[s].of(task) + part_offset;
+    bias[s] = p.bias[s].of(task);
+  }
+  const T* const mask = rectified ? p.mask.of(task) : nullptr;
+  int lines[Work::kLines];
 #pragma unroll
-    for (int i = 0; i < Tile::kThreadRows; ++i) {
-      const int row = block.out_row(A::row(a_place, i));
-      if (row < 0) continue;
-      T* line = out + int64_t(row) * block.cols;
+  for (int i = 0; i < Work::kLines; ++i) lines[i] = block.out_row(Work::line(i)) * block.cols;  // negative: outside
 #pragma unroll
-      for (int j = 0; j < Tile::kThreadCols; j += B::kAlongK ? 1 : kV) {
-        const int col = block.first_col + B::row(b_place, j);
-        if constexpr (B::kAlongK) {
-          if (col < block.cols) line[col] = sum[i][j] + biases[j];
-        } else {
-          Chunk<T> chunk;
+  for (int j = 0; j < Work::kSpans; ++j) {
+    const int col = block.first_col + Work::span(j), count = min(block.cols - col, kSide);
+    if (count <= 0) continue;
+    Chunk<T, kSide> biases[kSets] = {};
 #pragma unroll
-          for (int e = 0; e < kV; ++e) chunk.at[e] = sum[i][j + e] + biases[j + e];
-          if (wide) {
-            if (col < block.cols) *reinterpret_cast<Chunk<T>*>(line + col) = chunk;
-          } else {
+    for (int s = 0; s < kSets; ++s)
+      if (bias[s]) biases[s] = load<false, kSide>(bias[s] + col, count);
 #pragma unroll
-            for (int e = 0; e < kV; ++e)
-              if (col + e < block.cols) line[col + e] = chunk.at[e];
-          }
-        }
+    for (int i = 0; i < Work::kLines; ++i) {
+      if (lines[i] < 0) continue;
+      const int place = lines[i] + col;
+      Chunk<T, kSide> chunk[kSets];
+#pragma unroll
+      for (int s = 0; s < kSets; ++s)
+#pragma unroll
+        for (int e = 0; e < kSide; ++e) chunk[s].at[e] = Work::at(sum[s], i, j, e) + biases[s].at[e];
+      if constexpr (rectified) {
+        Chunk<T, kSide> sign = chunk[0];
+        if (mask) sign = p.wide_out ? load<true, kSide>(mask + place, count) : load<false, kSide>(mask + place, count);
+#pragma unroll
+        for (int s = 0; s < kSets; ++s)
+#pragma unroll
+          for (int e = 0; e < kSide; ++e) chunk[s].at[e] = p.act.times_first(sign.at[e], chunk[s].at[e]);
+      }
+#pragma unroll
+      for (int s = 0; s < kSets; ++s) {
+        if (p.wide_out)
+          store<true>(out[s] + place, chunk[s], count);
+        else
+          store<false>(out[s] + place, chunk[s], count);
       }
     }
   }
-};
+}
 
 // The block's place is blockIdx.x = ((task * parts + part) * row_tiles + row_tile) * col_tiles + col_tile. Work: TileProduct, or
 // TensorProduct of gemm_tensor.cuh.
@@ -286,9 +315,11 @@ __global__ void __launch_bounds__(Work::Tile::kThreads, Work::kBlocks)
     }
   }
 
-#pragma unroll
-  for (int s = 0; s < Work::kSets; ++s)
-    Work::write(block, sum[s], p.out[s].of(task) + part * p.part_stride, p.bias[s].of(task), p.wide_out);
+  const int64_t part_offset = part * p.part_stride;
+  if (!Form::kSums && p.rectified)
+    write<Work, !Form::kSums>(block, sum, p, task, part_offset);
+  else
+    write<Work, false>(block, sum, p, task, part_offset);
   if constexpr (Form::kSums) {
     const int col = block.first_col + threadIdx.x;
     if (sums && threadIdx.x < Tile::kCols && col < block.cols) sums[col] = column_sum;

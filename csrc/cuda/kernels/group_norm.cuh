@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/kernels/columns.cuh"
+#include "cuda/kernels/rectifier.cuh"
 #include "cuda/kernels/reduce.cuh"
 
 namespace fastmaml::FASTMAML_CUDA_NS {
@@ -26,11 +27,28 @@ __device__ __forceinline__ void for_group(const Groups& s, int group, Body body)
   }
 }
 
+// A y that a rectifier made, or none: what is by y becomes what is by the rectifier's argument.
+template <class T>
+struct Mask {
+  PerTask<const T> y = {};
+  Rectifier<T> act = {T(0)};
+
+  template <bool kWide, class... Chunks>
+  __device__ __forceinline__ void apply(const T* y_of, int i, int count, Chunks&... d) const {
+    if (!y_of) return;
+    const Chunk<T> sign = load<kWide, kChunk<T>>(y_of + i, count);
+#pragma unroll
+    for (int j = 0; j < kChunk<T>; ++j) ((d.at[j] = act.times_first(sign.at[j], d.at[j])), ...);
+  }
+};
+
 template <class T>
 struct GroupNormFwd {
   PerTask<T> y, stats;
   PerTask<const T> x, gamma, beta;
   double eps;
+  bool rectified = false;
+  Rectifier<T> act = {T(0)};
 
   // Chunks in two passes through registers, merged with the thread's chunks before them in T, and threads in double.
   template <class Team, bool kWide>
@@ -72,6 +90,10 @@ struct GroupNormFwd {
       const Chunk<T> g = channels(gamma.of(task), c, count, T(1)), b = channels(beta.of(task), c, count, T(0));
 #pragma unroll
       for (int j = 0; j < kChunk<T>; ++j) out.at[j] = (out.at[j] - mean) * r * g.at[j] + b.at[j];
+      if (rectified) {
+#pragma unroll
+        for (int j = 0; j < kChunk<T>; ++j) out.at[j] = act.value(out.at[j]);
+      }
       store<kWide>(y.of(task) + i, out, count);
     });
   }
@@ -82,6 +104,7 @@ template <class T>
 struct GroupNormFwdJvp {
   PerTask<T> y_dot, stats_dot;
   PerTask<const T> x, x_dot, stats, gamma, gamma_dot, beta_dot;
+  Mask<T> mask = {};
 
   template <class Team, bool kWide>
   __device__ void run(int64_t task, const Groups& s, int group) const {
@@ -118,6 +141,7 @@ struct GroupNormFwdJvp {
         const T xhat = (out.at[j] - mean) * r, xhat_dot = r * (x_dot_here.at[j] - mean_dot - xhat * slope);
         out.at[j] = g_dot.at[j] * xhat + g.at[j] * xhat_dot + b_dot.at[j];
       }
+      mask.template apply<kWide>(mask.y.of(task), i, count, out);
       store<kWide>(y_dot.of(task) + i, out, count);
     });
   }
@@ -128,12 +152,14 @@ template <class T>
 struct GroupNormBwdData {
   PerTask<T> dx;
   PerTask<const T> x, dy, stats, gamma;
+  Mask<T> mask = {};
 
   template <class Team, bool kWide>
   __device__ void run(int64_t task, const Groups& s, int group) const {
     const T mean = stats.of(task)[2 * group], r = stats.of(task)[2 * group + 1];
     const auto values = [&](Chunk<T>& h, Chunk<T>& xhat, int i, int c, int count) {
       h = load<kWide, kChunk<T>>(dy.of(task) + i, count);
+      mask.template apply<kWide>(mask.y.of(task), i, count, h);
       xhat = load<kWide, kChunk<T>>(x.of(task) + i, count);
       const Chunk<T> g = channels(gamma.of(task), c, count, T(1));
 #pragma unroll
@@ -174,6 +200,7 @@ template <class T>
 struct GroupNormBwdDataJvp {
   PerTask<T> dx_dot;
   PerTask<const T> x, x_dot, dy, dy_dot, stats, stats_dot, gamma, gamma_dot;
+  Mask<T> mask = {};
 
   template <class Team, bool kWide>
   __device__ void run(int64_t task, const Groups& s, int group) const {
@@ -183,6 +210,7 @@ struct GroupNormBwdDataJvp {
     const auto values = [&](Chunk<T>& h, Chunk<T>& h_dot, Chunk<T>& xhat, Chunk<T>& xhat_dot, int i, int c, int count) {
       h = load<kWide, kChunk<T>>(dy.of(task) + i, count);
       h_dot = load<kWide, kChunk<T>>(dy_dot.of(task) + i, count);
+      mask.template apply<kWide>(mask.y.of(task), i, count, h, h_dot);
       xhat = load<kWide, kChunk<T>>(x.of(task) + i, count);
       xhat_dot = {};
       if (x_dot.data) xhat_dot = load<kWide, kChunk<T>>(x_dot.of(task) + i, count);
@@ -253,19 +281,29 @@ template <class T>
 struct GroupNormBwdWeight {
   PerTask<const T> x, dy, stats;
   Groups s;
+  Mask<T> mask = {};
 
   struct Channels {
     const GroupNormBwdWeight& f;
-    const T *x, *dy, *stats;
+    const T *x, *dy, *stats, *y;
     int c, count;
     ChannelGroups<kChunk<T>> groups;
     __device__ Channels(const GroupNormBwdWeight& f, int64_t task, int c, int count)
-        : f(f), x(f.x.of(task)), dy(f.dy.of(task)), stats(f.stats.of(task)), c(c), count(count), groups(f.s, c, count) {}
+        : f(f),
+          x(f.x.of(task)),
+          dy(f.dy.of(task)),
+          stats(f.stats.of(task)),
+          y(f.mask.y.of(task)),
+          c(c),
+          count(count),
+          groups(f.s, c, count) {}
 
     template <bool kWide>
     __device__ void add(T (&sum)[2][kChunk<T>], int row) const {
       const int i = row * f.s.channels + c, first = row / f.s.spatial * f.s.groups;
-      const Chunk<T> x_here = load<kWide, kChunk<T>>(x + i, count), d = load<kWide, kChunk<T>>(dy + i, count);
+      const Chunk<T> x_here = load<kWide, kChunk<T>>(x + i, count);
+      Chunk<T> d = load<kWide, kChunk<T>>(dy + i, count);
+      f.mask.template apply<kWide>(y, i, count, d);
 #pragma unroll
       for (int j = 0; j < kChunk<T>; ++j) {
         const int group = first + groups.of[j];
@@ -281,10 +319,11 @@ template <class T>
 struct GroupNormBwdWeightJvp {
   PerTask<const T> x, x_dot, dy, dy_dot, stats, stats_dot;
   Groups s;
+  Mask<T> mask = {};
 
   struct Channels {
     const GroupNormBwdWeightJvp& f;
-    const T *x, *x_dot, *dy, *dy_dot, *stats, *stats_dot;
+    const T *x, *x_dot, *dy, *dy_dot, *stats, *stats_dot, *y;
     int c, count;
     ChannelGroups<kChunk<T>> groups;
     __device__ Channels(const GroupNormBwdWeightJvp& f, int64_t task, int c, int count)
@@ -295,6 +334,7 @@ struct GroupNormBwdWeightJvp {
           dy_dot(f.dy_dot.of(task)),
           stats(f.stats.of(task)),
           stats_dot(f.stats_dot.of(task)),
+          y(f.mask.y.of(task)),
           c(c),
           count(count),
           groups(f.s, c, count) {}
@@ -303,7 +343,8 @@ struct GroupNormBwdWeightJvp {
     __device__ void add(T (&sum)[2][kChunk<T>], int row) const {
       const int i = row * f.s.channels + c, first = row / f.s.spatial * f.s.groups;
       const Chunk<T> x_here = load<kWide, kChunk<T>>(x + i, count);
-      const Chunk<T> d = load<kWide, kChunk<T>>(dy + i, count), d_dot = load<kWide, kChunk<T>>(dy_dot + i, count);
+      Chunk<T> d = load<kWide, kChunk<T>>(dy + i, count), d_dot = load<kWide, kChunk<T>>(dy_dot + i, count);
+      f.mask.template apply<kWide>(y, i, count, d, d_dot);
       Chunk<T> x_dot_here = {};
       if (x_dot) x_dot_here = load<kWide, kChunk<T>>(x_dot + i, count);
 #pragma unroll

@@ -3,23 +3,9 @@
 #pragma once
 
 #include "cuda/kernels/map.cuh"
+#include "cuda/kernels/rectifier.cuh"
 
 namespace fastmaml::FASTMAML_CUDA_NS {
-
-// ReLU (slope 0) and leaky ReLU; f'' = 0.
-template <class T>
-struct Rectifier {
-  T slope;
-
-  __device__ T value(T x) const { return x > T(0) ? x : x != x ? x : low(x); }
-  // Is f'(x) one? NaN counts as positive where ReLU is concerned, as in torch.
-  __device__ bool passes(T x) const { return x > T(0) || (x != x && slope == T(0)); }
-  __device__ T times(bool passes, T d) const { return passes ? d : low(d); }
-  __device__ T times_first(T x, T d) const { return times(passes(x), d); }
-
- private:
-  __device__ T low(T x) const { return slope == T(0) ? T(0) : slope * x; }  // 0 even of an infinity
-};
 
 template <class T>
 struct Derivatives {
