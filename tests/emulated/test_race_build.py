@@ -42,7 +42,14 @@ def counts(log):
 
 
 @pytest.mark.parametrize(
-    "program, at_least", [("test_cuda_ops_race", 10_000), ("test_cuda_walk_race", 80), ("test_race", 250)]
+    "program, at_least",
+    [
+        ("test_cuda_device_race", 70),
+        ("test_cuda_ops_race", 10_000),
+        ("test_cuda_walk_race", 80),
+        ("test_cuda_resident_race", 1_000),
+        ("test_race", 250),
+    ],
 )
 def test_race_build_is_clean(logs, record_property, program, at_least):
     passed, failed = counts(logs[program])
