@@ -190,8 +190,14 @@ class Backend:
                 raise ValueError(f"{name} {checks.shape(x)} does not fit the model: {error}") from None
         return self._programs[shape]
 
+    @property
+    def precision_in_use(self) -> str:
+        """The precision that was allowed, where the backend has it; the others compute in the parameters' type."""
+        return self.precision if self.backend in ("cuda", "cuda_emulated") else "float32"
+
     def _compiled(self, program: Program) -> Compiled:
-        backend = self.backend if self.precision == "float32" else f"{self.backend}:{self.precision}"
+        precision = self.precision_in_use
+        backend = self.backend if precision == "float32" else f"{self.backend}:{precision}"
         return Compiled(program, self.model, backend, self.memory, self._caller)
 
     def _output_shape(self, name: str, x: Tensor, params: Tensor, program: Program | None) -> tuple[int, ...]:

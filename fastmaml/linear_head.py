@@ -31,7 +31,7 @@ class LinearHead:
         *body, head = engine.model.named_children()
         how = (backend, engine.memory, engine.batch_norm)
         self.whole = engine
-        precision = engine.precision
+        precision = engine.precision_in_use
         self.body = Engine(nn.Sequential(OrderedDict(body)), "mse", *how, precision=precision)  # its loss is not used
         self.head = Engine(
             nn.Sequential(OrderedDict([head])), engine.loss_name, *how, engine.label_smoothing, precision=precision

@@ -139,7 +139,8 @@ class MAMLPlusPlus(Learner):
             return super().adapt(support_x, support_y, inner_steps)
         own = self.engine
         model = copy.deepcopy(self.model)
-        engine = Engine(model, own.loss_name, own.backend, own.memory, "frozen", own.label_smoothing, own.precision)
+        how = (own.backend, own.memory, "frozen", own.label_smoothing, own.precision_in_use)
+        engine = Engine(model, own.loss_name, *how)
         step_statistics.put(model, self.running_mean[0], self.running_var[0])
         now = self._one_step(engine, 0, own.flatten(), support_x, support_y, None, steps=0)
         losses = [now.losses]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from unrolled import BACKENDS, regression_batch, small_mlp
 
-from fastmaml import Engine
+from fastmaml import ANIL, MAML, Engine
 from fastmaml import backend as choosing
 
 
@@ -89,6 +89,13 @@ def test_precision_is_one_of_the_known_and_for_cuda(compiled):
         Engine(small_mlp(), "mse", precision="half")
     with pytest.raises(ValueError, match="precision 'tf32' is for the backends cuda and cuda_emulated, not 'cpu'"):
         Engine(small_mlp(), "mse", "cpu", precision="tf32")
+
+
+@pytest.mark.parametrize("learner", [MAML, ANIL])
+def test_what_auto_allows_on_a_device_changes_nothing_on_the_cpu(learner):
+    batch = regression_batch()
+    allowed, plain = (learner(small_mlp(), 0.1, 2, "mse", precision=p)(*batch).loss for p in ("tf32", "float32"))
+    assert torch.equal(allowed, plain)
 
 
 def test_without_the_compiled_module_autodiff_runs_and_says_so(monkeypatch, caplog):
