@@ -39,6 +39,8 @@ void add_conv2d_ops(OpTable& table);  // conv2d.cpp
 template <class T>
 void add_batch_norm_ops(OpTable& table);  // batch_norm.cpp
 template <class T>
+void add_norm_pool_act_ops(OpTable& table);  // norm_pool_act.cpp
+template <class T>
 void add_group_norm_ops(OpTable& table);  // group_norm.cpp
 template <class T>
 void add_pointwise_ops(OpTable& table);  // pointwise.cpp

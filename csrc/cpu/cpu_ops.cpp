@@ -13,6 +13,7 @@ OpTable make_table() {
   add_linear_ops<T>(table);
   add_conv2d_ops<T>(table);
   add_batch_norm_ops<T>(table);
+  add_norm_pool_act_ops<T>(table);
   add_group_norm_ops<T>(table);
   add_pointwise_ops<T>(table);
   add_pool2d_ops<T>(table);

@@ -3,40 +3,12 @@
 #include <cmath>
 
 #include "cpu/cpu.h"
+#include "cpu/kernels/rectifier.h"
 
 FASTMAML_CPU_BEGIN
 namespace {
 
 using Kind = Pointwise::Kind;
-
-template <class V>
-inline V select_positive(V x, V yes, V no) {
-  if constexpr (std::is_arithmetic_v<V>)
-    return x > V(0) ? yes : no;
-  else
-    return (x > V{}) ? yes : no;
-}
-
-// ReLU is a leaky ReLU of slope 0, but 0 * NaN and 0 * inf must not appear.
-template <class T>
-struct Rectifier {
-  T slope;
-  template <class V>
-  V low(V x) const {
-    return slope == T(0) ? V{} : x * slope;
-  }
-  template <class V>
-  V value(V x) const {
-    if constexpr (std::is_arithmetic_v<V>)
-      return x > V(0) ? x : (x != x ? x : low(x));
-    else
-      return (x > V{}) ? x : ((x != x) ? x : low(x));
-  }
-  template <class V>
-  V times_slope(V x, V d) const {  // f'(x) d
-    return select_positive(x, d, low(d));
-  }
-};
 
 struct Derivatives {
   double f, first, second;

@@ -57,6 +57,11 @@ inline __attribute__((always_inline)) V load_or(const T* p, int64_t i, T otherwi
   return p ? load<V>(p + i) : broadcast<V>(otherwise);
 }
 
+template <class M, class V>
+inline __attribute__((always_inline)) V where(M mask, V yes, V no) {
+  return mask ? yes : no;
+}
+
 template <class T, class V>
 inline T sum_lanes(V v) {
   if constexpr (std::is_same_v<V, T>) {
@@ -96,6 +101,36 @@ inline __attribute__((always_inline)) V square_root(V x) {
     for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = std::sqrt(x[i]);
     return x;
   }
+}
+
+// a b + c, rounded once where the machine has an instruction for it. For results on whose bits two functions must agree: what a compiler
+// makes of a * b + c depends on the code around it.
+template <class V>
+inline __attribute__((always_inline)) V multiply_add(V a, V b, V c) {
+#if defined(__FMA__)
+  if constexpr (std::is_floating_point_v<V>) {
+    return std::fma(a, b, c);
+  } else {
+    constexpr bool kFloats = sizeof(a[0]) == sizeof(float);
+#ifdef __AVX512F__
+    if constexpr (sizeof(V) == 64)
+      return kFloats ? V(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))) : V(_mm512_fmadd_pd(__m512d(a), __m512d(b), __m512d(c)));
+#endif
+    if constexpr (sizeof(V) == 32)
+      return kFloats ? V(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c))) : V(_mm256_fmadd_pd(__m256d(a), __m256d(b), __m256d(c)));
+    for (size_t i = 0; i < sizeof(V) / sizeof(a[0]); ++i) c[i] = std::fma(a[i], b[i], c[i]);
+    return c;
+  }
+#elif defined(__FP_FAST_FMA) && defined(__FP_FAST_FMAF)
+  if constexpr (std::is_floating_point_v<V>) {
+    return std::fma(a, b, c);
+  } else {
+    for (size_t i = 0; i < sizeof(V) / sizeof(a[0]); ++i) c[i] = std::fma(a[i], b[i], c[i]);
+    return c;
+  }
+#else
+  return a * b + c;
+#endif
 }
 
 // f(V{}, i) for i = 0, lanes, 2 lanes, ..., then one by one.
