@@ -18,7 +18,7 @@ constexpr size_t kStashBytesOfAll = size_t(16) << 20;  // the same where the tas
 // A gradient of more bytes has left the cache before it is read, so it is made in chunks that have not; both are chosen from the network
 // and N alone, as a sum's order depends on them.
 constexpr int64_t kCacheBytes = int64_t(2) << 20, kChunkBytes = int64_t(512) << 10;
-constexpr size_t kCached = 64;                         // a plan of 100 inner steps of Conv4 holds megabytes of Steps
+constexpr size_t kCached = 64;  // a plan of 100 inner steps of Conv4 holds megabytes of Steps
 
 // Values by key. When it is full everything goes: a program that makes that many plans has no favourites.
 template <class Value>
@@ -93,7 +93,8 @@ Plan make_plan(const std::string& text, const OpTable& table, Work work) {
   work.how.stash = work.memory != Memory::low;
   const auto write = [&] {
     plan.schedule = fuse(schedule_of(*plan.program, work), supports);
-    if (!table.device) plan.schedule = stream(plan.schedule, {kCacheBytes / int64_t(table.real_bytes), kChunkBytes / int64_t(table.real_bytes)});
+    if (!table.device)
+      plan.schedule = stream(plan.schedule, {kCacheBytes / int64_t(table.real_bytes), kChunkBytes / int64_t(table.real_bytes)});
     plan.workspace = plan_workspace(plan.schedule, table);
   };
   write();

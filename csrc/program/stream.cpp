@@ -20,7 +20,8 @@ const std::map<Op, std::vector<Extent>>& extents() {
   using enum Extent;
   static const std::map<Op, std::vector<Extent>> of{
       {Op::norm_pool_act_bwd_data, {input, output, input, output, whole, whole, whole, whole, whole}},
-      {Op::norm_pool_act_bwd_data_jvp, {input, output, input, input, output, output, whole, whole, whole, whole, whole, whole, whole, whole, whole}},
+      {Op::norm_pool_act_bwd_data_jvp,
+       {input, output, input, input, output, output, whole, whole, whole, whole, whole, whole, whole, whole, whole}},
       {Op::conv2d_bwd_weight, {whole, whole, input, output}},
       {Op::conv2d_bwd_weight_jvp, {whole, whole, input, input, output, output}},
       {Op::conv2d_bwd_data, {input, output, whole, input}},
@@ -109,7 +110,7 @@ class Streaming {
   Schedule& out_;
   const Group& group_;
   int64_t N_ = 0, chunk_ = 0;
-  std::map<int, int> small_;                     // by slot: the one that holds a chunk of it
+  std::map<int, int> small_;                      // by slot: the one that holds a chunk of it
   std::map<std::pair<int, int64_t>, int> share_;  // by the place of a sum: the slot that holds a chunk's share of it
 
   void part(Step step, int64_t from, int64_t count) {
