@@ -1,4 +1,5 @@
-// Which layers fuse() joins, and whether the fused network computes what its parts do: in every pass, on the float64 reference.
+// Which layers fuse() joins, and whether the fused network computes what its parts do: in every pass, in float64, on the reference and,
+// with what the cpu joins, on each of its instruction sets.
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -6,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/isa/choose_isa.h"
 #include "networks.h"
 
 namespace fastmaml {
@@ -130,24 +132,18 @@ void rectifiers() {
 
 using Results = std::vector<std::vector<double>>;
 
-Results results(const Schedule& schedule) {  // on the reference
+Results results(const Schedule& schedule, const OpTable& table = reference_ops()) {
   constexpr int64_t kTasks = 2;
   Arguments<double> arguments(schedule, kTasks, 3);
   for (double& v : arguments.real[static_cast<int>(Arg::buffers)]) v = std::fabs(v) + 0.1;
   for (double& v : arguments.real[static_cast<int>(Arg::cg_settings)]) v = 2;
   Arenas arenas;
-  run_layered({reference_ops(), schedule, plan_workspace(schedule, reference_ops()), arguments.views, kTasks}, arenas);
+  run_layered({table, schedule, plan_workspace(schedule, table), arguments.views, kTasks}, arenas);
   return {arguments.real.begin() + static_cast<int>(Arg::loss), arguments.real.end()};
 }
 
-// 1e-12 of the largest: the same formulas in float64, sums in another order.
-// `part`: what the names of the ops that are fused begin with.
-void same(const std::string& what, const Program& net, const std::function<Schedule(const Program&)>& schedule_of,
-          const std::string& part = "batch_norm_fwd") {
-  const Program fused = fuse(net, {everything, true});
-  const Schedule parts_schedule = schedule_of(net), fused_schedule = schedule_of(fused);
-  const std::string listing = to_string(fused_schedule);
-  const Results want = results(parts_schedule), got = results(fused_schedule);
+// The largest error, in units of the largest number of its result; infinite where all is zero.
+double worst(const Results& got, const Results& want) {
   double worst = 0, largest = 0;
   for (size_t a = 0; a < want.size(); ++a) {
     double scale = 0;
@@ -158,10 +154,32 @@ void same(const std::string& what, const Program& net, const std::function<Sched
       worst = std::isnan(error) ? INFINITY : std::max(worst, error);
     }
   }
+  return largest > 0 ? worst : INFINITY;
+}
+
+void expect_error(const std::string& what, double error, double limit) {
   char text[80];
-  std::snprintf(text, sizeof text, "%.1e of the largest", worst);
-  report(worst <= 1e-12 && largest > 0, what, text);
+  std::snprintf(text, sizeof text, "%.1e of the largest", error);
+  report(error <= limit, what, text);
+}
+
+// 1e-12 of the largest: the same formulas in float64, sums in another order. On the cpu also other formulas: 1e-10, as in test_walks.
+// `part`: what the names of the ops that are fused begin with.
+void same(const std::string& what, const Program& net, const std::function<Schedule(const Program&)>& schedule_of,
+          const std::string& part = "batch_norm_fwd") {
+  const Program fused = fuse(net, {everything, true});
+  const Schedule parts_schedule = schedule_of(net), fused_schedule = schedule_of(fused);
+  const std::string listing = to_string(fused_schedule);
+  const Results want = results(parts_schedule);
+  expect_error(what, worst(results(fused_schedule), want), 1e-12);
   report(to_string(parts_schedule).find(part) != std::string::npos && listing.find(part) == std::string::npos, what + ": is fused");
+  for (const std::string& isa : available_cpu_isas()) {
+    set_cpu_isa(isa);
+    const OpTable& cpu = cpu_ops(8);
+    const Schedule schedule = schedule_of(fuse(net, {[&](Op op) { return cpu.supports(op); }, cpu.rectifies}));
+    expect_error(what + ": cpu " + isa, worst(results(schedule, cpu), want), 1e-10);
+  }
+  set_cpu_isa("");
 }
 
 // Of the sweep's steps: exactly the same numbers, for nothing is added up in another order.
