@@ -39,11 +39,6 @@ size_t scratch_bytes(const Step&, const Layer& layer) {
   return scratch.used();
 }
 
-template <class T>
-Stats<T> stats_of(const Call& call, int stats, int stats_dot, int64_t t, int64_t C) {
-  return {at<T>(call, stats, t), stats_dot < 0 ? nullptr : at<T>(call, stats_dot, t), C};
-}
-
 // body(side): 1: no pool, the window is the pixel; 2: 2 x 2 without padding; 0: any windows
 template <class Body>
 void with_side(const Sizes& z, Body body) {
@@ -53,12 +48,13 @@ void with_side(const Sizes& z, Body body) {
   body(std::integral_constant<int, 0>());
 }
 
-// f(V{}, c, n, row) for `rows` rows of every example. Channels are outside of a row: their numbers stay in registers along it, and it
-// stays in the L1 cache from channel to channel.
+// f(V{}, c, n, h, w) for h < rows and w < columns of every example, and all channels of one place before the next: the order of memory,
+// which streams 1.4 times as fast as rows channel by channel. A channel's numbers come from the L1 cache each time.
 template <class T, class F>
-inline __attribute__((always_inline)) void for_rows(const Sizes& z, int64_t rows, F f) {
+inline __attribute__((always_inline)) void for_places(const Sizes& z, int64_t rows, int64_t columns, F f) {
   for (int64_t n = 0; n < z.N; ++n)
-    for (int64_t row = 0; row < rows; ++row) for_lanes<T>(z.C, [&](auto lane, int64_t c) { f(lane, c, n, row); });
+    for (int64_t h = 0; h < rows; ++h)
+      for (int64_t w = 0; w < columns; ++w) for_lanes<T>(z.C, [&](auto lane, int64_t c) { f(lane, c, n, h, w); });
 }
 
 // f(tap, input pixel) for the taps of a window that lie in the image
@@ -97,36 +93,34 @@ void norm_pool_act_fwd(const Call& call) {
     const T* x = at<T>(call, 3, t);
     const Affine<T> affine(stats_of<T>(call, 4, -1, t, z.C), at<T>(call, 5, t), at<T>(call, 6, t), scratch);
     with_side(z, [&](auto side) {
-      for_rows<T>(z, z.pool.OH, [&](auto lane, int64_t c, int64_t n, int64_t oh) {
+      for_places<T>(z, z.pool.OH, z.pool.OW, [&](auto lane, int64_t c, int64_t n, int64_t oh, int64_t ow) {
         using V = decltype(lane);
         using I = typename IntOf<V>::type;
         const auto channels = affine.template at<V>(c);
-        for (int64_t ow = 0; ow < z.pool.OW; ++ow) {
-          const int64_t i = ((n * z.pool.OH + oh) * z.pool.OW + ow) * z.C + c;
-          V largest{}, of_x{};
-          I place{};
-          bool first = true;
-          for_window<side()>(z.pool, n, oh, ow, [&](int32_t k, int64_t pixel) {
-            const V here = load<V>(x + pixel * z.C + c), of_here = channels.z(here);
-            const I k_here = broadcast<I>(k);
-            if (first) {
-              largest = of_here;
-              of_x = here;
-              place = k_here;
-              first = false;
-            } else {
-              const auto wins = (of_here > largest) | (of_here != of_here);
-              largest = where(wins, of_here, largest);
-              of_x = where(wins, here, of_x);
-              place = where(wins, k_here, place);
-            }
-          });
-          if constexpr (side() != 1) {
-            store_bytes(tap + i, where(act.passes(largest), place, ~place));
-            store(winner + i, of_x);
+        const int64_t i = ((n * z.pool.OH + oh) * z.pool.OW + ow) * z.C + c;
+        V largest{}, of_x{};
+        I place{};
+        bool first = true;
+        for_window<side()>(z.pool, n, oh, ow, [&](int32_t k, int64_t pixel) {
+          const V here = load<V>(x + pixel * z.C + c), of_here = channels.z(here);
+          const I k_here = broadcast<I>(k);
+          if (first) {
+            largest = of_here;
+            of_x = here;
+            place = k_here;
+            first = false;
+          } else {
+            const auto wins = (of_here > largest) | (of_here != of_here);
+            largest = where(wins, of_here, largest);
+            of_x = where(wins, here, of_x);
+            place = where(wins, k_here, place);
           }
-          store(y + i, act.value(largest));
+        });
+        if constexpr (side() != 1) {
+          store_bytes(tap + i, where(act.passes(largest), place, ~place));
+          store(winner + i, of_x);
         }
+        store(y + i, act.value(largest));
       });
     });
   }
@@ -155,28 +149,26 @@ void norm_pool_act_fwd_jvp(const Call& call) {
       mean_dot[c] = T(stats.mean_dot(c));
     }
     with_side(z, [&](auto side) {
-      for_rows<T>(z, z.pool.OH, [&](auto lane, int64_t c, int64_t n, int64_t oh) {
+      for_places<T>(z, z.pool.OH, z.pool.OW, [&](auto lane, int64_t c, int64_t n, int64_t oh, int64_t ow) {
         using V = decltype(lane);
         using I = typename IntOf<V>::type;
         const auto channels = affine.template at<V>(c);
         const V slope = load<V>(by_x + c), slope_dot = load<V>(by_x_dot + c), zero_dot = load<V>(mean_dot + c);
         const V at_mean = load<V>(constant + c);
-        for (int64_t ow = 0; ow < z.pool.OW; ++ow) {
-          const int64_t i = ((n * z.pool.OH + oh) * z.pool.OW + ow) * z.C + c;
-          const V centred = load<V>(winner + i) - channels.mean;
-          V here{};
-          if constexpr (side() == 1) {
-            here = load_or<V>(x_dot, i, T(0));
-          } else if (x_dot) {
-            const I place = place_of(load_bytes<I>(tap + i));
-            for_window<side()>(z.pool, n, oh, ow, [&](int32_t k, int64_t pixel) {
-              here = where(place == broadcast<I>(k), load<V>(x_dot + pixel * z.C + c), here);
-            });
-            store(winner_dot + i, here);
-          }
-          const V z_dot = centred * slope + ((here - zero_dot) * slope_dot + at_mean);
-          store(y_dot + i, act.times_slope(channels.z_of_centred(centred), z_dot));
+        const int64_t i = ((n * z.pool.OH + oh) * z.pool.OW + ow) * z.C + c;
+        const V centred = load<V>(winner + i) - channels.mean;
+        V here{};
+        if constexpr (side() == 1) {
+          here = load_or<V>(x_dot, i, T(0));
+        } else if (x_dot) {
+          const I place = place_of(load_bytes<I>(tap + i));
+          for_window<side()>(z.pool, n, oh, ow, [&](int32_t k, int64_t pixel) {
+            here = where(place == broadcast<I>(k), load<V>(x_dot + pixel * z.C + c), here);
+          });
+          store(winner_dot + i, here);
         }
+        const V z_dot = centred * slope + ((here - zero_dot) * slope_dot + at_mean);
+        store(y_dot + i, act.times_slope(channels.z_of_centred(centred), z_dot));
       });
     });
   }
@@ -311,34 +303,27 @@ struct DataGradient {
 template <class T, int kSide, bool kDot>
 void write_tiles(const Sizes& z, T* dx, const int8_t* tap, const DataGradient<T, kDot>& gradient) {
   const Pool2d& p = z.pool;
-  for_rows<T>(z, (p.H + kSide - 1) / kSide, [&](auto lane, int64_t c, int64_t n, int64_t row) {
+  const int64_t down = (p.H + kSide - 1) / kSide, across = (p.W + kSide - 1) / kSide;
+  for_places<T>(z, down, across, [&](auto lane, int64_t c, int64_t n, int64_t oh, int64_t ow) {
     using V = decltype(lane);
     using I = typename IntOf<V>::type;
     const typename DataGradient<T, kDot>::template Channels<V> channels(gradient, c);
     const bool inside = z.feels_statistics(n);
-    // Pixels that no window holds.
-    const auto rest = [&](int64_t h, int64_t from) {
-      for (int64_t w = from; w < p.W; ++w) {
-        const int64_t i = ((n * p.H + h) * p.W + w) * z.C + c;
-        store(dx + i, inside ? channels.of_statistics(i) : V{});
-      }
-    };
-    if (row == p.OH) return rest(p.H - 1, 0);
-    for (int64_t ow = 0; ow < p.OW; ++ow) {
-      const int64_t i = ((n * p.OH + row) * p.OW + ow) * z.C + c;
-      if constexpr (kSide == 1) {
-        const V share = channels.of_dy(i), passed = gradient.act.times_slope(channels.norm.z(load<V>(gradient.x + i)), share);
-        store(dx + i, inside ? passed + channels.of_statistics(i) : passed);
-      } else {
-        const I of_window = load_bytes<I>(tap + i), place = place_of(of_window);
-        const V share = channels.of_window(i, of_window);
-        for_window<kSide>(p, n, row, ow, [&](int32_t k, int64_t pixel) {
-          const V here = where(place == broadcast<I>(k), share, V{});
-          store(dx + pixel * z.C + c, inside ? here + channels.of_statistics(pixel * z.C + c) : here);
-        });
-      }
+    const int64_t i = ((n * p.OH + oh) * p.OW + ow) * z.C + c;
+    if constexpr (kSide == 1) {
+      const V share = gradient.act.times_slope(channels.norm.z(load<V>(gradient.x + i)), channels.of_dy(i));
+      store(dx + i, inside ? share + channels.of_statistics(i) : share);
+    } else if (oh < p.OH && ow < p.OW) {
+      const I of_window = load_bytes<I>(tap + i), place = place_of(of_window);
+      const V share = channels.of_window(i, of_window);
+      for_window<kSide>(p, n, oh, ow, [&](int32_t k, int64_t pixel) {
+        const V here = where(place == broadcast<I>(k), share, V{});
+        store(dx + pixel * z.C + c, inside ? here + channels.of_statistics(pixel * z.C + c) : here);
+      });
+    } else {  // what is left of the image, in no window
+      for_taps(p, n, oh * kSide, ow * kSide,
+               [&](int32_t, int64_t pixel) { store(dx + pixel * z.C + c, inside ? channels.of_statistics(pixel * z.C + c) : V{}); });
     }
-    for (int64_t h = row * kSide; h < (row + 1) * kSide; ++h) rest(h, p.OW * kSide);
   });
 }
 
@@ -346,27 +331,23 @@ void write_tiles(const Sizes& z, T* dx, const int8_t* tap, const DataGradient<T,
 template <class T, bool kDot>
 void write_windows(const Sizes& z, T* dx, const int8_t* tap, const DataGradient<T, kDot>& gradient) {
   const Pool2d& p = z.pool;
-  for_rows<T>(z, p.H, [&](auto lane, int64_t c, int64_t n, int64_t h) {
+  for_places<T>(z, p.H, p.W, [&](auto lane, int64_t c, int64_t n, int64_t h, int64_t w) {
     using V = decltype(lane);
     const typename DataGradient<T, kDot>::template Channels<V> channels(gradient, c);
-    for (int64_t w = 0; w < p.W; ++w) {
-      const int64_t i = ((n * p.H + h) * p.W + w) * z.C + c;
-      store(dx + i, z.feels_statistics(n) ? channels.of_statistics(i) : V{});
-    }
+    const int64_t i = ((n * p.H + h) * p.W + w) * z.C + c;
+    store(dx + i, z.feels_statistics(n) ? channels.of_statistics(i) : V{});
   });
-  for_rows<T>(z, p.OH, [&](auto lane, int64_t c, int64_t n, int64_t oh) {
+  for_places<T>(z, p.OH, p.OW, [&](auto lane, int64_t c, int64_t n, int64_t oh, int64_t ow) {
     using V = decltype(lane);
     using I = typename IntOf<V>::type;
     const typename DataGradient<T, kDot>::template Channels<V> channels(gradient, c);
-    for (int64_t ow = 0; ow < p.OW; ++ow) {
-      const int64_t i = ((n * p.OH + oh) * p.OW + ow) * z.C + c;
-      const I of_window = load_bytes<I>(tap + i), place = place_of(of_window);
-      const V share = channels.of_window(i, of_window);
-      for_window<0>(p, n, oh, ow, [&](int32_t k, int64_t pixel) {
-        T* to = dx + pixel * z.C + c;
-        store(to, load<V>(to) + where(place == broadcast<I>(k), share, V{}));
-      });
-    }
+    const int64_t i = ((n * p.OH + oh) * p.OW + ow) * z.C + c;
+    const I of_window = load_bytes<I>(tap + i), place = place_of(of_window);
+    const V share = channels.of_window(i, of_window);
+    for_window<0>(p, n, oh, ow, [&](int32_t k, int64_t pixel) {
+      T* to = dx + pixel * z.C + c;
+      store(to, load<V>(to) + where(place == broadcast<I>(k), share, V{}));
+    });
   });
 }
 

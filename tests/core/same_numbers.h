@@ -1,4 +1,4 @@
-// Whether two Schedules compute the same, on the float64 reference.
+// Whether two Schedules compute the same, in float64.
 #pragma once
 
 #include <cmath>
@@ -10,13 +10,13 @@ namespace fastmaml {
 
 using Results = std::vector<std::vector<double>>;
 
-inline Results results(const Schedule& schedule) {
+inline Results results(const Schedule& schedule, const OpTable& table = reference_ops()) {
   constexpr int64_t kTasks = 2;
   Arguments<double> arguments(schedule, kTasks, 3);
   for (double& v : arguments.real[static_cast<int>(Arg::buffers)]) v = std::fabs(v) + 0.1;
   for (double& v : arguments.real[static_cast<int>(Arg::cg_settings)]) v = 2;
   Arenas arenas;
-  run_layered({reference_ops(), schedule, plan_workspace(schedule, reference_ops()), arguments.views, kTasks}, arenas);
+  run_layered({table, schedule, plan_workspace(schedule, table), arguments.views, kTasks}, arenas);
   return {arguments.real.begin() + static_cast<int>(Arg::loss), arguments.real.end()};
 }
 

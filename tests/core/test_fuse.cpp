@@ -1,4 +1,5 @@
-// Which layers fuse() joins, and whether the fused network computes what its parts do: in every pass, on the float64 reference.
+// Which layers fuse() joins, and whether the fused network computes what its parts do: in every pass, in float64, on the reference and,
+// with what the cpu joins, on each of its instruction sets.
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -6,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/isa/choose_isa.h"
 #include "same_numbers.h"
 
 namespace fastmaml {
@@ -128,18 +130,29 @@ void rectifiers() {
 
 // ---------------------------------------------------------------- the same numbers
 
-// 1e-12 of the largest: the same formulas in float64, sums in another order.
+void expect_error(const std::string& what, double error, double limit) {
+  char text[80];
+  std::snprintf(text, sizeof text, "%.1e of the largest", error);
+  report(error <= limit, what, text);
+}
+
+// 1e-12 of the largest: the same formulas in float64, sums in another order. On the cpu also other formulas: 1e-10, as in test_walks.
 // `part`: what the names of the ops that are fused begin with.
 void same(const std::string& what, const Program& net, const std::function<Schedule(const Program&)>& schedule_of,
           const std::string& part = "batch_norm_fwd") {
   const Program fused = fuse(net, {everything, true});
   const Schedule parts_schedule = schedule_of(net), fused_schedule = schedule_of(fused);
   const std::string listing = to_string(fused_schedule);
-  const double worst = apart(results(parts_schedule), results(fused_schedule));
-  char text[80];
-  std::snprintf(text, sizeof text, "%.1e of the largest", worst);
-  report(worst <= 1e-12, what, text);
+  const Results want = results(parts_schedule);
+  expect_error(what, apart(want, results(fused_schedule)), 1e-12);
   report(to_string(parts_schedule).find(part) != std::string::npos && listing.find(part) == std::string::npos, what + ": is fused");
+  for (const std::string& isa : available_cpu_isas()) {
+    set_cpu_isa(isa);
+    const OpTable& cpu = cpu_ops(8);
+    const Schedule schedule = schedule_of(fuse(net, {[&](Op op) { return cpu.supports(op); }, cpu.rectifies}));
+    expect_error(what + ": cpu " + isa, apart(want, results(schedule, cpu)), 1e-10);
+  }
+  set_cpu_isa("");
 }
 
 // Of the sweep's steps: exactly the same numbers, for nothing is added up in another order.

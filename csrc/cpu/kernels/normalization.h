@@ -14,11 +14,21 @@ struct Stats {
   int64_t C;
 
   const T* mean() const { return stats; }
+  const T* rstd() const { return stats + C; }
+  template <class V>
+  V centred(const T* x, int64_t i, int64_t c) const {
+    return (load<V>(x + i) - load<V>(stats + c)) - load<V>(stats + 2 * C + c);
+  }
   double r(int64_t c) const { return double(stats[C + c]); }
   double rest(int64_t c) const { return double(stats[2 * C + c]); }
   double mean_dot(int64_t c) const { return dot ? double(dot[c]) : 0; }
   double s(int64_t c) const { return dot ? double(dot[C + c]) : 0; }
 };
+
+template <class T>
+Stats<T> stats_of(const Call& call, int stats, int stats_dot, int64_t t, int64_t C) {
+  return {at<T>(call, stats, t), stats_dot < 0 ? nullptr : at<T>(call, stats_dot, t), C};
+}
 
 template <class T>
 inline double value_or(const T* p, int64_t c, double otherwise) {
