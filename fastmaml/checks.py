@@ -51,7 +51,7 @@ def same_place(name: str, x: Tensor, like: Tensor) -> None:
 
 
 def finite(name: str, x: Tensor) -> None:
-    if bool(torch.isfinite(x.sum())):  # one pass; a sum of finite numbers that overflows is looked at again
+    if math.isfinite(x.sum().item()):  # one pass; a sum of finite numbers that overflows is looked at again
         return
     bad = ~torch.isfinite(x)
     if bool(bad.any()):

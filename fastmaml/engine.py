@@ -62,7 +62,10 @@ def _without_graph(method: Method) -> Method:
 
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return method(*args, **kwargs)
+        with torch.no_grad():
             return method(*args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
@@ -99,7 +102,7 @@ class Engine(Backend):
 
     def flatten(self, model: nn.Module | None = None) -> Tensor:
         """The parameters as one vector [P] in the order of model.named_parameters(); a copy without a graph."""
-        return self.layout.flatten(self.model if model is None else model)
+        return self.layout.flatten(self.parameters.named() if model is None else dict(model.named_parameters()))
 
     @any_arrays
     def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
@@ -275,7 +278,8 @@ class Engine(Backend):
         program, at = self._examples(
             "support_x", x, "support_y", y, "weights", weights, theta, minibatch=self._minibatch(loop, x)
         )
-        mask, rows, lam = self._moved(adapted, step_rows, theta), self._rows(step_rows, theta), _lam(proximal)
+        mask = self._moved(self._mask(theta), adapted, step_rows, theta)
+        rows, lam = self._rows(step_rows, theta), _lam(proximal)
         rates = expand_rates(optimizer.lr, self.layout, mask, theta, loop.steps)
         if state is not None:
             expected = (x.shape[0], optimizer.vectors * self.layout.size)
@@ -370,10 +374,15 @@ class Engine(Backend):
         tasks = support_x.shape[0]
         if task_weights is not None:
             task_weights = checks.weights("task_weights", task_weights, (tasks,), theta)
+
+        def over_tasks(of: Tensor) -> Tensor:
+            of_task = task_weights if task_weights is not None else theta.new_full((tasks,), 1.0 / tasks)
+            return torch.tensordot(of_task, of, 1)
+
         trainable = self._mask(theta)
-        mask, rows, lam = self._moved(adapted, step_rows, theta), self._rows(step_rows, theta), _lam(proximal)
+        mask = self._moved(trainable, adapted, step_rows, theta)
+        rows, lam = self._rows(step_rows, theta), _lam(proximal)
         rates = expand_rates(optimizer.lr, self.layout, mask, theta, loop.steps)
-        of_task = task_weights if task_weights is not None else theta.new_full((tasks,), 1.0 / tasks)
         if program is not None and rule is None:
             tensors = LoopTensors(rates, rows, lam, mask)
             result: Any = self._compiled(program).meta_gradient(
@@ -395,7 +404,7 @@ class Engine(Backend):
                 support.x if self.batch_norm == "support" else None,
             )
             grad, rate_grad, rows_grad = (
-                of if of is None or per_task else torch.tensordot(of_task, of, 1)
+                of if of is None or per_task else over_tasks(of)
                 for of in (result.grad, result.rate_grad, result.rows_grad)
             )
         grad = _masked(grad, trainable)
@@ -406,8 +415,8 @@ class Engine(Backend):
             by_name = self._by_name(step_rows, rows_grad)
         of_rates = None
         if loop.rate_grad:
-            reduced = torch.tensordot(of_task, rate_grad, 1) if per_task else rate_grad
-            of_rates = collapse_rates(reduced, optimizer.lr, self.layout, mask, theta, loop.steps)
+            reduced = over_tasks(rate_grad) if per_task else rate_grad
+            of_rates = collapse_rates(reduced, optimizer.lr, self.layout, mask, theta)
         output = self._as_returned(result.output) if program is None else result.output
         return MetaGradient(result.loss, grad, output, of_rates, result.support_losses, by_name, result.query_losses)
 
@@ -454,10 +463,13 @@ class Engine(Backend):
         return loop.minibatch
 
     def _moved(
-        self, adapted: Sequence[str] | None, step_rows: Mapping[str, Tensor] | None, like: Tensor
+        self,
+        mask: Tensor | None,
+        adapted: Sequence[str] | None,
+        step_rows: Mapping[str, Tensor] | None,
+        like: Tensor,
     ) -> Tensor | None:
         """A mask [P] of what the inner loop moves: adapted, not frozen, no rows per step. None: everything."""
-        mask = self._mask(like)
         if adapted is not None:
             chosen = self.layout.matching([adapted] if isinstance(adapted, str) else adapted, like)
             mask = chosen if mask is None else mask * chosen
@@ -500,7 +512,7 @@ class Engine(Backend):
         return params.expand(x.shape[0], -1) if params.dim() == 1 else params
 
     def _mask(self, like: Tensor) -> Tensor | None:
-        return self.layout.trainable(self.model, like)
+        return self.layout.trainable(self.parameters.named().values(), like)
 
 
 def _masked(vector: Tensor, mask: Tensor | None) -> Tensor:

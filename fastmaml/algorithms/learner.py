@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 from fastmaml.batch_norm import settle
 from fastmaml.checks import whole_number
@@ -205,12 +206,12 @@ class Learner(nn.Module):
 
     def leaves(self) -> dict[str, Tensor]:
         """What the loss is differentiated by: the model's parameters as "model.NAME", learnable rates as "rate.NAME"."""
-        leaves: dict[str, Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters()}
+        leaves: dict[str, Tensor] = {f"model.{n}": p for n, p in self.engine.parameters.named().items()}
         return leaves | {_rate_leaf(name): rate for name, rate in self.learnable_rates().items()}
 
     def start(self, support_x: Tensor, support_y: Tensor) -> Tensor:
         """Where the inner loop begins: theta [P]. A start per task [T, P] needs a meta_step of its own."""
-        return self.engine.flatten(self.model)
+        return self.engine.flatten()
 
     def sweep_options(self) -> dict[str, Any]:
         """Keyword arguments of Engine.meta_gradient that make this algorithm."""
@@ -244,7 +245,9 @@ class Learner(nn.Module):
 
     def model_grads(self, flat: Tensor) -> dict[str, Tensor]:
         """A gradient [P] by the names of the model's leaves."""
-        return {f"model.{name}": grad for name, grad in self.engine.layout.split(flat).items()}
+        parameters = self.engine.parameters.named()
+        grads = _unflatten_dense_tensors(flat, tuple(parameters.values()))
+        return {f"model.{name}": grad for name, grad in zip(parameters, grads)}
 
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
         """Adapts to the support sets [T, S, ...], by default in the learner's own number of inner steps; no graph."""
@@ -270,7 +273,8 @@ class _MetaGradientNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: MetaStep, names: tuple[str, ...], *leaves: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(*(step.grads.get(name, torch.zeros_like(leaf)) for name, leaf in zip(names, leaves)))
+        grads = (step.grads.get(name) for name in names)
+        ctx.save_for_backward(*(torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves)))
         return step.loss.clone()
 
     @staticmethod
@@ -280,8 +284,9 @@ class _MetaGradientNode(torch.autograd.Function):
                 "the loss of a learner has no second derivative; call backward() without create_graph=True"
             )
         needed = ctx.needs_input_grad[2:]
-        grads = (grad * grad_output if need else None for grad, need in zip(ctx.saved_tensors, needed))
-        return (None, None, *grads)
+        grads = [grad if need else None for grad, need in zip(ctx.saved_tensors, needed)]
+        scaled = iter(torch._foreach_mul([grad for grad in grads if grad is not None], grad_output))
+        return (None, None, *(None if grad is None else next(scaled) for grad in grads))
 
 
 def _rate_leaf(name: str | None) -> str:
