@@ -18,7 +18,6 @@ from fastmaml.losses import Given
 from fastmaml.network import Program
 from fastmaml.sweep import Examples, Rows
 
-
 _NO_CALLER = nullcontext()
 
 
