@@ -279,7 +279,7 @@ class Backend:
         program = self._program(x_name, x, params)
         # In mode 'support' the query set is normalised by others: one query example is enough.
         by_others = support_x is not None and self.batch_norm == "support"
-        at_once = support_x if by_others and support_x is not None else x[:, :minibatch]
+        at_once = support_x if by_others and support_x is not None else x if minibatch is None else x[:, :minibatch]
         output = self._output_shape(x_name, at_once, params, program)
         if self.loss_name == "cross_entropy":
             if len(output) != 1:

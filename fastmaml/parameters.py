@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 InnerLr = float | Tensor | Mapping[str, Any]
 
@@ -32,6 +32,8 @@ class ParameterLayout:
         self._torch_shapes = [p.shape for p in named.values()]
         self.sizes = tuple(p.numel() for p in named.values())
         self.size = sum(self.sizes)
+        # Tensors of these shapes that hold one number, by which torch cuts a vector; it gives empty ones another shape.
+        self._templates = None if 0 in self.sizes else tuple(torch.empty(1).expand(shape) for shape in self.shapes)
         if self.size == 0:
             raise ValueError(f"the model ({type(model).__name__}) has no parameters, so there is nothing to meta-train")
 
@@ -50,6 +52,8 @@ class ParameterLayout:
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """A vector [..., P] as a dict of tensors [..., *shape], in the module's order; keeps the graph."""
+        if flat.dim() == 1 and self._templates is not None:
+            return dict(zip(self.names, _unflatten_dense_tensors(flat, self._templates)))
         lead = flat.shape[:-1]
         pieces = flat.split(self.sizes, dim=-1)
         return {n: p.reshape((*lead, *s)) for n, p, s in zip(self.names, pieces, self.shapes)}
@@ -102,6 +106,8 @@ def collapse_rates(grad: Tensor, inner_lr: InnerLr, layout: ParameterLayout, mas
     """The gradient of expanded rates [1 or steps, P] as that of inner_lr: summed over whatever each rate is shared by."""
     if mask is not None:
         grad = grad * mask
+    if isinstance(inner_lr, (int, float)):
+        return grad.sum()
     rates = _checked_rates(inner_lr, layout, mask, like)
     if None in rates:
         return _collapsed(grad, rates[None], (layout.size,))
