@@ -52,11 +52,15 @@ class ParameterLayout:
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """A vector [..., P] as a dict of tensors [..., *shape], in the module's order; keeps the graph."""
-        if flat.dim() == 1 and self._templates is not None:
-            return dict(zip(self.names, _unflatten_dense_tensors(flat, self._templates)))
         lead = flat.shape[:-1]
         pieces = flat.split(self.sizes, dim=-1)
         return {n: p.reshape((*lead, *s)) for n, p, s in zip(self.names, pieces, self.shapes)}
+
+    def cut(self, flat: Tensor) -> dict[str, Tensor]:
+        """As `split` for a vector [P], in one call of torch, which torch.func cannot see through."""
+        if self._templates is None:
+            return self.split(flat)
+        return dict(zip(self.names, _unflatten_dense_tensors(flat, self._templates)))
 
     def fitting(self, patterns: Sequence[str]) -> list[str]:
         """The names that fit one of the patterns (fnmatch: "head.*", "*.bias"), in the module's order.

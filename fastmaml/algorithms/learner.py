@@ -261,7 +261,7 @@ class Learner(nn.Module):
 
     def model_grads(self, flat: Tensor) -> dict[str, Tensor]:
         """A gradient [P] by the names of the model's leaves."""
-        return {f"model.{name}": grad for name, grad in self.engine.layout.split(flat).items()}
+        return {f"model.{name}": grad for name, grad in self.engine.layout.cut(flat).items()}
 
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
         """Adapts to the support sets [T, S, ...], by default in the learner's own number of inner steps; no graph."""
