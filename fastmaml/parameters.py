@@ -33,7 +33,7 @@ class ParameterLayout:
         self.sizes = tuple(p.numel() for p in named.values())
         self.size = sum(self.sizes)
         # Tensors of these shapes that hold one number, by which torch cuts a vector; it gives empty ones another shape.
-        self._templates = None if 0 in self.sizes else tuple(torch.empty(1).expand(shape) for shape in self.shapes)
+        self._templates = None if 0 in self.sizes else tuple(torch.empty(()).expand(shape) for shape in self.shapes)
         if self.size == 0:
             raise ValueError(f"the model ({type(model).__name__}) has no parameters, so there is nothing to meta-train")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastmaml as fm
 from fastmaml.model_parameters import ModelParameters
+from fastmaml.parameters import ParameterLayout
 
 
 class Net(nn.Module):
@@ -256,3 +257,22 @@ def test_the_vector_of_a_single_parameter_is_a_copy():
     engine = fm.Engine(nn.Linear(3, 1, bias=False), loss="mse")
     engine.flatten().zero_()
     assert engine.model.weight.count_nonzero() == 3
+
+
+class Odd(nn.Module):
+    """Parameters without dimensions and, where asked for, without entries."""
+
+    def __init__(self, empty: bool) -> None:
+        super().__init__()
+        self.size, self.rows = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.zeros(2, 3))
+        if empty:
+            self.none = nn.Parameter(torch.zeros(0, 4))
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_cutting_a_vector_is_splitting_it(empty):
+    layout = ParameterLayout(Odd(empty))
+    flat = torch.arange(7.0)
+    cut, split = layout.cut(flat), layout.split(flat)
+    assert list(cut) == list(split) == list(layout.names)
+    assert all(torch.equal(cut[name], split[name]) for name in split)
