@@ -167,6 +167,11 @@ std::shared_ptr<const Program> program_of(const std::string& text) {
   return cache.get(text, [&] { return Program::parse(text); });
 }
 
+std::shared_ptr<const InnerLoop> inner_loop_of(const std::string& text) {
+  static Cache<InnerLoop> cache;
+  return cache.get(text, [&] { return InnerLoop::parse(text); });
+}
+
 std::shared_ptr<const Plan> plan_for(const std::string& text, const OpTable& table, const Work& work) {
   static Cache<Plan> cache;
   return cache.get(key_of(text, table, work), [&] { return make_plan(text, table, work); });

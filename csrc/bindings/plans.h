@@ -44,6 +44,7 @@ struct Plan {
 };
 
 std::shared_ptr<const Program> program_of(const std::string& text);
+std::shared_ptr<const InnerLoop> inner_loop_of(const std::string& text);
 std::shared_ptr<const Plan> plan_for(const std::string& text, const OpTable& table, const Work& work);
 
 // The memory of one call: an arena a worker, and blocks for arrays on their way between torch's layout and the engine's.

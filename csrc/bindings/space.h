@@ -32,11 +32,8 @@ class Space {
   virtual uintptr_t stream() const { return 0; }
 };
 
-// The space of `table`, for tensors that live where `like` does. Throws std::invalid_argument where they cannot be its.
-std::unique_ptr<Space> space_for(const OpTable& table, const char* name, const Tensor& like);
-
 std::unique_ptr<Space> host_space();
-std::unique_ptr<Space> device_space(const OpTable& table, const Tensor& like);
+std::unique_ptr<Space> device_space(const OpTable& table, const Tensor& like);  // for tensors that live where `like` does
 
 // ---------------------------------------------------------------- devices: recordings of whole calls (device_space.cpp)
 
