@@ -38,14 +38,14 @@ void set_cpu_layout(Layout layout);            // of this process, for tests and
 
 struct Plan {
   std::shared_ptr<const Program> program;  // as the backend runs it: fused
-  const OpTable* table;  // of the backend, for its layout
+  const OpTable* table;                    // of the backend, for its layout
   Schedule schedule;
   Workspace workspace;
   ResidentCode resident = {};  // where the table has a resident walk
 
   // Does a run take the resident walk of the table? Throws std::invalid_argument where that is asked for and declines.
   bool takes_resident() const;
-  std::string walk() const;  // which walk it takes, what that needs, or why not the other; a line
+  std::string walk() const;                                // which walk it takes, what that needs, or why not the other; a line
   int lanes() const { return std::max(table->lanes, 1); }  // tasks that walk side by side
   size_t arena_bytes() const { return lanes() * workspace.task_bytes + workspace.scratch_bytes; }  // one worker's
 };

@@ -156,7 +156,7 @@ void add_clip_ops(OpTable& table);  // clip.cpp
 template <class Layout>
 void add_update_rule_ops(OpTable& table);  // update_rule.cpp
 
-#define FASTMAML_BOTH_LAYOUTS(add_ops)                 \
+#define FASTMAML_BOTH_LAYOUTS(add_ops)                \
   template void add_ops<TaskMajor<float>>(OpTable&);  \
   template void add_ops<TaskMajor<double>>(OpTable&); \
   template void add_ops<LaneMajor<float>>(OpTable&);  \

@@ -96,8 +96,7 @@ inline __attribute__((always_inline)) Derivatives<V> smooth(V x) {
     const T k = T(0.79788456080286535588), c = T(0.044715);
     const Tanh<V> t(k * (x + c * x * x * x));
     const V u1 = k * (T(1) + T(3) * c * x * x), u2 = (T(6) * k * c) * x, half = T(0.5) * x;
-    return {half * (T(1) + t.y), T(0.5) * (T(1) + t.y) + half * t.slope * u1,
-            t.slope * u1 + half * t.slope * (u2 - T(2) * t.y * u1 * u1)};
+    return {half * (T(1) + t.y), T(0.5) * (T(1) + t.y) + half * t.slope * u1, t.slope * u1 + half * t.slope * (u2 - T(2) * t.y * u1 * u1)};
   }
 }
 

@@ -72,7 +72,8 @@ void adam_update(const Call& call) {
     Layout::each(rule.size, [&](auto lane, int64_t i) {
       using V = decltype(lane);
       const V now = g.template get<V>(i), at = phi.template get<V>(i);
-      const V first = beta1 * (m ? m.template get<V>(i) : V{}) + new1 * now, second = beta2 * (s ? s.template get<V>(i) : V{}) + new2 * now * now;
+      const V first = beta1 * (m ? m.template get<V>(i) : V{}) + new1 * now,
+              second = beta2 * (s ? s.template get<V>(i) : V{}) + new2 * now * now;
       const V D = square_root<V>(second * over2) + eps;
       next.put(i, at - rate.template get<V>(i) * (first * over1 / D + decay * at));
       m_next.put(i, first);
@@ -89,7 +90,8 @@ void adam_adjoint(const Call& call) {
   const T beta1 = T(rule.beta1), beta2 = T(rule.beta2), new1 = T(1 - rule.beta1), new2 = T(2 * (1 - rule.beta2));
   const T over1 = T(1 / c.c1), over2 = T(1 / c.c2), half2 = T(0.5 / c.c2), eps = T(rule.eps), decay = T(rule.decay);
   for (int64_t t = 0; t < Layout::groups(call); ++t) {
-    const auto u = Layout::operand(call, 0, t), lambda = Layout::operand(call, 1, t), p = Layout::operand(call, 2, t), r = Layout::operand(call, 3, t), da = Layout::operand(call, 4, t);
+    const auto u = Layout::operand(call, 0, t), lambda = Layout::operand(call, 1, t), p = Layout::operand(call, 2, t),
+               r = Layout::operand(call, 3, t), da = Layout::operand(call, 4, t);
     const auto phi = Layout::operand(call, 5, t), g = Layout::operand(call, 6, t);
     const auto rate = Layout::shared(call, 7, t);
     const auto m = Layout::operand(call, 8, t), s = Layout::operand(call, 9, t);

@@ -27,7 +27,7 @@ template <class T>
 struct Ieee {
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   static constexpr int kBits = std::numeric_limits<T>::digits - 1, kBias = std::numeric_limits<T>::max_exponent - 1;
-  static constexpr T kRound = T(3) * T(Int(1) << (kBits - 1));              // added and subtracted: the nearest integer
+  static constexpr T kRound = T(3) * T(Int(1) << (kBits - 1));  // added and subtracted: the nearest integer
   static constexpr int kExpTerms = sizeof(T) == 4 ? 7 : 13, kLogTerms = sizeof(T) == 4 ? 5 : 11;
   static constexpr T kLn2High = sizeof(T) == 4 ? T(0.693359375) : T(0x1.62e42fee00000p-1);  // so short that n times it is exact
   static constexpr T kLn2Low = T(0.693147180559945309417232121458L - static_cast<long double>(kLn2High));
@@ -95,9 +95,9 @@ inline __attribute__((always_inline)) V log_positive(V x) {
   using I = Ieee<T>;
   using Int = typename I::Int;
   constexpr Int kHalf = std::bit_cast<Int>(T(0.70710678118654752440));
-  const IntOf<V> n = (bits_of(x) - kHalf) >> I::kBits;                 // x = 2^n m,  m from sqrt(1/2) to sqrt(2)
+  const IntOf<V> n = (bits_of(x) - kHalf) >> I::kBits;  // x = 2^n m,  m from sqrt(1/2) to sqrt(2)
   const V m = std::bit_cast<V>(bits_of(x) - (n << I::kBits));
-  const V f = (m - T(1)) / (m + T(1)), f2 = f * f;                     // log m = 2 (f + f^3/3 + f^5/5 + ...)
+  const V f = (m - T(1)) / (m + T(1)), f2 = f * f;  // log m = 2 (f + f^3/3 + f^5/5 + ...)
   V sum = V{} + T(1) / T(2 * I::kLogTerms + 1);
   for (int k = I::kLogTerms - 1; k > 0; --k) sum = sum * f2 + T(1) / T(2 * k + 1);
   V power;

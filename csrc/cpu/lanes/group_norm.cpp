@@ -124,8 +124,8 @@ void group_norm_fwd_jvp(const Call& call) {
       store(stats_dot + 2 * group * L, mean_dot);
       store(stats_dot + (2 * group + 1) * L, slope);
       f.each_of_group(group, [&](int64_t i, int64_t c) {
-        const V out = f.at_or(gamma_dot, c, T(0)) * at.xhat(i, group) + f.at_or(gamma, c, T(1)) * at.dot(i, group) +
-                      f.at_or(beta_dot, c, T(0));
+        const V out =
+            f.at_or(gamma_dot, c, T(0)) * at.xhat(i, group) + f.at_or(gamma, c, T(1)) * at.dot(i, group) + f.at_or(beta_dot, c, T(0));
         store(y_dot + i * L, y ? f.rectify(f.at(y, i), out) : out);
       });
     }
@@ -156,8 +156,7 @@ void group_norm_bwd(const Call& call) {
       const auto h = [&](int64_t i, int64_t c) { return f.at_or(gamma, c, T(1)) * f.masked(d, y, i); };
       const V mean = f.mean(group, h);
       const V slope = f.mean(group, [&](int64_t i, int64_t c) { return h(i, c) * at.xhat(i, group); });
-      f.each_of_group(group,
-                      [&](int64_t i, int64_t c) { store(dx + i * L, at.r(group) * (h(i, c) - mean - at.xhat(i, group) * slope)); });
+      f.each_of_group(group, [&](int64_t i, int64_t c) { store(dx + i * L, at.r(group) * (h(i, c) - mean - at.xhat(i, group) * slope)); });
     }
   });
 }
@@ -192,8 +191,7 @@ void group_norm_bwd_jvp(const Call& call) {
       const V r = at.r(group), r_dot = -r * r * at.at_or(at.stats_dot, 2 * group + 1);
       const V mean = f.mean(group, h), mean_dot = f.mean(group, h_dot);
       const V slope = f.mean(group, [&](int64_t i, int64_t c) { return h(i, c) * at.xhat(i, group); });
-      const V slope_dot =
-          f.mean(group, [&](int64_t i, int64_t c) { return h_dot(i, c) * at.xhat(i, group) + h(i, c) * at.dot(i, group); });
+      const V slope_dot = f.mean(group, [&](int64_t i, int64_t c) { return h_dot(i, c) * at.xhat(i, group) + h(i, c) * at.dot(i, group); });
       f.each_of_group(group, [&](int64_t i, int64_t c) {
         const V u = h(i, c) - mean - at.xhat(i, group) * slope;
         const V u_dot = h_dot(i, c) - mean_dot - at.dot(i, group) * slope - at.xhat(i, group) * slope_dot;

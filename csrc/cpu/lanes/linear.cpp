@@ -84,9 +84,8 @@ void linear_bwd_data(const Call& call) {
 
 template <class T>
 void linear_bwd_data_jvp(const Call& call) {
-  each_group<T>(call, [](const Group<T>& g) {
-    g.backward(g.operand(0), {g.operand(2), g.operand(3)}, {g.operand(1), g.operand(4)}, g.operand(5));
-  });
+  each_group<T>(
+      call, [](const Group<T>& g) { g.backward(g.operand(0), {g.operand(2), g.operand(3)}, {g.operand(1), g.operand(4)}, g.operand(5)); });
 }
 
 template <class T>

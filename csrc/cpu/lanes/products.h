@@ -13,11 +13,11 @@ FASTMAML_CPU_BEGIN
 inline constexpr int kLaneRows = 5, kLaneCols = 5;
 #elif FASTMAML_LANES_BYTES == 32  // 16
 inline constexpr int kLaneRows = 4, kLaneCols = 3;
-#else  // 16 without multiply-adds, or half as many
+#else                             // 16 without multiply-adds, or half as many
 inline constexpr int kLaneRows = 3, kLaneCols = 3;
 #endif
-inline constexpr int64_t kLaneBlockBytes = 32 << 10;  // of a's rows that share a pass over b: they stay in L1
-inline constexpr int64_t kLaneBlockRows = 32;         // of lane_outer: sums of so many rows are added up
+inline constexpr int64_t kLaneBlockBytes = FASTMAML_LANES_BYTES * 576;  // of a's rows that share a pass over b: they stay in L1
+inline constexpr int64_t kLaneBlockRows = 32;                           // of lane_outer: sums of so many rows are added up
 
 // n things in as few parts of at most `most` as possible, of sizes that differ by one at most. body(kSize constant, first)
 template <int kMost, class Body>
@@ -38,6 +38,15 @@ inline __attribute__((always_inline)) void in_parts(int64_t from, int64_t to, co
   }
 }
 
+// body(row, col), unrolled: accumulators must not be arrays in memory.
+template <int kRows, int kCols, class Body>
+inline __attribute__((always_inline)) void each_of_tile(const Body& body) {
+#pragma GCC unroll 8
+  for (int n = 0; n < kRows; ++n)
+#pragma GCC unroll 8
+    for (int j = 0; j < kCols; ++j) body(n, j);
+}
+
 template <class T>
 struct LaneTerm {
   const T* a;
@@ -56,47 +65,46 @@ struct LaneProduct {
   int n_terms;
 };
 
+// What term t adds to a tile.
 template <class T, bool kTransposed, int kRows, int kCols>
-inline __attribute__((always_inline)) void lane_product_tile(const LaneProduct<T>& p, int64_t n0, int64_t j0) {
+inline __attribute__((always_inline)) void lane_product_tile(const LaneProduct<T>& p, int t, int64_t n0, int64_t j0) {
   using V = Vec<T>;
   constexpr int64_t L = kLanes<T>;
+  T* const out = p.out + (n0 * p.cols + j0) * L;
   V acc[kRows][kCols];
-  for (int j = 0; j < kCols; ++j) {
-    const V start = p.bias ? load<V>(p.bias + (j0 + j) * L) : V{};
-    for (int n = 0; n < kRows; ++n) acc[n][j] = start;
+  if (t > 0) {
+    each_of_tile<kRows, kCols>([&](int n, int j) { acc[n][j] = load<V>(out + (n * p.cols + j) * L); });
+  } else if (p.bias) {
+    each_of_tile<kRows, kCols>([&](int n, int j) { acc[n][j] = load<V>(p.bias + (j0 + j) * L); });
+  } else {
+    each_of_tile<kRows, kCols>([&](int n, int j) { acc[n][j] = V{}; });
   }
   const int64_t across = kTransposed ? p.depth * L : L, along = kTransposed ? L : p.cols * L;
-  for (int t = 0; t < p.n_terms; ++t) {
-    const T *a = p.terms[t].a + n0 * p.depth * L, *b = p.terms[t].b + j0 * across;
-    for (int64_t k = 0; k < p.depth; ++k, a += L, b += along) {
-      V row[kCols];
-      for (int j = 0; j < kCols; ++j) row[j] = load<V>(b + j * across);
-      for (int n = 0; n < kRows; ++n) {
-        const V x = load<V>(a + n * p.depth * L);
-        for (int j = 0; j < kCols; ++j) acc[n][j] += x * row[j];
-      }
-    }
+  const T *a = p.terms[t].a + n0 * p.depth * L, *b = p.terms[t].b + j0 * across;
+  for (int64_t k = 0; k < p.depth; ++k, a += L, b += along) {
+    V row[kCols];
+    for (int j = 0; j < kCols; ++j) row[j] = load<V>(b + j * across);
+    each_of_tile<kRows, kCols>([&](int n, int j) { acc[n][j] += load<V>(a + n * p.depth * L) * row[j]; });
   }
-  for (int n = 0; n < kRows; ++n)
-    for (int j = 0; j < kCols; ++j) {
-      const int64_t at = ((n0 + n) * p.cols + j0 + j) * L;
-      V y = acc[n][j];
-      if (p.rectify.on) y = p.rectify(p.sign ? load<V>(p.sign + at) : y, y);
-      store(p.out + at, y);
-    }
+  if (p.rectify.on && t == p.n_terms - 1) {
+    const T* const sign = p.sign ? p.sign + (n0 * p.cols + j0) * L : nullptr;
+    each_of_tile<kRows, kCols>(
+        [&](int n, int j) { acc[n][j] = p.rectify(sign ? load<V>(sign + (n * p.cols + j) * L) : acc[n][j], acc[n][j]); });
+  }
+  each_of_tile<kRows, kCols>([&](int n, int j) { store(out + (n * p.cols + j) * L, acc[n][j]); });
 }
 
 template <class T, bool kTransposed>
 inline void lane_product_blocks(const LaneProduct<T>& p) {
-  const int64_t row_bytes = p.depth * kLanes<T> * int64_t(sizeof(T)) * p.n_terms;
-  int64_t tiles = kLaneBlockBytes / (row_bytes * kLaneRows);
-  if (tiles < 1) tiles = 1;
-  for (int64_t from = 0; from < p.rows; from += tiles * kLaneRows) {
-    const int64_t to = from + tiles * kLaneRows < p.rows ? from + tiles * kLaneRows : p.rows;
-    in_parts<kLaneCols>(0, p.cols, [&](auto cols, int64_t j0) {
-      in_parts<kLaneRows>(from, to, [&](auto rows, int64_t n0) { lane_product_tile<T, kTransposed, rows, cols>(p, n0, j0); });
-    });
-  }
+  const int64_t bytes = p.rows * p.depth * kLanes<T> * int64_t(sizeof(T)), blocks = (bytes + kLaneBlockBytes - 1) / kLaneBlockBytes;
+  for (int t = 0; t < p.n_terms; ++t)
+    for (int64_t left = blocks, from = 0; from < p.rows; --left) {
+      const int64_t even = left > 1 ? (p.rows - from + left - 1) / left : p.rows - from, to = from + even;
+      in_parts<kLaneCols>(0, p.cols, [&](auto cols, int64_t j0) {
+        in_parts<kLaneRows>(from, to, [&](auto rows, int64_t n0) { lane_product_tile<T, kTransposed, rows, cols>(p, t, n0, j0); });
+      });
+      from = to;
+    }
 }
 
 template <class T>
@@ -119,23 +127,19 @@ template <class T, int kRows, int kCols>
 inline __attribute__((always_inline)) void lane_outer_tile(const LaneOuter<T>& p, int64_t from, int64_t to, int64_t i0, int64_t o0) {
   using V = Vec<T>;
   constexpr int64_t L = kLanes<T>;
-  V acc[kRows][kCols] = {};
+  V acc[kRows][kCols];
+  T* const out = p.out + (i0 * p.cols + o0) * L;
+  each_of_tile<kRows, kCols>([&](int i, int o) { acc[i][o] = V{}; });
   for (int t = 0; t < p.n_terms; ++t) {
     const T *a = p.terms[t].a + (from * p.in + i0) * L, *b = p.terms[t].b + (from * p.cols + o0) * L;
     for (int64_t n = from; n < to; ++n, a += p.in * L, b += p.cols * L) {
       V row[kCols];
       for (int o = 0; o < kCols; ++o) row[o] = load<V>(b + o * L);
-      for (int i = 0; i < kRows; ++i) {
-        const V x = load<V>(a + i * L);
-        for (int o = 0; o < kCols; ++o) acc[i][o] += x * row[o];
-      }
+      each_of_tile<kRows, kCols>([&](int i, int o) { acc[i][o] += load<V>(a + i * L) * row[o]; });
     }
   }
-  for (int i = 0; i < kRows; ++i)
-    for (int o = 0; o < kCols; ++o) {
-      T* const at = p.out + ((i0 + i) * p.cols + o0 + o) * L;
-      store(at, from ? load<V>(at) + acc[i][o] : acc[i][o]);
-    }
+  if (from > 0) each_of_tile<kRows, kCols>([&](int i, int o) { acc[i][o] += load<V>(out + (i * p.cols + o) * L); });
+  each_of_tile<kRows, kCols>([&](int i, int o) { store(out + (i * p.cols + o) * L, acc[i][o]); });
 }
 
 template <class T>
