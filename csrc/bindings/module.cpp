@@ -73,6 +73,7 @@ std::shared_ptr<const Plan> plan(const std::string& program, const std::string& 
 
 std::string steps_of(const Plan& plan) { return to_string(plan.schedule); }
 size_t arena_bytes_of(const Plan& plan) { return plan.arena_bytes(); }
+int lanes_of(const Plan& plan) { return plan.lanes(); }
 std::string walk_of(const Plan& plan) { return plan.walk(); }
 
 // A function of the arguments of plan().
@@ -129,7 +130,7 @@ PYBIND11_MODULE(_C, m) {
   };
   def_planned("steps", planned<steps_of>(&plan), "The Schedule of one kind of work, a line per Step.");
   def_planned("arena_bytes", planned<arena_bytes_of>(&plan), "The memory that one task in flight takes, or a group of tasks side by side, in bytes.");
-
+  def_planned("lanes", planned<lanes_of>(&plan), "How many tasks walk that Schedule side by side.");
   def_planned("walk", planned<walk_of>(&plan),
               "How the backend walks that Schedule, what it takes of a task's memory there, and why no other way.");
   m.def(

@@ -27,9 +27,13 @@ inline bool lanes_run(const Program& net) {
   return true;
 }
 
-template <class T>
-bool lanes_pay(const Program& net, int64_t /* examples */) {
-  return net.param_count < 20000;
+// Side by side every number is as wide as a vector, and is read from L2 where it was read from L1. Measured with 8 and 16 lanes
+// (bench/README.md): up to these sizes that costs less than rows which do not fill whole vectors.
+inline bool lanes_pay(const Program& net, int64_t examples) {
+  constexpr int64_t kMostParams = 8192, kMostNumbers = 10000;
+  int64_t numbers = 0;  // of one example, in all layers
+  for (const Shape& value : net.values) numbers += value.size();
+  return net.param_count <= kMostParams && examples * numbers <= kMostNumbers;
 }
 
 FASTMAML_CPU_END

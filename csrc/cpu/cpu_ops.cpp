@@ -33,7 +33,7 @@ OpTable lane_table() {
 template <class T>
 OpTable task_table() {
   static const OpTable lanes = lane_table<T>();
-  static const LaneOps in_lanes{&lanes, lanes_run, lanes_pay<T>};
+  static const LaneOps in_lanes{&lanes, lanes_run, lanes_pay};
   OpTable table = elementwise_table<TaskMajor<T>>();
   table.in_lanes = &in_lanes;
   add_linear_ops<T>(table);
