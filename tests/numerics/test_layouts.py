@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def layout(request: pytest.FixtureRequest) -> Iterator[str]:
 def network(widths: list[int]) -> nn.Sequential:
     torch.manual_seed(3)
     layers: list[nn.Module] = []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.LayerNorm(b), nn.ReLU()]
     return nn.Sequential(*layers[:-2])
 
