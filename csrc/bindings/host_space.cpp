@@ -58,7 +58,7 @@ class HostSpace : public Space {
   }
 
   void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) override {
-    Run run{*plan->table, plan->schedule, plan->workspace, args, tasks};
+    Run run{*plan->table, plan->schedule, plan->workspace, args, tasks, plan->lanes()};
     const int workers = static_cast<int>(std::min<int64_t>(tasks, thread_count()));
     if (plan->program->loss.kind == Loss::Kind::caller) {
       run.caller = loss;

@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "bindings/named.h"
+#include "ops/lane_schedule.h"
 
 namespace fastmaml {
 namespace {
@@ -42,6 +43,9 @@ class Cache {
   std::unordered_map<std::string, std::shared_ptr<const Value>> values_;
 };
 
+std::atomic<Layout> forced_layout{Layout::automatic};
+std::atomic<Walk> forced_walk{Walk::automatic};
+
 std::string key_of(const std::string& text, const OpTable& table, const Work& work) {
   const Adaptation& how = work.how;
   const int64_t numbers[] = {
@@ -60,6 +64,7 @@ std::string key_of(const std::string& text, const OpTable& table, const Work& wo
       how.state,
       how.step_count,
       table.resident ? int64_t(table.resident->fast_bytes()) : 0,  // which devices differ in
+      int64_t(forced_layout.load()),
   };
   return std::string(reinterpret_cast<const char*>(numbers), sizeof numbers) + how.loop.text + '\n' + text;
 }
@@ -87,14 +92,25 @@ Schedule schedule_of(const Program& net, const Work& work) {
   throw std::logic_error("a kind of work without a schedule");
 }
 
-Plan make_plan(const std::string& text, const OpTable& table, Work work) {
+// The table that is the backend's fastest for the network and the numbers of examples, which are all that the choice may look at.
+const OpTable& best_layout(const OpTable& table, const Program& net, const Adaptation& how) {
+  const Layout layout = forced_layout;
+  if (!table.in_lanes || layout == Layout::tasks || !table.in_lanes->run(net)) return table;
+  const bool pays = layout == Layout::lanes || table.in_lanes->pay(net, std::max(how.support_examples, how.query_examples));
+  return pays ? *table.in_lanes->table : table;
+}
+
+Plan make_plan(const std::string& text, const OpTable& backend, Work work) {
+  Plan plan{program_of(text), nullptr, {}, {}};
+  const OpTable& table = best_layout(backend, *plan.program, work.how);
+  plan.table = &table;
   const auto supports = [&](Op op) { return table.supports(op); };
-  Plan plan{program_of(text), &table, {}, {}};
   work.how.stash = work.memory != Memory::low;
   const auto write = [&] {
     plan.schedule = fuse(schedule_of(*plan.program, work), supports);
     if (!table.device)
       plan.schedule = stream(plan.schedule, {kCacheBytes / int64_t(table.real_bytes), kChunkBytes / int64_t(table.real_bytes)});
+    if (plan.lanes() > 1) plan.schedule = lane_schedule(std::move(plan.schedule));
     plan.workspace = plan_workspace(plan.schedule, table);
   };
   write();
@@ -106,17 +122,15 @@ Plan make_plan(const std::string& text, const OpTable& table, Work work) {
   const bool all_at_once = plan.program->loss.kind == Loss::Kind::caller;
   if (work.memory == Memory::automatic && plan.arena_bytes() > (all_at_once ? kStashBytesOfAll : kStashBytes)) {
     work.memory = Memory::low;
-    return make_plan(text, table, work);
+    return make_plan(text, backend, work);
   }
   if (work.memory == Memory::automatic && !plan.resident.declines.empty()) {  // it may be the activations that do not fit
     work.memory = Memory::low;
-    Plan low = make_plan(text, table, work);
+    Plan low = make_plan(text, backend, work);
     if (low.resident.declines.empty()) return low;
   }
   return plan;
 }
-
-std::atomic<Walk> forced_walk{Walk::automatic};
 
 std::mutex idle_mutex;
 std::vector<std::unique_ptr<Workplace>>& idle() {
@@ -146,6 +160,12 @@ Walk walk_named(const std::string& name) {
   return named<Walk>("walk", name, {{"auto", Walk::automatic}, {"layered", Walk::layered}, {"resident", Walk::resident}});
 }
 
+Layout layout_named(const std::string& name) {
+  return named<Layout>("layout", name, {{"auto", Layout::automatic}, {"tasks", Layout::tasks}, {"lanes", Layout::lanes}});
+}
+
+void set_cpu_layout(Layout layout) { forced_layout = layout; }
+
 void set_cuda_walk(Walk walk) { forced_walk = walk; }
 
 bool Plan::takes_resident() const {
@@ -155,7 +175,9 @@ bool Plan::takes_resident() const {
 }
 
 std::string Plan::walk() const {
-  if (!table->device) return program->loss.kind == Loss::Kind::caller ? "segments" : "resident: a thread of the host a task";
+  if (!table->device && program->loss.kind == Loss::Kind::caller) return "segments";
+  if (!table->device && lanes() > 1) return "resident: a thread of the host for " + std::to_string(lanes()) + " tasks side by side";
+  if (!table->device) return "resident: a thread of the host a task";
   if (!table->resident) return "layered";
   if (!takes_resident()) return "layered" + (resident.declines.empty() ? std::string() : ": " + resident.declines);
   return "resident: " + std::to_string(resident.threads) + " threads, " + std::to_string(resident.shared_bytes) +

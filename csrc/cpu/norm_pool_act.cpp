@@ -168,7 +168,7 @@ void norm_pool_act_fwd_jvp(const Call& call) {
           store(winner_dot + i, here);
         }
         const V z_dot = centred * slope + ((here - zero_dot) * slope_dot + at_mean);
-        store(y_dot + i, act.times_slope(channels.z_of_centred(centred), z_dot));
+        store(y_dot + i, act.times_first(channels.z_of_centred(centred), z_dot));
       });
     });
   }
@@ -192,7 +192,7 @@ void norm_pool_act_bwd_weight(const Call& call) {
       using V = decltype(lane);
       const auto channels = affine.template at<V>(c);
       const V centred = load<V>(winner + row * z.C + c) - channels.mean;
-      const V dz = act.times_slope(channels.z_of_centred(centred), load<V>(dy + row * z.C + c));
+      const V dz = act.times_first(channels.z_of_centred(centred), load<V>(dy + row * z.C + c));
       sum[0] = dz * centred;
       sum[1] = dz;
     });
@@ -226,7 +226,7 @@ void norm_pool_act_bwd_weight_jvp(const Call& call) {
       const int64_t i = row * z.C + c;
       const auto channels = affine.template at<V>(c);
       const V centred = load<V>(winner + i) - channels.mean, of_centred = channels.z_of_centred(centred);
-      const V dz = act.times_slope(of_centred, load<V>(dy + i)), dz_dot = act.times_slope(of_centred, load<V>(dy_dot + i));
+      const V dz = act.times_first(of_centred, load<V>(dy + i)), dz_dot = act.times_first(of_centred, load<V>(dy_dot + i));
       const V centred_dot = load_or<V>(winner_dot, i, T(0)) - load<V>(mean_dot + c) - (centred * load<V>(rs + c) - load<V>(constant + c));
       sum[0] = dz_dot * centred + dz * centred_dot;
       sum[1] = dz_dot;
@@ -311,7 +311,7 @@ void write_tiles(const Sizes& z, T* dx, const int8_t* tap, const DataGradient<T,
     const bool inside = z.feels_statistics(n);
     const int64_t i = ((n * p.OH + oh) * p.OW + ow) * z.C + c;
     if constexpr (kSide == 1) {
-      const V share = gradient.act.times_slope(channels.norm.z(load<V>(gradient.x + i)), channels.of_dy(i));
+      const V share = gradient.act.times_first(channels.norm.z(load<V>(gradient.x + i)), channels.of_dy(i));
       store(dx + i, inside ? share + channels.of_statistics(i) : share);
     } else if (oh < p.OH && ow < p.OW) {
       const I of_window = load_bytes<I>(tap + i), place = place_of(of_window);

@@ -26,8 +26,13 @@ struct Rectifier {
     return where(passes(x), x, low(x));
   }
   template <class V>
-  inline __attribute__((always_inline)) V times_slope(V x, V d) const {
+  inline __attribute__((always_inline)) V times_first(V x, V d) const {
     return where(passes(x), d, low(d));
+  }
+  // f'(x) dy_dot + f''(x) x_dot dy
+  template <class V>
+  inline __attribute__((always_inline)) V times_both(V x, V /* x_dot */, V /* dy */, V dy_dot) const {
+    return times_first(x, dy_dot);
   }
 };
 
