@@ -262,7 +262,7 @@ void* Arrays::reduced(Arg arg, int64_t size, const std::optional<Tensor>& task_w
     kept_.push_back(*(weights = real("task_weights", *task_weights)));
   }
   void* sum = take(size);
-  table_->tree_reduce(sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size, space_->stream());
+  space_->reduce(*table_, sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size);
   return sum;
 }
 

@@ -68,6 +68,18 @@ class HostSpace : public Space {
     }
   }
 
+  void reduce(const OpTable& table, void* out, void* x, const void* w, int64_t tasks, int64_t size) override {
+    constexpr int64_t kShare = 16 * 1024;  // numbers that are worth a thread
+    const int64_t shares = std::min<int64_t>(thread_count(), tasks * size / kShare), bytes = int64_t(table.real_bytes);
+    const int64_t share = shares > 1 ? (size + shares - 1) / shares : size;
+    const auto columns = [&](int64_t i) {
+      const int64_t from = i * share, count = std::min(share, size - from);
+      if (count <= 0) return;
+      table.tree_reduce(static_cast<std::byte*>(out) + from * bytes, static_cast<std::byte*>(x) + from * bytes, w, tasks, count, size, 0);
+    };
+    shares > 1 ? in_parallel(shares, columns) : columns(0);
+  }
+
  private:
   LentWorkplace place_;
 };

@@ -29,7 +29,8 @@ class Space {
   virtual void reorder(const Params& params, bool from_torch, void* to, const void* from, int64_t count, size_t real_bytes) = 0;
   // Args are inputs and places for results; results may be elsewhere afterwards, which `args` says then.
   virtual void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) = 0;
-  virtual uintptr_t stream() const { return 0; }
+  // table.tree_reduce of x [tasks, size]
+  virtual void reduce(const OpTable& table, void* out, void* x, const void* w, int64_t tasks, int64_t size) = 0;
 };
 
 std::unique_ptr<Space> host_space();

@@ -175,7 +175,7 @@ void cg_residual(const Call& call) {
 }
 
 template <class T>
-void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t size, uintptr_t /* stream */) {
+void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t size, int64_t stride, uintptr_t /* stream */) {
   T *out = static_cast<T*>(out_), *x = static_cast<T*>(x_);
   const T* w = static_cast<const T*>(w_);
   constexpr int64_t kBlock = 1024;  // every task's slice of a block stays in cache
@@ -185,13 +185,13 @@ void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t si
     if (w)
       for (int64_t t = 0; t < tasks; ++t)
         for_lanes<T>(count, [&](auto lane, int64_t i) {
-          T* leaf = x + t * size + from + i;
+          T* leaf = x + t * stride + from + i;
           store(leaf, load<decltype(lane)>(leaf) * w[t]);
         });
-    for (int64_t stride = 1; stride < tasks; stride *= 2)
-      for (int64_t t = 0; t + stride < tasks; t += 2 * stride) {
-        T* a = x + t * size + from;
-        const T* b = x + (t + stride) * size + from;
+    for (int64_t apart = 1; apart < tasks; apart *= 2)
+      for (int64_t t = 0; t + apart < tasks; t += 2 * apart) {
+        T* a = x + t * stride + from;
+        const T* b = x + (t + apart) * stride + from;
         for_lanes<T>(count, [&](auto lane, int64_t i) {
           using V = decltype(lane);
           store(a + i, load<V>(a + i) + load<V>(b + i));

@@ -105,7 +105,7 @@ struct Program;
 // The same backend's ops on tasks side by side, for Schedules of lane_schedule().
 struct LaneOps {
   const OpTable* table;
-  bool (*run)(const Program& net);                     // does it have all that the network needs?
+  bool (*run)(const Program& net);                    // does it have all that the network needs?
   bool (*pay)(const Program& net, int64_t examples);  // are they faster, whatever the number of tasks and threads?
 };
 
@@ -121,8 +121,9 @@ struct OpTable {
   ScratchFn scratch[kOps] = {};            // null: no scratch
   const ResidentWalk* resident = nullptr;  // null: this backend has none
   const LaneOps* in_lanes = nullptr;       // null: this backend has none
-  // out[i] = sum_t w[t] x[t][i] (w null: the mean) by a fixed binary tree over t; x [T, size] is overwritten.
-  void (*tree_reduce)(void* out, void* x, const void* w, int64_t tasks, int64_t size, uintptr_t stream) = nullptr;
+  // out[i] = sum_t w[t] x[t][i] (w null: the mean) by a fixed binary tree over t; x [T, size] is overwritten. `stride` from task to task:
+  // on the host `size` may be a share of that, for threads to divide the work by; a device takes all at once.
+  void (*tree_reduce)(void* out, void* x, const void* w, int64_t tasks, int64_t size, int64_t stride, uintptr_t stream) = nullptr;
 
   bool supports(Op op) const { return run[static_cast<int>(op)] != nullptr; }
 };
