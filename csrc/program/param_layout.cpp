@@ -1,35 +1,76 @@
 #include "program/param_layout.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace fastmaml {
 namespace {
 
-// Both orders as a walk over rows x cols matrices: torch [outer][rows][cols] <-> engine; see the table in the header.
-template <class T, bool kFromTorch>
-void move_tensor(const Param& p, T* engine_out, const T* in) {
-  auto put = [&](int64_t engine, int64_t torch) {
-    if constexpr (kFromTorch)
-      engine_out[engine] = in[torch];
-    else
-      engine_out[torch] = in[engine];
+// Four rows of four numbers become four columns.
+template <class T>
+inline __attribute__((always_inline)) void transpose(T* const to[4], const T* const from[4]) {
+  typedef T Row __attribute__((vector_size(4 * sizeof(T))));
+  Row a, b, c, d;
+  std::memcpy(&a, from[0], sizeof a);
+  std::memcpy(&b, from[1], sizeof b);
+  std::memcpy(&c, from[2], sizeof c);
+  std::memcpy(&d, from[3], sizeof d);
+  const Row ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Row cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+  b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+  c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+  d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+  std::memcpy(to[0], &a, sizeof a);
+  std::memcpy(to[1], &b, sizeof b);
+  std::memcpy(to[2], &c, sizeof c);
+  std::memcpy(to[3], &d, sizeof d);
+}
+
+// torch [first, rest] <-> engine [rest, first]; number r of `rest` is row(r) of the engine. By squares, where they fit.
+template <class T, bool kFromTorch, class Row>
+void move_matrix(int64_t first, int64_t rest, T* to, const T* from, const Row& row) {
+  constexpr int64_t kSide = 4;
+  const auto one_by_one = [&](int64_t r, int64_t f) {
+    const int64_t engine = row(r) * first + f, torch = f * rest + r;
+    kFromTorch ? to[engine] = from[torch] : to[torch] = from[engine];
   };
+  const int64_t squares = first / kSide * kSide;
+  int64_t r = 0;
+  for (; r + kSide <= rest; r += kSide) {
+    const int64_t engine[kSide] = {row(r) * first, row(r + 1) * first, row(r + 2) * first, row(r + 3) * first};
+    for (int64_t f = 0; f < squares; f += kSide) {
+      const int64_t torch = f * rest + r;
+      if constexpr (kFromTorch) {
+        T* const rows[] = {to + engine[0] + f, to + engine[1] + f, to + engine[2] + f, to + engine[3] + f};
+        const T* const columns[] = {from + torch, from + torch + rest, from + torch + 2 * rest, from + torch + 3 * rest};
+        transpose(rows, columns);
+      } else {
+        T* const columns[] = {to + torch, to + torch + rest, to + torch + 2 * rest, to + torch + 3 * rest};
+        const T* const rows[] = {from + engine[0] + f, from + engine[1] + f, from + engine[2] + f, from + engine[3] + f};
+        transpose(columns, rows);
+      }
+    }
+    for (int64_t i = r; i < r + kSide; ++i)
+      for (int64_t f = squares; f < first; ++f) one_by_one(i, f);
+  }
+  for (; r < rest; ++r)
+    for (int64_t f = 0; f < first; ++f) one_by_one(r, f);
+}
+
+template <class T, bool kFromTorch>
+void move_tensor(const Param& p, T* to, const T* from) {
   switch (p.order) {
     case Param::Order::torch:
-      std::copy(in, in + p.size, engine_out);
+      std::copy(from, from + p.size, to);
       return;
     case Param::Order::linear:
-    case Param::Order::image: {  // first dimension last
-      const int64_t first = p.dims[0], rest = p.size / first;
-      for (int64_t r = 0; r < rest; ++r)
-        for (int64_t f = 0; f < first; ++f) put(r * first + f, f * rest + r);
+    case Param::Order::image:  // first dimension last
+      move_matrix<T, kFromTorch>(p.dims[0], p.size / p.dims[0], to, from, [](int64_t r) { return r; });
       return;
-    }
     case Param::Order::conv2d: {
-      const int64_t F = p.dims[0], C = p.dims[1], taps = p.dims[2] * p.dims[3];
-      for (int64_t k = 0; k < taps; ++k)
-        for (int64_t c = 0; c < C; ++c)
-          for (int64_t f = 0; f < F; ++f) put((k * C + c) * F + f, (f * C + c) * taps + k);
+      const int64_t C = p.dims[1], taps = p.dims[2] * p.dims[3];
+      move_matrix<T, kFromTorch>(p.dims[0], C * taps, to, from, [=](int64_t r) { return r % taps * C + r / taps; });
       return;
     }
   }
