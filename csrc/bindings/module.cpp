@@ -6,6 +6,7 @@
 #include "bindings/backends.h"
 #include "bindings/caller_loss.h"
 #include "bindings/calls.h"
+#include "bindings/profile_rows.h"
 #include "bindings/threads.h"
 #ifdef __linux__
 #include "cuda/emulated/emu.h"
@@ -135,6 +136,15 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cuda_walk", [](const std::string& walk) { set_cuda_walk(walk_named(walk)); }, "walk"_a,
       "Which walk the CUDA backends take from now on: \"layered\", \"resident\" (raises where it declines), or \"auto\".");
+
+  def_planned("costs", planned<cost_rows>(&plan),
+              "What each Step of that Schedule costs a task on paper: a dict a Step, as profile_stop's less times and calls.");
+  m.def("profile_start", &start_profile, "From now on every Step of every call on a backend of the host is timed.");
+  m.def(
+      "profile_stop", &profile_rows,
+      "Ends that. A dict for each plan that ran: walks, tasks, workers, wall_seconds (of the walks), arena_bytes, and steps, a dict each:\n"
+      "phase, op, layer, examples, calls, seconds (summed over the workers), and per task products, other (floating-point operations)\n"
+      "and bytes.");
 
   m.def("allocations", [] { return memory_held().allocations; }, "How often the memory held between calls was allocated or grown.");
   m.def("high_water", [] { return memory_held().high_water; }, "Bytes of the largest arena that one worker has needed so far.");
