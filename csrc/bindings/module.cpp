@@ -7,6 +7,7 @@
 #include "bindings/caller_loss.h"
 #include "bindings/calls.h"
 #include "bindings/profile_rows.h"
+#include "bindings/stash_budget.h"
 #include "bindings/threads.h"
 #ifdef __linux__
 #include "cuda/emulated/emu.h"
@@ -137,14 +138,20 @@ PYBIND11_MODULE(_C, m) {
       "set_cuda_walk", [](const std::string& walk) { set_cuda_walk(walk_named(walk)); }, "walk"_a,
       "Which walk the CUDA backends take from now on: \"layered\", \"resident\" (raises where it declines), or \"auto\".");
 
-  def_planned("costs", planned<cost_rows>(&plan),
-              "What each Step of that Schedule costs a task on paper: a dict a Step, as profile_stop's less times and calls.");
+  def_planned(
+      "costs", planned<cost_rows>(&plan),
+      "What that Schedule costs a task on paper: memory (\"stash\" or \"low\"), lanes (tasks side by side), arena_bytes, and steps, a\n"
+      "dict each: phase, op, layer, examples, sizes (of its loops), products and other (floating-point operations), bytes.");
+  m.def(
+      "stash_budget", [](const std::string& backend, bool at_once) { return stash_budget(table_named(backend, sizeof(float)), at_once); },
+      "backend"_a, "callers_loss"_a = false,
+      "The largest arena with which memory=\"auto\" keeps the activations of the inner steps, in bytes.");
+  m.def("machine_memory", &machine_memory, "Bytes of memory that this process may have.");
   m.def("profile_start", &start_profile, "From now on every Step of every call on a backend of the host is timed.");
   m.def(
       "profile_stop", &profile_rows,
-      "Ends that. A dict for each plan that ran: walks, tasks, workers, wall_seconds (of the walks), arena_bytes, and steps, a dict each:\n"
-      "phase, op, layer, examples, calls, seconds (summed over the workers), and per task products, other (floating-point operations)\n"
-      "and bytes.");
+      "Ends that. For each plan that ran what costs() says, and walks, tasks, workers, wall_seconds (of the walks); for each Step calls,\n"
+      "seconds (summed over the workers) and least_seconds (of the fastest call). Costs are a task's, times are all tasks'.");
 
   m.def("allocations", [] { return memory_held().allocations; }, "How often the memory held between calls was allocated or grown.");
   m.def("high_water", [] { return memory_held().high_water; }, "Bytes of the largest arena that one worker has needed so far.");

@@ -9,13 +9,12 @@
 #include <unordered_map>
 
 #include "bindings/named.h"
+#include "bindings/stash_budget.h"
 
 namespace fastmaml {
 namespace {
 
-constexpr size_t kStashBytes = size_t(256) << 20;      // a task: beyond that, "auto" recomputes
-constexpr size_t kStashBytesOfAll = size_t(16) << 20;  // the same where the tasks meet at a caller's loss and are all in memory
-constexpr size_t kCached = 64;                         // a plan of 100 inner steps of Conv4 holds megabytes of Steps
+constexpr size_t kCached = 64;  // a plan of 100 inner steps of Conv4 holds megabytes of Steps
 
 // Values by key. When it is full everything goes: a program that makes that many plans has no favourites.
 template <class Value>
@@ -88,6 +87,7 @@ Plan make_plan(const std::string& text, const OpTable& table, Work work) {
   const auto supports = [&](Op op) { return table.supports(op); };
   Plan plan{program_of(text), &table, {}, {}};
   work.how.stash = work.memory != Memory::low;
+  plan.memory = work.how.stash ? Memory::stash : Memory::low;
   const auto write = [&] {
     plan.schedule = fuse(schedule_of(*plan.program, work), supports);
     plan.workspace = plan_workspace(plan.schedule, table);
@@ -98,8 +98,7 @@ Plan make_plan(const std::string& text, const OpTable& table, Work work) {
     plan.program = std::make_shared<const Program>(fuse(*plan.program, {supports, table.rectifies}));
     write();
   }
-  const bool all_at_once = plan.program->loss.kind == Loss::Kind::caller;
-  if (work.memory == Memory::automatic && plan.arena_bytes() > (all_at_once ? kStashBytesOfAll : kStashBytes)) {
+  if (work.memory == Memory::automatic && plan.arena_bytes() > stash_budget(table, plan.program->loss.kind == Loss::Kind::caller)) {
     work.memory = Memory::low;
     return make_plan(text, table, work);
   }

@@ -53,7 +53,7 @@ std::vector<PlanProfile> stop_profile() {
   const double tick = (seconds() - all.first_second) / double(std::max<int64_t>(ticks() - all.first_tick, 1));
   std::vector<PlanProfile> result;
   for (Counted& c : all.plans) {
-    for (const StepTime& time : c.times) c.profile.steps.push_back({double(time.ticks) * tick, time.calls});
+    for (const StepTime& time : c.times) c.profile.steps.push_back({double(time.ticks) * tick, time.calls, double(time.least) * tick});
     result.push_back(std::move(c.profile));
   }
   all.plans.clear();

@@ -13,6 +13,7 @@ namespace fastmaml {
 struct StepProfile {
   double seconds = 0;  // summed over the workers
   int64_t calls = 0;
+  double least_seconds = 0;  // of the fastest call
 };
 
 struct PlanProfile {

@@ -7,7 +7,7 @@
 
 namespace fastmaml {
 
-pybind11::list cost_rows(const Plan& plan);  // a dict for each Step
-pybind11::list profile_rows();               // stop_profile, a dict for each plan
+pybind11::dict cost_rows(const Plan& plan);  // the plan's sizes, and a dict for each Step
+pybind11::list profile_rows();               // stop_profile, the same with times for each plan
 
 }  // namespace fastmaml

@@ -1,8 +1,10 @@
 // How long each Step of a Schedule took, for a profile of a walk. A Run without a clock measures nothing.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <limits>
 #include <vector>
 #ifdef __x86_64__
 #include <x86intrin.h>
@@ -24,9 +26,11 @@ inline double seconds() { return std::chrono::duration<double>(std::chrono::stea
 struct StepTime {
   int64_t ticks = 0;
   int64_t calls = 0;
+  int64_t least = std::numeric_limits<int64_t>::max();  // ticks of the fastest call, which other programs disturbed least
   StepTime& operator+=(const StepTime& more) {
     ticks += more.ticks;
     calls += more.calls;
+    least = std::min(least, more.least);
     return *this;
   }
 };
@@ -39,7 +43,7 @@ class StepClock {
   void start() { last_ = fastmaml::ticks(); }
   void finished(size_t step) {
     const int64_t at = fastmaml::ticks();
-    times_[step] += {at - last_, 1};
+    times_[step] += {at - last_, 1, at - last_};
     last_ = at;
   }
   const std::vector<StepTime>& times() const { return times_; }

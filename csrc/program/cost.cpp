@@ -170,6 +170,19 @@ int arithmetic_per_element(const Step& step) {
   }
 }
 
+struct Channels {
+  int64_t operator()(const BatchNorm& s) const { return s.C; }
+  int64_t operator()(const GroupNorm& s) const { return s.channels; }
+  int64_t operator()(const Pool2d& s) const { return s.C; }
+  int64_t operator()(const NormPoolAct& s) const { return s.pool.C; }
+  int64_t operator()(const Flatten& s) const { return s.C; }
+  int64_t operator()(const Loss& s) const { return s.size; }
+  template <class Flat>
+  int64_t operator()(const Flat&) const {
+    return 1;
+  }
+};
+
 std::string image(int64_t C, int64_t H, int64_t W) { return std::to_string(C) + "x" + std::to_string(H) + "x" + std::to_string(W); }
 
 struct Words {
@@ -235,6 +248,18 @@ Cost cost_of(const Step& step, const Layer& layer, size_t real_bytes) {
   else
     cost.other = double(largest) * arithmetic_per_element(step);
   return cost;
+}
+
+std::vector<int64_t> sizes_of(const Step& step, const Layer& layer) {
+  const int64_t N = step.examples;
+  if (const auto* s = std::get_if<Linear>(&layer)) return {N, s->in, s->out, 1};
+  if (const auto* s = std::get_if<Conv2d>(&layer)) return {N * s->OH * s->OW, s->KH * s->KW * s->C, s->F, s->OW};
+  const int64_t channels = std::visit(Channels(), layer);
+  int64_t largest = 0;
+  const std::vector<Role> all = roles(step.op);
+  for (size_t i = 0; i < all.size(); ++i)
+    if (step.operand[i]) largest = std::max(largest, operand_size(layer, all[i].name, N));
+  return {std::max<int64_t>(largest / channels, 1), channels};
 }
 
 std::string words_of(const Layer& layer) { return std::visit(Words(), layer); }

@@ -28,6 +28,10 @@ struct Cost {
 };
 Cost cost_of(const Step& step, const Layer& layer, size_t real_bytes);
 
+// What the speed of a Step depends on beside the op, for a model of it: rows, depth and columns of a product, and the width of the images;
+// of other ops how often they do their arithmetic, and the length of the vectors they do it in.
+std::vector<int64_t> sizes_of(const Step& step, const Layer& layer);
+
 // "conv2d 64x14x14 to 64x14x14, 3x3": the layer of a Step in words, with all sizes that its cost depends on beside the examples.
 std::string words_of(const Layer& layer);
 
