@@ -103,12 +103,9 @@ def _rows(plans: list[dict[str, Any]], calls: int) -> tuple[Row, ...]:
     sums: dict[tuple[str, str, str, int], list[float]] = {}
     for plan in plans:
         for step in plan["steps"]:
-            into = sums.setdefault((step["phase"], step["op"], step["layer"], step["examples"]), [0.0] * 5)
-            counted = [
-                step["calls"],
-                step["seconds"],
-                *(plan["tasks"] * step[of] for of in ("products", "other", "bytes")),
-            ]
+            into = sums.setdefault((step["phase"], step["op"], step["layer"], step["examples"]), [0.0] * 6)
+            work = (plan["tasks"] * step[of] for of in ("products", "other", "bytes"))
+            counted = [step["calls"], step["seconds"], step["calls"] * step["least_seconds"], *work]
             into[:] = [a + b / calls for a, b in zip(into, counted)]
     return tuple(sorted((Row(*key, *values) for key, values in sums.items()), key=lambda row: -row.seconds))
 
