@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -24,3 +25,18 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def share(value: float | None) -> str:
     """0.123 as "12 %", nothing where it is not known."""
     return "" if value is None else f"{100 * value:.0f} %"
+
+
+def progress(name: str) -> Callable[[str], None]:
+    """Says on a terminal what is going on, on one line that the next one overwrites; "" clears it."""
+
+    def say(what: str) -> None:
+        if sys.stderr.isatty():
+            print(
+                "\r" + (f"{name}: {what}" if what else "").ljust(79),
+                end="" if what else "\r",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    return say
