@@ -160,9 +160,12 @@ def measure(
     counts = dict.fromkeys(makes, 1)
     if how.repeated:
         more = _directions(single)
-        keeping = {OURS: partial(_again_and_again, backend=how.backend), **repeated}
-        for name, make in keeping.items():
-            makes[f"{name}, {DIRECTIONS} v"] = partial(_first_of, make, more)
+        keeping: dict[str, Callable[[HvpProblem, Tensor], Product]] = {
+            OURS: partial(_again_and_again, backend=how.backend),
+            **repeated,
+        }
+        for name, keep in keeping.items():
+            makes[f"{name}, {DIRECTIONS} v"] = partial(_first_of, keep, more)
             counts[f"{name}, {DIRECTIONS} v"] = DIRECTIONS
     calls: dict[str, Product] = {}
     checked: dict[str, tuple[float | None, float, float]] = {}

@@ -67,7 +67,7 @@ def _batched_losses(p: HvpProblem) -> Callable[[Tensor], Tensor]:
     return losses
 
 
-def func_jvp(p: HvpProblem, compiled: bool = False) -> Product:
+def func_jvp(p: HvpProblem) -> Product:
     """Forward over reverse by torch.func, vmapped over tasks."""
     slope = _slope(p)
 
@@ -75,10 +75,18 @@ def func_jvp(p: HvpProblem, compiled: bool = False) -> Product:
         return jvp(lambda at: slope(at, x, y), (params,), (v,))[1]
 
     batched = vmap(product)
-    if compiled:
-        own_compiler()
-        batched = torch.compile(batched)
     return lambda: batched(p.params, p.x, p.y, p.v)
+
+
+def func_jvp_compiled(p: HvpProblem) -> Product:
+    """Forward over reverse of the layers as batched products, through torch.compile.
+
+    Of the vmapped form torch 2.13 says "Tensor device mismatch" (cpu and meta).
+    """
+    slope = grad(_batched_losses(p))
+    own_compiler()
+    product = torch.compile(lambda params, v: jvp(slope, (params,), (v,))[1])
+    return lambda: product(p.params, p.v)
 
 
 def _slope(p: HvpProblem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -143,7 +151,7 @@ PEERS: dict[str, Callable[[HvpProblem], Product]] = {
     "double_backward_batched": double_backward_batched,
     "func_jvp": func_jvp,
     "func_jvp_loop": func_jvp_loop,
-    "func_jvp+compile": lambda p: func_jvp(p, compiled=True),
+    "func_jvp+compile": func_jvp_compiled,
 }
 REPEATED: dict[str, Callable[[HvpProblem, Tensor], Product]] = {
     "double_backward": retained_graph,

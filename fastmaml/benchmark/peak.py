@@ -45,18 +45,21 @@ def in_a_process(
     implementation: Implementation,
     source: Source,
     options: dict[str, Any] | None = None,
+    device: str = "cpu",
     limit_bytes: int | None = None,
     limit_s: float = 600.0,
 ) -> Peak:
     """Measure in a new process. Raises Missing where it fails, takes more memory than limit_bytes or longer than limit_s.
 
-    limit_bytes: by default three quarters of the memory that is free.
+    limit_bytes: of the machine's memory, by default three quarters of what is free. On a CUDA device it is torch's
+    allocations there that are measured.
     """
     limit = limit_bytes or 3 * _meminfo("MemAvailable") // 4
     order = {
         "implementation": implementation.__name__,
         "source": list(source),
         "options": options or {},
+        "device": device,
         "threads": torch.get_num_threads(),
     }
     command = [sys.executable, "-m", "fastmaml.benchmark.peak", json.dumps(order)]
@@ -90,11 +93,12 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(order["threads"])
     module = importlib.import_module(order["implementation"])
     where, _, name = order["source"][0].partition(":")
-    given = getattr(importlib.import_module(where), name)(**order["source"][1])
+    device = order["device"]
+    given = getattr(importlib.import_module(where), name)(**order["source"][1]).to(device)
     try:
         module.version()
-        module.prepare(problem(TINY), **order["options"])()
-        held = restart_high_water()
+        module.prepare(problem(TINY).to(device), **order["options"])()
+        held = restart_high_water(device)
         started = time.perf_counter()
         call = module.prepare(given, **order["options"])
         call()
@@ -104,7 +108,7 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
             started = time.perf_counter()
             call()
             times.append(time.perf_counter() - started)
-        return {"bytes": high_water() - held, "seconds": statistics.median(times), "first_call_s": first}
+        return {"bytes": high_water(device) - held, "seconds": statistics.median(times), "first_call_s": first}
     except Missing as reason:
         return {ERROR_KEY: str(reason)}
     except Exception as failure:
@@ -130,15 +134,18 @@ TINY = Case("tiny", "MLP 1-4-1", _tiny_model, "mse", (1,), None, 2, 3, 3, 0.01)
 # ---------------------------------------------------------------- what Linux says of a process
 
 
-def restart_high_water() -> int:
+def restart_high_water(device: str = "cpu") -> int:
     """Lets this process' high-water mark start again; returns the bytes it holds now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
-def high_water() -> int:
-    """Bytes of resident memory at most, since the mark was started again."""
-    return _status("VmHWM")
+def high_water(device: str = "cpu") -> int:
+    """Bytes at most since the mark was started again: resident memory, or torch's allocations on a device."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
 
 
 def _status(key: str, pid: int | str = "self") -> int:
