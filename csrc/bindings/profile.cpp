@@ -7,7 +7,6 @@
 namespace fastmaml {
 namespace {
 
-// Ticks of one plan's Steps until stop_profile knows what a tick lasts.
 struct Counted {
   PlanProfile profile;
   std::vector<StepTime> times;
@@ -17,8 +16,6 @@ struct Profiler {
   std::atomic<bool> on{false};
   std::mutex mutex;
   std::vector<Counted> plans;
-  int64_t first_tick = 0;
-  double first_second = 0;
 };
 
 Profiler& profiler() {
@@ -41,8 +38,6 @@ void start_profile() {
   Profiler& all = profiler();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.plans.clear();
-  all.first_tick = ticks();
-  all.first_second = seconds();
   all.on = true;
 }
 
@@ -50,10 +45,9 @@ std::vector<PlanProfile> stop_profile() {
   Profiler& all = profiler();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.on = false;
-  const double tick = (seconds() - all.first_second) / double(std::max<int64_t>(ticks() - all.first_tick, 1));
   std::vector<PlanProfile> result;
   for (Counted& c : all.plans) {
-    for (const StepTime& time : c.times) c.profile.steps.push_back({double(time.ticks) * tick, time.calls, double(time.least) * tick});
+    for (const StepTime& time : c.times) c.profile.steps.push_back({1e-9 * double(time.ns), time.calls, 1e-9 * double(time.least)});
     result.push_back(std::move(c.profile));
   }
   all.plans.clear();
@@ -63,12 +57,12 @@ std::vector<PlanProfile> stop_profile() {
 WalkClocks::WalkClocks(std::shared_ptr<const Plan> plan, int workers, int64_t tasks) : plan_(std::move(plan)), tasks_(tasks) {
   if (!profiler().on) return;
   clocks_.assign(size_t(std::max(workers, 1)), StepClock(plan_->schedule.steps.size()));
-  start_ = seconds();
+  start_ = nanoseconds();
 }
 
 WalkClocks::~WalkClocks() {
   if (clocks_.empty()) return;
-  const double wall = seconds() - start_;
+  const double wall = 1e-9 * double(nanoseconds() - start_);
   Profiler& all = profiler();
   const std::lock_guard<std::mutex> lock(all.mutex);
   if (!all.on) return;

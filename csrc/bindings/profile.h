@@ -11,7 +11,7 @@
 namespace fastmaml {
 
 struct StepProfile {
-  double seconds = 0;  // summed over the workers
+  double seconds = 0;  // summed over the workers, while they ran
   int64_t calls = 0;
   double least_seconds = 0;  // of the fastest call
 };
@@ -40,7 +40,7 @@ class WalkClocks {
   std::shared_ptr<const Plan> plan_;
   int64_t tasks_;
   std::vector<StepClock> clocks_;
-  double start_ = 0;
+  int64_t start_ = 0;  // ns
 };
 
 }  // namespace fastmaml

@@ -4,7 +4,8 @@
     print(profile.show(found, ceilings.measure()))
 
 The walks are timed Step by Step in every worker, so a share is of the workers' seconds: workers x wall time of the call. What
-no worker spends in a Step is shown too: waiting for the last task, and everything outside of the walks.
+no worker spends in a Step is shown too: waiting (for the last task, for a thread to wake up, for a core that other programs
+have), and everything outside of the walks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastmaml.benchmark.ceilings import Ceilings
 from fastmaml.benchmark.text import share, table
 
 LEAST_S, MOST_CALLS = 0.5, 50  # so long, or so often, is the call repeated under the profile
-WAITING = "workers waiting for each other"
+WAITING = "waiting: for the last task, a thread or a core"
 OUTSIDE = "outside the walks: Python, conversion, optimizer"
 
 

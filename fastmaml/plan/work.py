@@ -73,13 +73,15 @@ def _call(kind: str, given: dict[str, Any], results: Any) -> EngineCall:
     x = given["support_x"] if query is not None else given["x"]
     if kind == "forward":
         query, x = x, given["support_x"]
+    examples = query if x is None else x
+    assert isinstance(examples, Tensor)
     tensors = ((name, value) for name, value in given.items() if isinstance(value, Tensor))
     return EngineCall(
         kind=kind,
         program=given["program"],
         backend=given["backend"],
         real_bytes=params.element_size(),
-        tasks=(query if x is None else x).shape[0],
+        tasks=examples.shape[0],
         parameters=params.shape[-1],
         support=0 if x is None else x.shape[1],
         query=1 if query is None else query.shape[1],

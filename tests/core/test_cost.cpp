@@ -121,7 +121,7 @@ void clocks_count_every_step() {
   for (size_t s = 0; s < schedule.steps.size(); ++s) {
     StepTime sum;
     for (const StepClock& clock : clocks) sum += clock.times()[s];
-    all = all && sum.calls == 5 && sum.ticks > 0;
+    all = all && sum.calls == 5 && sum.ns > 0;
   }
   expect_equal(all, 1, "five tasks on two workers: five calls of every Step");
 }
