@@ -15,9 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fastmaml.algorithms.maml import MAML
 from fastmaml.benchmark.ceilings import Ceilings
+from fastmaml.benchmark.hvp import HvpProblem
+from fastmaml.benchmark.problem import Problem
 from fastmaml.benchmark.text import share, table
+from fastmaml.engine import Engine
 
+OUTER_LR = 1e-6  # so small that the network stays as it is
 LEAST_S, MOST_CALLS = 0.5, 50  # so long, or so often, is the call repeated under the profile
 WAITING = "waiting: for the last task, a thread or a core"
 OUTSIDE = "outside the walks: Python, conversion, optimizer"
@@ -97,6 +102,26 @@ def measure(call: Callable[[], Any], least_s: float = LEAST_S) -> Profile:
         raise ValueError("no Step ran on the cpu or reference backend, the two that are profiled")
     walks = sum(plan["wall_seconds"] for plan in plans)
     return Profile(wall / calls, walks / calls, max(plan["workers"] for plan in plans), calls, _rows(plans, calls))
+
+
+def outer_step(problem: Problem, backend: str = "cpu", memory: str = "auto") -> Callable[[], Any]:
+    """The meta-gradient of a benchmark's problem and the outer optimizer's step, for measure()."""
+    own, case = problem.own(), problem.case
+    learner = MAML(own.model, case.inner_lr, case.inner_steps, case.loss, backend=backend, memory=memory)
+    optimizer = learner.outer_optimizer(OUTER_LR)
+
+    def step() -> None:
+        learner.zero_grad(set_to_none=True)
+        learner(*own.batch).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def hessian_products(problem: HvpProblem, backend: str = "cpu") -> Callable[[], Any]:
+    """The Hessian-vector products of a benchmark's problem, for measure()."""
+    engine = Engine(problem.model, problem.loss, backend)
+    return lambda: engine.hvp(problem.params, problem.x, problem.y, problem.v)
 
 
 def _rows(plans: list[dict[str, Any]], calls: int) -> tuple[Row, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastmaml.backend import BACKENDS, load_cuda
-from fastmaml.benchmark import hvp, memory, meta, own_model, peak
+from fastmaml.benchmark import ceilings, hvp, memory, meta, own_model, peak, profile
 from fastmaml.benchmark.baselines import fastmaml_maml
 from fastmaml.benchmark.cases import HVP, MEMORY, META
 from fastmaml.benchmark.problem import Problem, problem
@@ -30,6 +30,7 @@ DEFAULT_CASES = {
 CASES: dict[str, dict[str, Any]] = {"hvp": HVP, "meta": META, "memory": MEMORY}
 PEERS: dict[str, dict[str, Any]] = {"hvp": hvp.PEERS, "meta": meta.PEERS, "memory": meta.PEERS}
 MEMORY_STEPS = (1, 5, 20)
+SHOWN_ROWS = 30  # of a profile; the others are one row
 
 WHAT = """\
 Every implementation gets the same weights and tasks. Its result is first held to an unrolled float64 one; one that
@@ -73,6 +74,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--budget", type=float, default=60.0, metavar="S",
                         help="seconds for the samples of one case; slow peers get fewer rounds (default 60)")  # fmt: skip
+    parser.add_argument(
+        "--profile", action="store_true", help="show where fastmaml's own time goes instead, by operation"
+    )
     parser.add_argument("--peers", nargs="*", metavar="PEER", help="default: those that need no compilation")
     parser.add_argument("--seed", type=int, default=0, help="of weights and tasks")
     parser.add_argument("--out", metavar="FILE", help="write the results as JSON too, case by case")
@@ -91,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     done: list[str] = []
     try:
         results = Results(args.out or "", f"fastmaml bench {args.kind}", {}, facts(), again=True)
-        good = RUNS[args.kind](args, results, done)
+        runs = run_profile if args.profile else RUNS[args.kind]
+        good = runs(args, results, done)
         if args.out:
             results.finish()
         return 0 if good else 1
@@ -127,6 +132,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("bench hvp has no inner steps; leave out --inner-steps")
     if args.kind == "meta" and len(args.inner_steps or ()) > 1:
         raise ValueError(f"bench meta takes one number of --inner-steps, not {len(args.inner_steps)}")
+    if args.profile and (args.device != "cpu" or args.backend not in ("auto", "cpu", "reference")):
+        raise ValueError(f"--profile shows the cpu backend (or reference), not {args.backend} on {args.device}")
+    if args.profile and args.peers:
+        raise ValueError(f"--profile shows fastmaml alone; leave out --peers {' '.join(args.peers)}")
     if args.device == "cuda":
         if missing := load_cuda():
             raise ValueError(f"--device cuda: {missing}")
@@ -158,11 +167,7 @@ def run_meta(args: argparse.Namespace, results: Results, done: list[str]) -> boo
 def run_hvp(args: argparse.Namespace, results: Results, done: list[str]) -> bool:
     good = True
     for name in _names(args):
-        if args.model is not None:
-            given = own_model.hvp_problem_of(args.model, args.seed, args.tasks)
-        else:
-            case = HVP[name] if args.tasks is None else replace(HVP[name], tasks=args.tasks)
-            given = hvp.problem(case, args.seed)
+        given = _hvp_problem(args, name)
         backend = _fused(args.backend, args.device, given.model, given.loss)
         how = hvp.How(args.rounds, backend, args.device, args.budget, _clock(args), repeated=args.device == "cpu")
         say = progress(given.name)
@@ -193,6 +198,28 @@ def run_memory(args: argparse.Namespace, results: Results, done: list[str]) -> b
     return all(p.peak is not None for p in points if p.name.startswith(meta.OURS))
 
 
+def run_profile(args: argparse.Namespace, results: Results, done: list[str]) -> bool:
+    """Meta-gradients as whole outer steps (memory: for every number of inner steps), Hessian products as they are."""
+    limits = ceilings.measure()
+    for name in _names(args):
+        for steps in (args.inner_steps or MEMORY_STEPS) if args.kind == "memory" else (args.inner_steps or [None])[:1]:
+            if args.kind == "hvp":
+                given = _hvp_problem(args, name)
+                title, call = given.name, profile.hessian_products(given, args.backend)
+            else:
+                problem, _ = _problem(args, name, steps)
+                title = (
+                    problem.case.name if args.kind == "meta" else f"{problem.case.name}, K = {problem.case.inner_steps}"
+                )
+                call = profile.outer_step(problem, args.backend, args.memory)
+            found = profile.measure(call)
+            limits = limits.best(ceilings.measure())
+            results.save(title, profile.to_json(found, limits))
+            done.append(title)
+            print(f"{title}: {profile.show(found, limits, SHOWN_ROWS)}\n", flush=True)
+    return True
+
+
 RUNS: dict[str, Callable[[argparse.Namespace, Results, list[str]], bool]] = {
     "hvp": run_hvp,
     "meta": run_meta,
@@ -214,6 +241,12 @@ def _peers(args: argparse.Namespace) -> dict[str, Any]:
         for name, peer in known.items()
         if (name in args.peers if args.peers is not None else "+" not in name)
     }
+
+
+def _hvp_problem(args: argparse.Namespace, name: str) -> hvp.HvpProblem:
+    if args.model is not None:
+        return own_model.hvp_problem_of(args.model, args.seed, args.tasks)
+    return hvp.problem(HVP[name] if args.tasks is None else replace(HVP[name], tasks=args.tasks), args.seed)
 
 
 def _problem(args: argparse.Namespace, name: str, steps: int | None) -> tuple[Problem, peak.Source]:

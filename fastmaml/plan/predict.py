@@ -19,7 +19,7 @@ from fastmaml.plan.work import EngineCall, engine_calls, require_compiled
 OUTSIDE = "outside the walks"
 OPTIMIZER = "outer optimizer"
 ARENAS, ARRAYS, PLANS = "arenas of the workers", "arguments and results", "plans"
-MODEL, LEARNER, BATCH = "network", "gradients and outer optimizer", "batch"
+MODEL, GRADIENTS, OPTIMIZER_STATE, BATCH = "network", "gradients", "outer optimizer's numbers", "batch"
 
 
 class Mode(NamedTuple):
@@ -106,6 +106,16 @@ def predict(learner: Any, batch: Sequence[Tensor], threads: int, machine_of: Cal
     return Prediction(len(batch[0]), phases, parts, modes, chosen, why, tuple(sorted(unknown)))
 
 
+def predict_call(run: Callable[[], Any], threads: int, machine_of: Callable[[int], Machine]) -> float:
+    """Seconds of what `run` asks of the engine alone, such as Engine.hvp, without a learner around it."""
+    total = 0.0
+    for call in engine_calls(run):
+        costs = call.costs()
+        machine = machine_of(memory.workers(call, costs, threads))
+        total += sum(_walk(call, costs, machine).values()) + machine.costs.around(call, tensors=0)
+    return total
+
+
 def _walk(call: EngineCall, costs: dict[str, Any], machine: Machine) -> dict[str, float]:
     """Seconds by phase: each worker takes one group of tasks after the other."""
     lanes = costs["lanes"]
@@ -133,8 +143,8 @@ def _parts(
         ARENAS: max(memory.arenas(call, costs, threads) for call, costs in zip(calls, plans)),
         ARRAYS: max(memory.arrays(call) for call in calls),
         PLANS: sum({call: memory.plans(costs) for call, costs in zip(calls, plans)}.values()),
-        # the start as one vector and the rates; .grad, Adam's two moments, and its temporary numbers
-        LEARNER: 2 * trained + 3 * trained + 2 * largest,
+        GRADIENTS: 3 * trained,  # the start as one vector, the rates, .grad
+        OPTIMIZER_STATE: 2 * trained + 2 * largest,  # Adam's two moments, and its temporary numbers
     }
 
 

@@ -1,4 +1,4 @@
-"""What an outer step asks of the engine, found out without computing it: the step runs, and every operator returns zeros.
+"""What an outer step asks of the engine, found out without computing it: the step runs, and operators return made-up numbers.
 
 calls = engine_calls(lambda: learner(*batch))            batch may be views of a single number (zeros().expand())
 """
@@ -55,6 +55,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[EngineCall] = []
+        self.random = torch.Generator().manual_seed(0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "fastmaml":
@@ -64,7 +65,12 @@ class _Recorder(TorchDispatchMode):
         names = [argument.name for argument in func._schema.arguments]
         tensors = [results] if isinstance(results, Tensor) else results
         self.calls.append(_call(func._schema.name.split("::")[1], dict(zip(names, args)), tensors))
-        return pytree.tree_map_only(Tensor, lambda x: torch.zeros((), dtype=x.dtype).expand(x.shape), results)
+        return pytree.tree_map_only(Tensor, self._made_up, results)
+
+    def _made_up(self, result: Tensor) -> Tensor:
+        """Positive and unequal, so that conjugate gradients go on; the same for every task, so that they take little memory."""
+        row = torch.rand(result.shape[-1:], generator=self.random, dtype=result.dtype)
+        return (row + 0.5).expand(result.shape)
 
 
 def _call(kind: str, given: dict[str, Any], results: Any) -> EngineCall:
@@ -94,14 +100,24 @@ def _call(kind: str, given: dict[str, Any], results: Any) -> EngineCall:
 
 
 def empty_batch(
-    tasks: int, support: int, query: int, shape: tuple[int, ...], output: int, classes: bool
+    tasks: int,
+    support: int,
+    query: int,
+    shape: tuple[int, ...],
+    targets: tuple[int, ...],
+    ways: int | None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, ...]:
-    """A batch of the right shapes that takes no memory: every number of it is the same one."""
+    """A batch of the right shapes that takes no memory: one number stands for all, and one row of labels for all tasks.
+
+    ways: that many classes in turn; None: real targets of the shape `targets`.
+    """  # fmt: skip
 
     def examples(count: int) -> tuple[Tensor, Tensor]:
-        x = torch.zeros(()).expand(tasks, count, *shape)
-        y = torch.arange(count).remainder(output) if classes else torch.zeros(()).expand(count, output)
-        return x, y.expand(tasks, *y.shape)
+        x = torch.zeros((), dtype=dtype).expand(tasks, count, *shape)
+        if ways is None:
+            return x, torch.zeros((), dtype=dtype).expand(tasks, count, *targets)
+        return x, torch.arange(count).remainder(ways).expand(tasks, count)
 
     return (*examples(support), *examples(query))
 
