@@ -19,7 +19,7 @@ import torch
 
 from fastmaml.checkpoint import write_durably
 from fastmaml.experiment import machine
-from fastmaml.plan import outside
+from fastmaml.plan import outside, rates, samples
 from fastmaml.plan.rates import Rates, features, key, yardstick
 from fastmaml.plan.samples import SAMPLES, Sample
 from fastmaml.tasks.cache import cache_folder
@@ -33,7 +33,7 @@ class Machine(NamedTuple):
     """This machine as the planner knows it, with `workers` of its threads at work at once."""
 
     workers: int
-    rates: Rates
+    steps: Rates
     costs: outside.Costs
 
 
@@ -43,11 +43,11 @@ def calibrated(workers: int, again: bool = False) -> Machine:
     if path.is_file() and not again:
         try:
             kept = json.loads(path.read_text())
-            return Machine(workers, Rates.from_json(kept["rates"]), outside.Costs(**kept["costs"]))
+            return Machine(workers, Rates.from_json(kept["steps"]), outside.Costs(**kept["costs"]))
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("%s is damaged (%s); the machine is measured again", path, error)
     found = measure(workers)
-    kept = {"machine": machine(), "workers": workers, "costs": found.costs._asdict(), "rates": found.rates.to_json()}
+    kept = {"machine": machine(), "workers": workers, "costs": found.costs._asdict(), "steps": found.steps.to_json()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps(kept).encode())
@@ -61,6 +61,8 @@ def _identity(workers: int) -> str:
     from fastmaml import _C
 
     of = hashlib.sha256(Path(_C.__file__).read_bytes())
+    for module in (outside, rates, samples):
+        of.update(Path(str(module.__file__)).read_bytes())  # what is measured, and how it is kept
     of.update(f"{machine()} {torch.__version__} {_C.cpu_isa()} {workers}".encode())
     return of.hexdigest()[:24]
 

@@ -43,9 +43,12 @@ def arrays(call: EngineCall) -> int:
     return call.real_bytes * (reordered + images(call) + results + of_tasks)
 
 
-def ordered(call: EngineCall) -> int:
-    """Numbers of parameters, rates and gradients that are put from torch's order into the engine's, or back."""
-    return sum(_of_parameters(call)) + sum(size(s) for s in call.results if s and s[-1] == call.parameters)
+def ordered(call: EngineCall) -> tuple[int, int]:
+    """Numbers that are put from torch's order of parameters into the engine's or back: of vectors of all tasks, of each task."""
+    vectors = [shape for name, shape in call.inputs if name in REORDERED]
+    vectors += [shape for shape in call.results if shape and shape[-1] % call.parameters == 0]
+    of_tasks = sum(size(shape) for shape in vectors if len(shape) > 1 and 1 < call.tasks == shape[0])
+    return sum(size(shape) for shape in vectors) - of_tasks, of_tasks
 
 
 def _of_parameters(call: EngineCall) -> list[int]:

@@ -5,6 +5,7 @@ found = predict(learner, batch, threads)            batch: real tasks, or work.e
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ def predict(learner: Any, batch: Sequence[Tensor], threads: int, machine_of: Cal
     Raises ValueError where the learner's engine is not planned.
     """
     require_compiled(learner.engine)
+    learner = copy.deepcopy(learner)  # some carry numbers on from step to step
 
     def step() -> None:
         learner.zero_grad(set_to_none=True)
@@ -97,8 +99,8 @@ def predict(learner: Any, batch: Sequence[Tensor], threads: int, machine_of: Cal
         for phase, seconds in _walk(call, costs, machine).items():
             name = phase if call.kind == "meta_gradient" else call.kind
             phases[name] = phases.get(name, 0.0) + seconds
-        outside += machine.costs.around(call, len(parameters))
-        unknown |= {s["op"] for s in costs["steps"] if not machine.rates.knows(s, costs["lanes"])}
+        outside += machine.costs.around(call, len(parameters), machine.workers)
+        unknown |= {s["op"] for s in costs["steps"] if not machine.steps.knows(s, costs["lanes"])}
     phases[OUTSIDE] = outside
     phases[OPTIMIZER] = machines[0].costs.update(sum(p.numel() for p in parameters), len(parameters))
     parts = _parts(learner, batch, calls, plans, threads)
@@ -112,7 +114,7 @@ def predict_call(run: Callable[[], Any], threads: int, machine_of: Callable[[int
     for call in engine_calls(run):
         costs = call.costs()
         machine = machine_of(memory.workers(call, costs, threads))
-        total += sum(_walk(call, costs, machine).values()) + machine.costs.around(call, tensors=0)
+        total += sum(_walk(call, costs, machine).values()) + machine.costs.around(call, 0, machine.workers)
     return total
 
 
@@ -125,7 +127,7 @@ def _walk(call: EngineCall, costs: dict[str, Any], machine: Machine) -> dict[str
     for step in costs["steps"]:
         same = (step["op"], step["layer"], step["examples"], step["products"], step["bytes"])
         if same not in known:
-            known[same] = machine.rates.seconds(step, lanes)
+            known[same] = machine.steps.seconds(step, lanes)
         phases[step["phase"]] = phases.get(step["phase"], 0.0) + rounds * known[same]
     return phases
 

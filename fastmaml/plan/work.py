@@ -58,6 +58,8 @@ class _Recorder(TorchDispatchMode):
         self.random = torch.Generator().manual_seed(0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.clone.default and _repeats_itself(args[0]):  # .contiguous() of an empty batch
+            return torch.ops.aten.alias.default(args[0])
         if func.namespace != "fastmaml":
             return func(*args, **(kwargs or {}))
         shapes = pytree.tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), args)
@@ -71,6 +73,10 @@ class _Recorder(TorchDispatchMode):
         """Positive and unequal, so that conjugate gradients go on; the same for every task, so that they take little memory."""
         row = torch.rand(result.shape[-1:], generator=self.random, dtype=result.dtype)
         return (row + 0.5).expand(result.shape)
+
+
+def _repeats_itself(x: Tensor) -> bool:
+    return x.numel() * x.element_size() > x.untyped_storage().nbytes()
 
 
 def _call(kind: str, given: dict[str, Any], results: Any) -> EngineCall:
