@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import fastmaml as fm
-from bench.measure import RESULTS, facts, table, write_json
+from bench.measure import RESULTS, facts, write_json
+from fastmaml.benchmark.text import table
 from fastmaml.checkpoint import write_durably
 from fastmaml.report import plots
 from fastmaml.report.style import LIGHT

@@ -20,16 +20,26 @@ from typing import Any
 
 import torch
 
-from bench import hvp, run
-from bench.baselines import learn2learn_maml
-from bench.cases import CASES, Case
-from bench.measure import RESULTS, ROOT, Clock, commit, device_seconds, facts, interleaved, table
+from bench import run
+from bench.baselines import jax_hvp, learn2learn_maml
+from bench.cases import CASES
+from bench.measure import RESULTS, ROOT, commit, facts
 from fastmaml import backend as choosing
+from fastmaml.benchmark import hvp, meta
+from fastmaml.benchmark.cases import HvpCase
+from fastmaml.benchmark.problem import Case, problem
+from fastmaml.benchmark.results import write
+from fastmaml.benchmark.timing import Clock, device_seconds
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Each op once, whole meta-gradients in both walks and all inner optimizers: sanitizers slow a kernel down a hundred times.
 SANITIZED = ("tests/numerics/test_ops.py", "tests/numerics/test_meta_gradient.py", "tests/numerics/test_inner_loops.py")
 PEERS = [name for name in run.PEERS if name != learn2learn_maml.NAME]
+HVPS = tuple(HvpCase(width, tasks) for width in (32, 128, 512) for tasks in (1, 16, 64))
+CASES_TIMED = tuple(
+    CASES[name]
+    for name in ("sinusoid-k1", "sinusoid-k5", "mlp-k1", "mlp-k5", "omniglot-t8-k1", "omniglot-t8-k5", "mini-s5-t2-k1")
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,8 @@ class Target:
     clock: Clock | None = device_seconds
     tests: tuple[str, ...] = ("tests",)
     sanitized: tuple[str, ...] = SANITIZED
-    cases: tuple[Case, ...] = tuple(CASES.values())
-    hvps: tuple[hvp.HvpCase, ...] = hvp.CASES
+    cases: tuple[Case, ...] = CASES_TIMED
+    hvps: tuple[HvpCase, ...] = HVPS
     precisions: tuple[str, ...] = choosing.PRECISIONS
     peers: tuple[str, ...] = tuple(PEERS)
 
@@ -100,14 +110,6 @@ def earlier(out: Path) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found if found.get("commit") == commit() and not commit().endswith("+changes") else {}
-
-
-def write(out: Path, results: dict[str, Any]) -> None:
-    """Whole, or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_suffix(".part")
-    aside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, out)
 
 
 def device_facts(target: Target) -> dict[str, Any]:
@@ -176,46 +178,26 @@ def _pytest(
 
 def time_meta_gradients(target: Target, rounds: int) -> dict[str, Any]:
     """The cases of bench.run, each implementation held to the exact result first."""
-    versions, missing = run._versions(target.peers)
+    versions, missing = run.peer_versions(target.peers)
+    how = meta.How(rounds, target.backend, device=target.device, clock=target.clock)
     measured = []
     for case in target.cases:
-        peers = [peer for peer in target.peers if peer not in missing]
-        result = run.measure(case, peers, rounds, 0, target.backend, "auto", missing, target.device, target.clock)
-        print("\n" + run.show(result), flush=True)
-        measured.append(run.to_json(result))
-    good = all(any(row["name"] == run.OURS for row in case["rows"]) for case in measured)
+        result = meta.measure(problem(case), {name: run.PEERS[name] for name in target.peers}, how, missing)
+        print("\n" + meta.show(result), flush=True)
+        measured.append(meta.to_json(result))
+    good = all(any(row["name"] == meta.OURS for row in case["rows"]) for case in measured)
     return {"good": good, "versions": versions, "cases": measured}
 
 
 def time_hvps(target: Target, rounds: int) -> dict[str, Any]:
-    """The cases of bench.hvp."""
+    """The products of fastmaml.benchmark.hvp."""
+    how = hvp.How(rounds, target.backend, target.device, clock=target.clock, precisions=target.precisions)
     measured = []
     for case in target.hvps:
-        whole = hvp.problem(case)
-        calls, errors, absent = hvp.prepare(
-            whole.to(target.device), hvp.exact(whole), target.backend, target.precisions
-        )
-        times = interleaved(calls, rounds, clock=target.clock)
-        rows = [
-            {"name": name, **t.to_json(), "products_per_s": case.tasks / t.median, "error": errors[name],
-             "gflop_per_s": case.gflop / t.median}
-            for name, t in times.items()
-        ]  # fmt: skip
-        shown = [
-            [
-                row["name"],
-                f"{row['median_ms']:.4g}",
-                f"{row['products_per_s']:.4g}",
-                f"{row['gflop_per_s']:.4g}",
-                f"{row['error']:.0e}",
-            ]
-            for row in rows
-        ]
-        print("\n" + table([str(case), "ms", "HVP/s", "GFLOP/s", "error"], shown), flush=True)
-        for name, reason in absent.items():
-            print(f"{name}: not measured, {reason}", flush=True)
-        measured.append({"case": str(case), "rows": rows, "absent": absent})
-    return {"good": all(any(row["name"] == "fastmaml" for row in case["rows"]) for case in measured), "cases": measured}
+        result = hvp.measure(hvp.problem(case), {**hvp.PEERS, **jax_hvp.PEERS}, how)
+        print("\n" + hvp.show(result), flush=True)
+        measured.append(hvp.to_json(result))
+    return {"good": all(any(row["name"] == meta.OURS for row in case["rows"]) for case in measured), "cases": measured}
 
 
 PARTS = {

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 
 import fastmaml as fm
-from bench.measure import RESULTS, facts, table, write_json
+from bench.measure import RESULTS, facts, write_json
+from fastmaml.benchmark.text import table
 
 CACHE_LINE = 64  # every slot of the arena starts on one, so a parameter vector may take up to 63 bytes more
 MIB = 2**20

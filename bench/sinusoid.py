@@ -17,7 +17,9 @@ from torch import nn
 
 import fastmaml as fm
 from bench.baselines import Missing, learn2learn_maml
-from bench.measure import RESULTS, facts, summarise, table, write_json
+from bench.measure import RESULTS, facts, write_json
+from fastmaml.benchmark.text import table
+from fastmaml.benchmark.timing import summarise
 
 TASKS, SHOTS, INNER_LR, OUTER_LR = 25, 10, 0.01, 1e-3
 PAPER_ITERATIONS = 70_000

@@ -1,11 +1,7 @@
-"""Other implementations of the same meta-gradient, one file each, and ours in the same form.
-
-Each file has NAME, `version()` (raises Missing where it cannot be had) and `prepare(problem) -> call`; the call computes
-one meta-gradient the way the library's users do and returns (mean query loss, gradient of each parameter).
-"""
+"""Implementations of other libraries, one file each, in the form of fastmaml/benchmark/baselines (NAME, version, prepare)."""
 
 from __future__ import annotations
 
+from fastmaml.benchmark.baselines import Missing
 
-class Missing(Exception):
-    """Why an implementation cannot run here or cannot run a case, in one sentence."""
+__all__ = ["Missing"]

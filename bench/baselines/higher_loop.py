@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from bench.baselines import fetch
-from bench.baselines.torch_loop import LOSSES
-from bench.cases import Problem
-from bench.measure import Answer, Call, gradients
+from fastmaml.benchmark.exact import Answer, Call, gradients, mean_loss
+from fastmaml.benchmark.problem import Problem
 
 NAME = "higher"
 VERSION = "0.2.1"
@@ -21,7 +20,7 @@ def version() -> str:
 def prepare(problem: Problem) -> Call:
     higher = fetch.installed("higher", VERSION)
     problem, case = problem.own(), problem.case
-    model, loss = problem.model, LOSSES[case.loss]
+    model, loss = problem.model, mean_loss(case.loss)
     optimizer = torch.optim.SGD(model.parameters(), lr=case.inner_lr)
 
     def call() -> Answer:

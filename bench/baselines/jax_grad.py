@@ -1,67 +1,64 @@
-"""JAX: jit of the gradient of the vmapped meta-objective, for networks of linear layers and ReLU.
-
-Not written for convolutions: measured once, they were 7 to 14 times slower than a torch loop on CPU. JAX chooses its own
-thread count (the cores this process may use).
-"""
+"""JAX: jit of the gradient of the meta-objective, reverse over reverse, tasks by vmap. Its variants are one line each."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
-from torch import nn
 
-from bench.baselines import Missing
-from bench.cases import Problem
-from bench.measure import Answer, Call
+from bench.baselines import jax_network
+from bench.baselines.jax_network import array
+from fastmaml.benchmark.exact import Answer, Call
+from fastmaml.benchmark.problem import Problem
 
 NAME = "jax"
+version = jax_network.version
 
 
-def version() -> str:
-    if importlib.util.find_spec("jax") is None:
-        raise Missing("jax is not installed: pip install jax")
-    jax = importlib.import_module("jax")
-    jax.config.update("jax_enable_x64", True)
-    return jax.__version__
-
-
-def prepare(problem: Problem) -> Call:
+def prepare(problem: Problem, over_tasks: str = "vmap", forward: bool = False) -> Call:
+    """over_tasks: "vmap" or "map" (lax.map, one task after the other). forward: the adjoint sweep, forward over reverse."""
     case = problem.case
-    if not all(isinstance(layer, (nn.Linear, nn.ReLU)) for layer in problem.model):  # type: ignore[attr-defined]
-        raise Missing("not written for convolutions")
-    version()
-    jax, jnp = importlib.import_module("jax"), importlib.import_module("jax.numpy")
-
-    def array(value: torch.Tensor) -> Any:
-        return jnp.asarray(value.detach().cpu().numpy())
-
+    loss = jax_network.loss_of(problem.model, case.loss)
+    jax = importlib.import_module("jax")
     theta = [array(p) for p in problem.model.parameters()]
     batch = [array(value) for value in problem.batch]
 
-    def network(phi: Any, x: Any) -> Any:
-        for weight, bias in zip(phi[:-2:2], phi[1:-2:2]):
-            x = jax.nn.relu(x @ weight.T + bias)
-        return x @ phi[-2].T + phi[-1]
+    def moved(phi: Any, direction: Any) -> Any:
+        return [p - case.inner_lr * g for p, g in zip(phi, direction)]
 
-    def loss(phi: Any, x: Any, y: Any) -> Any:
-        output = network(phi, x)
-        if case.loss == "mse":
-            return ((output - y) ** 2).mean()
-        return -jnp.take_along_axis(jax.nn.log_softmax(output), y[:, None], 1).mean()
-
-    def task_loss(theta: Any, support_x: Any, support_y: Any, query_x: Any, query_y: Any) -> Any:
+    def task_loss(theta: Any, task: Any) -> Any:
+        support_x, support_y, query_x, query_y = task
         phi = theta
         for _ in range(case.inner_steps):
-            phi = [p - case.inner_lr * g for p, g in zip(phi, jax.grad(loss)(phi, support_x, support_y))]
+            phi = moved(phi, jax.grad(loss)(phi, support_x, support_y))
         return loss(phi, query_x, query_y)
 
-    def meta_loss(theta: Any, *batch: Any) -> Any:
-        return jax.vmap(task_loss, in_axes=(None, 0, 0, 0, 0))(theta, *batch).mean()
+    def swept(theta: Any, task: Any) -> Any:
+        support_x, support_y, query_x, query_y = task
 
-    both = jax.jit(jax.value_and_grad(meta_loss))
+        def slope(at: Any) -> Any:
+            return jax.grad(loss)(at, support_x, support_y)
+
+        phi = [theta]
+        for _ in range(case.inner_steps):
+            phi.append(moved(phi[-1], slope(phi[-1])))
+        value, adjoint = jax.value_and_grad(loss)(phi[-1], query_x, query_y)
+        for at in reversed(phi[:-1]):
+            adjoint = moved(adjoint, jax.jvp(slope, (at,), (adjoint,))[1])
+        return value, adjoint
+
+    def over(function: Any, theta: Any, tasks: Any) -> Any:
+        if over_tasks == "map":
+            return jax.lax.map(lambda task: function(theta, task), tasks)
+        return jax.vmap(function, in_axes=(None, 0))(theta, tasks)
+
+    def by_sweep(theta: Any, *tasks: Any) -> Any:
+        value, adjoint = over(swept, theta, tasks)
+        return value.mean(), [a.mean(0) for a in adjoint]
+
+    reverse = jax.value_and_grad(lambda theta, *tasks: over(task_loss, theta, tasks).mean())
+    both = jax.jit(by_sweep if forward else reverse)
 
     def call() -> Answer:
         value, grads = jax.block_until_ready(both(theta, *batch))

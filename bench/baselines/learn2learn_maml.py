@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from bench.baselines import Missing, fetch
-from bench.baselines.torch_loop import LOSSES
-from bench.cases import Problem
-from bench.measure import Answer, Call, gradients
+from fastmaml.benchmark.exact import Answer, Call, gradients, mean_loss
+from fastmaml.benchmark.problem import Problem
 
 NAME = "learn2learn"
 VERSION = "0.2.0"
@@ -44,7 +43,7 @@ def wrapper() -> Any:
 def prepare(problem: Problem) -> Call:
     problem, case = problem.own(), problem.case
     maml = wrapper()(problem.model, lr=case.inner_lr)
-    loss = LOSSES[case.loss]
+    loss = mean_loss(case.loss)
 
     def call() -> Answer:
         maml.zero_grad(set_to_none=True)

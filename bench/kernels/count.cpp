@@ -9,6 +9,7 @@
 #include <iterator>
 #include <map>
 #include <numeric>
+#include <sstream>
 #include <stdexcept>
 
 #include "bindings/plans.h"
@@ -30,54 +31,12 @@ std::string key_of(const Call& call) {
   std::string present;
   const std::vector<Role> role = roles(call.step.op);
   for (size_t k = 0; k < role.size(); ++k)
-    if (role[k].optional && !call[int(k)]) present += " -" + role[k].name;
+    if (role[k].optional && !call[int(k)]) present += " -" + std::string(role[k].name);
   const Case c{call.step.op, call.layer, call.step.examples, 1, call.step.stat_examples};
   std::string key = name_of(c, 4, present);
   key.erase(key.find(" float32"), 8);
   key.erase(key.find(", 1 tasks,"), 10);
   return key;
-}
-
-// Every operand once, in bytes of one task.
-int64_t compulsory_bytes(const Call& call) {
-  const Case c{call.step.op, call.layer, call.step.examples, 1, call.step.stat_examples};
-  const std::vector<Role> role = roles(call.step.op);
-  int64_t bytes = 0;
-  for (size_t k = 0; k < role.size(); ++k) {
-    if (!call[int(k)]) continue;
-    const bool twice = k < op_outputs(call.step.op) && op_in_place(call.step.op);
-    bytes += size_of(c, role[k].name) * int64_t(element_bytes<float>(role[k].name)) * (twice ? 2 : 1);
-  }
-  return bytes;
-}
-
-// Of the products; the rest of the ops is bound by memory.
-int64_t flops(const Call& call) {
-  int64_t one;
-  Op first;
-  if (const auto* s = std::get_if<Linear>(&call.layer)) {
-    one = 2 * call.step.examples * s->in * s->out;
-    first = Op::linear_fwd;
-  } else if (const auto* s = std::get_if<Conv2d>(&call.layer)) {
-    one = 2 * call.step.examples * s->OH * s->OW * s->F * s->KH * s->KW * s->C;
-    first = Op::conv2d_fwd;
-  } else {
-    return 0;
-  }
-  switch (static_cast<int>(call.step.op) - static_cast<int>(first)) {
-    case 1:  // fwd_jvp: x w_dot, and x_dot w
-      return one * (call[2] ? 2 : 1);
-    case 2:  // fwd_dual
-      return one * (call[3] ? 3 : 2);
-    case 4:  // bwd_data_jvp
-      return 2 * one;
-    case 5:  // bwd_data_dual
-      return 3 * one;
-    case 7:  // bwd_weight_jvp
-      return one * (call[3] ? 2 : 1);
-    default:
-      return one;
-  }
 }
 
 // ---------------------------------------------------------------- what is found out
@@ -102,8 +61,9 @@ void counted(const Call& call) {
   Asked& step = asked[key_of(call)];
   const bool first = step.times++ == 0;
   step.op = op_name(static_cast<Op>(op));
-  step.flops = flops(call);
-  step.compulsory = compulsory_bytes(call);
+  const Cost cost = cost_of(call.step, call.layer, sizeof(float));
+  step.flops = int64_t(cost.products);
+  step.compulsory = int64_t(cost.bytes);
   const auto see = [&](const emu::Launched& launched) {
     if (first) step.launches.push_back(launched);
   };

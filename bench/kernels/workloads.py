@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 import fastmaml as fm
-from bench.cases import CASES, Case
+from bench.cases import CASES
 from bench.kernels.cubins import BUILD, CSRC, Missing
 from bench.measure import ROOT
+from fastmaml.benchmark.problem import Case
 from tests.kernel_launches import Launched
 
 # H100 SXM, by its data sheet.
@@ -29,7 +30,12 @@ FLOPS = {
 MULTIPROCESSORS, LANES = 132, 128  # LANES: multiply-adds at a time of a multiprocessor
 LAUNCH_S = 2.5e-6  # assumed, of one launch outside of a CUDA graph
 
-SIZES = ("sinusoid", "mlp", "omniglot", "mini")
+SIZES = {
+    "sinusoid": "sinusoid-k1",
+    "mlp": "mlp-k1",
+    "omniglot": "omniglot-t8-k1",
+    "mini": "mini-s5-t2-k1",
+}  # their cases
 
 
 class Launch(NamedTuple):
@@ -141,7 +147,7 @@ def program_text(case: Case) -> str:
 def count(size: str, inner_steps: tuple[int, ...], precision: str = "float32") -> list[Workload]:
     """The meta-gradients of one case of bench.cases, for several numbers of inner steps: with memory "low", and with "stash" where that is
     what "auto" takes; layered, and resident where that does not decline."""
-    case = next(c for name, c in CASES.items() if name.startswith(size))
+    case = CASES[SIZES[size]]
     file = BUILD / f"{size}.program"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(program_text(case))

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bindings/profile.h"
 #include "bindings/space.h"
 #include "bindings/threads.h"
 #include "program/param_layout.h"
@@ -60,6 +61,8 @@ class HostSpace : public Space {
   void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) override {
     Run run{*plan->table, plan->schedule, plan->workspace, args, tasks, plan->lanes()};
     const int workers = static_cast<int>(std::min<int64_t>(tasks, thread_count()));
+    WalkClocks clocks(plan, workers, tasks);
+    run.clocks = clocks.get();
     if (plan->program->loss.kind == Loss::Kind::caller) {
       run.caller = loss;
       run_segments(run, place_->arenas, workers, in_parallel);

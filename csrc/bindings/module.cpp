@@ -6,6 +6,8 @@
 #include "bindings/backends.h"
 #include "bindings/caller_loss.h"
 #include "bindings/calls.h"
+#include "bindings/profile_rows.h"
+#include "bindings/stash_budget.h"
 #include "bindings/threads.h"
 #ifdef __linux__
 #include "cuda/emulated/emu.h"
@@ -142,6 +144,20 @@ PYBIND11_MODULE(_C, m) {
       "set_cpu_layout", [](const std::string& layout) { set_cpu_layout(layout_named(layout)); }, "layout"_a,
       "How the CPU backend lays tasks out from now on: \"tasks\" one after the other, \"lanes\" side by side where the network runs so,\n"
       "or \"auto\".");
+  def_planned(
+      "costs", planned<cost_rows>(&plan),
+      "What that Schedule costs a task on paper: memory (\"stash\" or \"low\"), lanes (tasks side by side), arena_bytes, and steps, a\n"
+      "dict each: phase, op, layer, examples, sizes (of its loops), products and other (floating-point operations), bytes.");
+  m.def(
+      "stash_budget", [](const std::string& backend, bool at_once) { return stash_budget(table_named(backend, sizeof(float)), at_once); },
+      "backend"_a, "callers_loss"_a = false,
+      "The largest arena with which memory=\"auto\" keeps the activations of the inner steps, in bytes.");
+  m.def("machine_memory", &machine_memory, "Bytes of memory that this process may have.");
+  m.def("profile_start", &start_profile, "From now on every Step of every call on a backend of the host is timed.");
+  m.def(
+      "profile_stop", &profile_rows,
+      "Ends that. For each plan that ran what costs() says, and walks, tasks, workers, wall_seconds (of the walks); for each Step calls,\n"
+      "seconds (summed over the workers) and least_seconds (of the fastest call). Costs are a task's, times are all tasks'.");
 
   m.def("allocations", [] { return memory_held().allocations; }, "How often the memory held between calls was allocated or grown.");
   m.def("high_water", [] { return memory_held().high_water; }, "Bytes of the largest arena that one worker has needed so far.");

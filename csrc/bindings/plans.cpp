@@ -9,13 +9,12 @@
 #include <unordered_map>
 
 #include "bindings/named.h"
+#include "bindings/stash_budget.h"
 #include "ops/lane_schedule.h"
 
 namespace fastmaml {
 namespace {
 
-constexpr size_t kStashBytes = size_t(256) << 20;      // a task: beyond that, "auto" recomputes
-constexpr size_t kStashBytesOfAll = size_t(16) << 20;  // the same where the tasks meet at a caller's loss and are all in memory
 // A gradient of more bytes has left the cache before it is read, so it is made in chunks that have not; both are chosen from the network
 // and N alone, as a sum's order depends on them.
 constexpr int64_t kCacheBytes = int64_t(2) << 20, kChunkBytes = int64_t(512) << 10;
@@ -106,6 +105,7 @@ Plan make_plan(const std::string& text, const OpTable& backend, Work work) {
   plan.table = &table;
   const auto supports = [&](Op op) { return table.supports(op); };
   work.how.stash = work.memory != Memory::low;
+  plan.memory = work.how.stash ? Memory::stash : Memory::low;
   const auto write = [&] {
     plan.schedule = fuse(schedule_of(*plan.program, work), supports);
     if (!table.device)
@@ -119,8 +119,7 @@ Plan make_plan(const std::string& text, const OpTable& backend, Work work) {
     plan.program = std::make_shared<const Program>(fuse(*plan.program, {supports, table.rectifies}));
     write();
   }
-  const bool all_at_once = plan.program->loss.kind == Loss::Kind::caller;
-  if (work.memory == Memory::automatic && plan.arena_bytes() > (all_at_once ? kStashBytesOfAll : kStashBytes)) {
+  if (work.memory == Memory::automatic && plan.arena_bytes() > stash_budget(table, plan.program->loss.kind == Loss::Kind::caller)) {
     work.memory = Memory::low;
     return make_plan(text, backend, work);
   }

@@ -41,7 +41,8 @@ struct Plan {
   const OpTable* table;                    // of the backend, for its layout
   Schedule schedule;
   Workspace workspace;
-  ResidentCode resident = {};  // where the table has a resident walk
+  ResidentCode resident = {};   // where the table has a resident walk
+  Memory memory = Memory::low;  // of a meta-gradient: what was asked for, or what "auto" chose
 
   // Does a run take the resident walk of the table? Throws std::invalid_argument where that is asked for and declines.
   bool takes_resident() const;

@@ -19,10 +19,12 @@ Schedule adapt_schedule(const Program& net, const Adaptation& how) {
     const Operand losses = out.external(Arg::support_losses, K);
     const StepRows rows(out, net, how.loop);
     for (int k = 0; k < K; ++k) {
+      out.phase = Phase::inner_gradient;
       if (k > 0) rows.put(k, phi);
       const Operand g = out.arena(P);
       gradient(out, net, phi, step_batch(net, how, support, k), offset(losses, k), g);
       const Operand next = k == K - 1 ? adapted : out.arena(P);
+      out.phase = Phase::update;
       rule.step(k, phi, g, next);
       phi = next;
     }

@@ -70,20 +70,24 @@ Schedule meta_gradient_schedule(const Program& net, const Adaptation& how) {
   const StepRows rows(out, net, loop);
   std::vector<Tape> tapes(K);
   for (int k = 0; k < K; ++k) {
+    out.phase = Phase::inner_gradient;
     if (k > 0) rows.put(k, phi[k]);
     const Operand g = out.arena(P);
     Tape tape = gradient(out, net, phi[k], step_batch(net, how, support, k), offset(losses, k), g);
     if (how.stash) tapes[k] = std::move(tape);
     phi.push_back(out.arena(P));
+    out.phase = Phase::update;
     rule.step(k, phi[k], g, phi[k + 1]);
   }
 
   // the query pass: lambda[K]
+  out.phase = Phase::query;
   QueryLosses query(out, net, how, support, lambda);
   const Operand output = query.add(K, phi[K]);
   out.step(Op::copy, Vector{outputs}, 1, {out.external(Arg::output, outputs), output});
 
   // the sweep: lambda[K-1] .. lambda[0]
+  out.phase = Phase::sweep;
   const Operand rows_grad = rows.size() && K ? out.external(Arg::step_rows_grad, K * rows.size()) : Operand{};
   if (rows_grad) out.step(Op::fill_zero, Vector{rows.size()}, 1, {rows_grad});  // row 0 is theta's own
   rule.start_sweep();
@@ -99,8 +103,10 @@ Schedule meta_gradient_schedule(const Program& net, const Adaptation& how) {
     }
     if (k > 0 && rows_grad) rows.collect(k, lambda, rows_grad);
     if (!loop.is_query(k)) continue;
+    out.phase = Phase::query;
     if (k > 0) rows.put(k - 1, phi[k]);
     query.add(k, phi[k]);
+    out.phase = Phase::sweep;
   }
   rule.finish_sweep(lambda);
   return out;

@@ -153,6 +153,8 @@ class Arenas {
   size_t high_water_ = 0;
 };
 
+class StepClock;  // step_clock.h
+
 struct Run {
   const OpTable& table;
   const Schedule& schedule;
@@ -162,6 +164,7 @@ struct Run {
   int lanes = 1;  // layout of the arena
   uintptr_t stream = 0;
   std::function<void(const Call&)> caller = {};  // computes the caller's ops (op.h), for all tasks at once
+  StepClock* clocks = nullptr;                   // one a worker, to measure every Step
 };
 
 // Every Step once, over all tasks; the arena holds all tasks at once.

@@ -8,13 +8,16 @@
 #include <string>
 
 #include "ops/ops.h"
+#include "ops/step_clock.h"
 
 namespace fastmaml {
 namespace {
 
 // The Steps from .. to - 1 for the tasks first .. first + count - 1, whose slots start at `arena`.
-void walk(const Run& run, std::byte* arena, std::byte* scratch, int64_t first, int64_t count, size_t from, size_t to) {
+void walk(const Run& run, int64_t worker, std::byte* arena, std::byte* scratch, int64_t first, int64_t count, size_t from, size_t to) {
   const Schedule& schedule = run.schedule;
+  StepClock* const clock = run.clocks ? run.clocks + worker : nullptr;
+  if (clock) clock->start();
   std::array<View, kMaxOperands> views;
   for (size_t s = from; s < to; ++s) {
     const Step& step = schedule.steps[s];
@@ -41,6 +44,7 @@ void walk(const Run& run, std::byte* arena, std::byte* scratch, int64_t first, i
       run.caller(call);
     else
       run.table.run[static_cast<int>(step.op)](call);
+    if (clock) clock->finished(s);
   }
 }
 
@@ -83,7 +87,7 @@ void run_layered(const Run& run, Arenas& arenas) { run_layered(run, arenas.get(0
 
 void run_layered(const Run& run, std::byte* arena) {
   check(run);
-  walk(run, arena, arena + slot_bytes(run), 0, run.tasks, 0, run.schedule.steps.size());
+  walk(run, 0, arena, arena + slot_bytes(run), 0, run.tasks, 0, run.schedule.steps.size());
 }
 
 size_t layered_bytes(const Run& run) { return slot_bytes(run) + run.workspace.scratch_bytes; }
@@ -98,7 +102,7 @@ void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor
   over_groups(groups, workers, parallel_for, [&](int64_t worker, int64_t group) {
     std::byte* arena = arenas.get(int(worker), bytes);
     const int64_t first = group * run.lanes;
-    walk(run, arena, arena + slots, first, std::min<int64_t>(run.lanes, run.tasks - first), 0, run.schedule.steps.size());
+    walk(run, worker, arena, arena + slots, first, std::min<int64_t>(run.lanes, run.tasks - first), 0, run.schedule.steps.size());
   });
 }
 
@@ -115,9 +119,9 @@ void run_segments(const Run& run, Arenas& arenas, int workers, const ParallelFor
     over_groups(groups, workers, parallel_for, [&](int64_t worker, int64_t group) {
       const int64_t first = group * run.lanes;
       std::byte* scratch = arena + all + worker * run.workspace.scratch_bytes;
-      walk(run, arena + group * slots, scratch, first, std::min<int64_t>(run.lanes, run.tasks - first), from, to);
+      walk(run, worker, arena + group * slots, scratch, first, std::min<int64_t>(run.lanes, run.tasks - first), from, to);
     });
-    if (to < steps.size()) walk(run, arena, nullptr, 0, run.tasks, to, to + 1);
+    if (to < steps.size()) walk(run, 0, arena, nullptr, 0, run.tasks, to, to + 1);
     from = to + 1;
   }
 }

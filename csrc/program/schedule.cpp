@@ -30,11 +30,17 @@ void Schedule::step(Op op, const Layer& layer, int64_t examples, std::initialize
   if (operands.size() > kMaxOperands) throw std::logic_error(std::string(op_name(op)) + ": more operands than a Step holds");
   Step s;
   s.op = op;
+  s.phase = phase;
   s.layer = add_layer(layer);
   s.examples = examples;
   s.stat_examples = stat_examples ? stat_examples : examples;
   std::copy(operands.begin(), operands.end(), s.operand.begin());
   steps.push_back(s);
+}
+
+const char* phase_name(Phase phase) {
+  constexpr const char* kNames[] = {"whole", "inner gradient", "update", "query", "sweep"};
+  return kNames[static_cast<int>(phase)];
 }
 
 std::string to_string(const Schedule& schedule) {

@@ -71,18 +71,24 @@ struct Operand {
   bool operator==(const Operand& other) const { return slot == other.slot && offset == other.offset; }
 };
 
+// What a Step is part of; for listings and profiles.
+enum class Phase : uint8_t { whole, inner_gradient, update, query, sweep };
+const char* phase_name(Phase phase);
+
 struct Step {
   Op op;
   int layer = 0;              // index into Schedule::layers
   int64_t examples = 1;       // N
   int64_t stat_examples = 1;  // batch norm: statistics come from the first stat_examples
   std::array<Operand, kMaxOperands> operand{};
+  Phase phase = Phase::whole;
 };
 
 struct Schedule {
   std::vector<Slot> slots;
   std::vector<Layer> layers;
   std::vector<Step> steps;
+  Phase phase = Phase::whole;  // of the Steps that come
 
   int add_slot(int64_t size, Type type = Type::real);
   Operand arena(int64_t size, Type type = Type::real) { return {add_slot(size, type), 0}; }

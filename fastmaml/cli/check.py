@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from fastmaml import checkpoint
 from fastmaml.algorithms.learner import Learner
 from fastmaml.checking import Report, check
 from fastmaml.cli.text import command
+from fastmaml.target import first_line, load_function
 
 IN_SHORT = """\
 FUNCTION takes no arguments and returns what there is to check, as a dict:
@@ -126,12 +126,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(target: str, directions: int, seed: int) -> Report:
-    function, where = _function(target)
+    function, where = load_function(target)
     torch.manual_seed(seed)
     try:
         returned = function()
     except Exception as error:
-        raise ValueError(f"{where}() raised {type(error).__name__}: {_first_line(error)}") from error
+        raise ValueError(f"{where}() raised {type(error).__name__}: {first_line(error)}") from error
     keys = _as_dict(returned, where)
     subject, batch = keys.pop("learner", None), keys.pop("batch")
     meta_loss = keys.pop("meta_loss", None)
@@ -140,32 +140,6 @@ def _report(target: str, directions: int, seed: int) -> Report:
     elif subject is None:
         subject = keys.pop("model")
     return check(subject, batch, directions=directions, seed=seed, **keys)
-
-
-def _function(target: str) -> tuple[Callable[[], Any], str]:
-    file, colon, name = target.rpartition(":")
-    if not colon or not name.isidentifier() or not file:
-        raise ValueError(f"'{target}' is not FILE.py:FUNCTION")
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"there is no file {file}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{file} is not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))  # the file may import its neighbours, as when it is run
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{file} cannot be imported: {type(error).__name__}: {_first_line(error)}") from error
-    finally:
-        sys.path.pop(0)
-    function = getattr(module, name, None)
-    if not callable(function):
-        own = ((n, value) for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__)
-        functions = [n for n, value in own if inspect.isfunction(value) and not n.startswith("_")]
-        raise ValueError(f"{file} has no function '{name}' (it has {', '.join(functions) or 'none'})")
-    return function, f"{path.name}:{name}"
 
 
 def _as_dict(returned: Any, where: str) -> dict[str, Any]:
@@ -192,7 +166,3 @@ def _write_example(path: Path) -> int:
     path.write_text(EXAMPLE.format(file=path.name))
     print(f"wrote {path}; check it with\n  {command('check', f'{path}:problem')}")
     return 0
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").split("\n")[0]

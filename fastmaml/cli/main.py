@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 import fastmaml
-from fastmaml.cli import check, data, doctor, evaluate, report, train
+from fastmaml.cli import bench, check, data, doctor, evaluate, plan, report, train
 
-COMMANDS = (train, evaluate, report, check, data, doctor)
+COMMANDS = (train, evaluate, report, check, data, plan, bench, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

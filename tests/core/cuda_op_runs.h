@@ -8,12 +8,13 @@
 #include <cstring>
 #include <limits>
 #include <random>
-#include <sstream>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cuda/emulated/emu.h"
 #include "ops/ops.h"
+#include "program/cost.h"
 
 namespace fastmaml {
 
@@ -25,18 +26,6 @@ using Vec = std::vector<double>;  // one operand of one task; indices and labels
 
 // ---------------------------------------------------------------- operands
 
-struct Role {
-  std::string name;
-  bool optional;
-};
-
-std::vector<Role> roles(Op op) {
-  std::istringstream text(op_roles(op));
-  std::vector<Role> out;
-  for (std::string role; text >> role;) out.push_back(role[0] == '[' ? Role{role.substr(1, role.size() - 2), true} : Role{role, false});
-  return out;
-}
-
 struct Case {
   Op op;
   Layer layer;
@@ -45,67 +34,11 @@ struct Case {
   int64_t stat_N = 0;  // 0: all
 };
 
-bool one_of(const std::string& role, std::initializer_list<const char*> names) {
-  for (const char* name : names)
-    if (role == name || role == std::string(name) + "_dot" || role == "d" + std::string(name) || role == "d" + std::string(name) + "_dot")
-      return true;
-  return false;
-}
-
 // Numbers of an operand, per task.
-int64_t size_of(const Case& c, const std::string& role) {
-  struct Sizes {
-    const std::string& role;
-    Op op;
-    int64_t N;
-
-    int64_t operator()(const Vector& s) const {
-      if (role == "state") return 3;
-      if (role == "settings") return 2;
-      return role == "residual" || role == "lam" ? 1 : N * s.size;
-    }
-    int64_t operator()(const Axpy& s) const { return role == "alpha" ? 1 : s.size; }
-    int64_t operator()(const Clip& s) const { return s.size; }
-    int64_t operator()(const Momentum& s) const { return s.size; }
-    int64_t operator()(const Adam& s) const { return role == "step_count" ? 1 : s.size; }
-    int64_t operator()(const CallerLoss&) const { return 0; }  // no backend has it
-    int64_t operator()(const Add& s) const { return N * s.size; }
-    int64_t operator()(const Linear& s) const {
-      return one_of(role, {"x"}) ? N * s.in : one_of(role, {"y"}) ? N * s.out : one_of(role, {"w"}) ? s.in * s.out : s.out;
-    }
-    int64_t operator()(const Conv2d& s) const {
-      if (one_of(role, {"x"})) return N * s.C * s.H * s.W;
-      if (one_of(role, {"y"})) return N * s.F * s.OH * s.OW;
-      return one_of(role, {"w"}) ? s.KH * s.KW * s.C * s.F : s.F;
-    }
-    int64_t operator()(const BatchNorm& s) const {
-      if (one_of(role, {"x", "y"})) return N * s.spatial * s.C;
-      return role == "stats" ? 3 * s.C : role == "stats_dot" ? 2 * s.C : s.C;
-    }
-    int64_t operator()(const GroupNorm& s) const {
-      if (one_of(role, {"x", "y"})) return N * s.spatial * s.channels;
-      return one_of(role, {"stats"}) ? N * s.groups * 2 : s.channels;
-    }
-    int64_t operator()(const Pointwise& s) const { return N * s.size; }
-    int64_t operator()(const Pool2d& s) const { return one_of(role, {"x"}) ? N * s.H * s.W * s.C : N * s.OH * s.OW * s.C; }
-    int64_t operator()(const NormPoolAct& s) const {
-      if (one_of(role, {"x"})) return N * s.pool.H * s.pool.W * s.pool.C;
-      if (one_of(role, {"y", "winner"}) || role == "tap") return N * s.pool.OH * s.pool.OW * s.pool.C;
-      return (*this)(s.norm);
-    }
-    int64_t operator()(const Flatten& s) const { return N * s.H * s.W * s.C; }
-    int64_t operator()(const Loss& s) const { return role == "loss" ? 1 : role == "labels" || role == "weights" ? N : N * s.size; }
-  };
-  return std::visit(Sizes{role, c.op, c.N}, c.layer);
-}
+int64_t size_of(const Case& c, std::string_view role) { return operand_size(c.layer, role, c.N); }
 
 template <class T>
-size_t element_bytes(const std::string& role) {
-  return role == "index" ? 4 : role == "tap" ? 1 : role == "labels" ? 8 : sizeof(T);
-}
-
-template <class T>
-void put(const std::string& role, std::byte* at, double value) {
+void put(std::string_view role, std::byte* at, double value) {
   const auto write = [&](auto v) { std::memcpy(at, &v, sizeof v); };
   role == "index"    ? write(int32_t(value))
   : role == "tap"    ? write(int8_t(value))
@@ -114,7 +47,7 @@ void put(const std::string& role, std::byte* at, double value) {
 }
 
 template <class T>
-double get(const std::string& role, const std::byte* at) {
+double get(std::string_view role, const std::byte* at) {
   const auto read = [&](auto v) {
     std::memcpy(&v, at, sizeof v);
     return double(v);
@@ -148,7 +81,7 @@ Vec draw_index(const Pool2d& s, int64_t N) {
 
 // What T can hold, so that both tables start from the same numbers.
 template <class T>
-Vec draw(const Case& c, const std::string& role) {
+Vec draw(const Case& c, std::string_view role) {
   if (role == "index") return draw_index(std::get<Pool2d>(c.layer), c.N);
   if (role == "tap") {
     Vec tap = draw_index(std::get<NormPoolAct>(c.layer).pool, c.N);
@@ -203,7 +136,7 @@ Operands run(const OpTable& table, const Case& c, const Operands& given, const H
   std::vector<View> views(kMaxOperands);
   for (size_t k = 0; k < role.size(); ++k) {
     if (given.values[k].empty()) continue;
-    const size_t bytes = element_bytes<T>(role[k].name), size = given.values[k][0].size();
+    const size_t bytes = operand_element_bytes(role[k].name, sizeof(T)), size = given.values[k][0].size();
     const bool shared = how.shared && k >= written;
     const size_t shift = how.aligned ? 0 : bytes;
     memory[k] = static_cast<std::byte*>(alloc(shift + bytes * size * size_t(shared ? 1 : T_)));
@@ -224,7 +157,7 @@ Operands run(const OpTable& table, const Case& c, const Operands& given, const H
   after.values.resize(role.size());
   for (size_t k = 0; k < role.size(); ++k) {
     if (!memory[k]) continue;
-    const size_t bytes = element_bytes<T>(role[k].name), size = given.values[k][0].size();
+    const size_t bytes = operand_element_bytes(role[k].name, sizeof(T)), size = given.values[k][0].size();
     for (int64_t t = 0; t < T_; ++t) {
       Vec x(size);
       const std::byte* from = static_cast<std::byte*>(views[k].data) + size_t(t * views[k].task_stride) * bytes;
@@ -293,8 +226,9 @@ Worst worst(const Case& c, const Operands& got, const Operands& want) {
         if (std::isnan(error)) error = std::numeric_limits<double>::infinity();
         if (error <= w.error) continue;
         char text[160];
-        std::snprintf(text, sizeof text, "%s, task %zu [%zu]: got %.9g, expected %.17g, error %.2e of the largest", role[k].name.c_str(), t,
-                      i, g, v, error);
+        const std::string name(role[k].name);
+        std::snprintf(text, sizeof text, "%s, task %zu [%zu]: got %.9g, expected %.17g, error %.2e of the largest", name.c_str(), t, i, g,
+                      v, error);
         w = {error, text};
       }
   }

@@ -111,7 +111,7 @@ void check(const Case& c) {
     std::string variant = "all operands";
     for (size_t k : absent) {
       given.values[k].clear();
-      variant = (variant == "all operands" ? "without " : variant + " ") + role[k].name;
+      variant = (variant == "all operands" ? "without " : variant + " ") + std::string(role[k].name);
     }
     const auto name = [&](const std::string& more) { return name_of(c, sizeof(T), variant + more); };
     try {

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from bench.cases import Problem
-from bench.measure import Answer, Call, gradients
+from fastmaml.benchmark.exact import Answer, Call, gradients, mean_loss
+from fastmaml.benchmark.problem import Problem
 
 NAME = "torch_loop"
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "cross_entropy": F.cross_entropy}
 
 
 def version() -> str:
@@ -22,7 +18,7 @@ def version() -> str:
 
 def prepare(problem: Problem) -> Call:
     problem, case = problem.own(), problem.case
-    model, loss = problem.model, LOSSES[case.loss]
+    model, loss = problem.model, mean_loss(case.loss)
     names, start = zip(*model.named_parameters())
 
     def call() -> Answer:
@@ -32,7 +28,7 @@ def prepare(problem: Problem) -> Call:
             phi: tuple[Tensor, ...] = start
             for _ in range(case.inner_steps):
                 support_loss = loss(functional_call(model, dict(zip(names, phi)), (support_x,)), support_y)
-                grads = torch.autograd.grad(support_loss, phi, create_graph=True)
+                grads = torch.autograd.grad(support_loss, phi, create_graph=True, materialize_grads=True)
                 phi = tuple(p - case.inner_lr * g for p, g in zip(phi, grads))
             query_loss = loss(functional_call(model, dict(zip(names, phi)), (query_x,)), query_y) / case.tasks
             query_loss.backward()

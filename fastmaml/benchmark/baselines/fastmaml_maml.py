@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fastmaml as fm
-from bench.baselines import Missing
-from bench.cases import Problem
-from bench.measure import Answer, Call, gradients
+from fastmaml.benchmark.baselines import Missing
+from fastmaml.benchmark.exact import Answer, Call, gradients
+from fastmaml.benchmark.problem import Problem
 
 NAME = "fastmaml"
 
@@ -25,6 +25,6 @@ def prepare(problem: Problem, backend: str = "cpu", memory: str = "auto") -> Cal
         maml.zero_grad(set_to_none=True)
         out = maml(*problem.batch)
         out.loss.backward()
-        return out.loss, gradients(maml)
+        return out.loss, gradients(problem.model)
 
     return call

@@ -1,0 +1,77 @@
+"""W6: peak memory and time of four tasks' meta-gradient against the number of inner steps, each a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from bench import run
+from bench.cases import MEMORY, MEMORY_STEPS
+from bench.measure import RESULTS, open_results
+from fastmaml.benchmark import memory
+from fastmaml.benchmark.baselines import fastmaml_maml
+from fastmaml.benchmark.peak import Peak, Source
+from fastmaml.benchmark.text import progress
+
+# A JAX call takes minutes here, and torch.compile would be measured with its compiler's memory.
+DEFAULT_PEERS = [name for name in run.PEERS if "jax" not in name and "compile" not in name]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, measure, print, write; 2 for a file of another run."""
+    args = _parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    try:
+        results = open_results(args.out, __doc__ or "", {"seed": args.seed, "peers": args.peers}, args.again)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    versions, missing = run.peer_versions(args.peers)
+    results.content["versions"] |= versions
+    peers = {name: run.PEERS[name] for name in args.peers}
+    for name in MEMORY:
+        points: list[memory.Point] = []
+        for steps in args.inner_steps:
+            key = f"{name}-k{steps}"
+            if key in results.entries:
+                points += [_point(value) for value in results.entries[key]["points"]]
+                print(f"{key}: done before, in {args.out}")
+                continue
+            source = Source("fastmaml.benchmark.peak:built_in", {"case": name, "seed": args.seed, "inner_steps": steps})
+            say = progress(key)
+            found = memory.measure_steps(steps, points, source, peers, fastmaml_maml, "cpu", missing, say)
+            say("")
+            points += found
+            results.save(key, {"points": [p.to_json() for p in found]})
+            print(f"{key}: measured", flush=True)
+        print(f"\n{MEMORY[name].network}, {MEMORY[name].tasks} tasks, {args.threads} threads\n{memory.show(points)}")
+    if all(f"{name}-k{steps}" in results.entries for name in MEMORY for steps in MEMORY_STEPS):
+        results.finish()
+    return 0
+
+
+def _point(value: dict) -> memory.Point:
+    peak = None if value["peak"] is None else Peak(**value["peak"])
+    return memory.Point(value["name"], value["inner_steps"], peak, value["why"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.peak_memory", description=__doc__)
+    steps = " ".join(map(str, MEMORY_STEPS))
+    parser.add_argument(
+        "--inner-steps", type=int, nargs="+", default=list(MEMORY_STEPS), metavar="K", help=f"default {steps}"
+    )
+    parser.add_argument("--peers", nargs="*", default=DEFAULT_PEERS, choices=list(run.PEERS), metavar="PEER",
+                        help=f"default: {', '.join(DEFAULT_PEERS)}")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and tasks")
+    parser.add_argument("--again", action="store_true", help="forget what an earlier run has measured")
+    parser.add_argument("--out", default=str(RESULTS / "peak_memory.json"), help='JSON file; "" writes none')
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Peak memory of one implementation on one problem, in a process of its own: how far VmHWM rises above what it held before.
+
+Before, the process has run the same implementation on a tiny network, so that modules, thread pools and their buffers
+are loaded; what a compiler takes for the problem itself counts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastmaml.benchmark.baselines import Implementation, Missing
+from fastmaml.benchmark.problem import Case, problem
+
+FEW_CALLS_S = 2.0  # so long are calls repeated for their time
+POLL_S = 0.02
+ERROR_KEY = "error"
+
+
+class Source(NamedTuple):
+    """How another process makes the problem again: `module:function`, called with the keyword arguments."""
+
+    function: str
+    arguments: dict[str, Any]
+
+
+class Peak(NamedTuple):
+    """What a process measured of itself."""
+
+    bytes: int
+    seconds: float  # median of a few calls, alone in that process
+    first_call_s: float
+
+
+def in_a_process(
+    implementation: Implementation,
+    source: Source,
+    options: dict[str, Any] | None = None,
+    device: str = "cpu",
+    limit_bytes: int | None = None,
+    limit_s: float = 600.0,
+) -> Peak:
+    """Measure in a new process. Raises Missing where it fails, takes more memory than limit_bytes or longer than limit_s.
+
+    limit_bytes: of the machine's memory, by default three quarters of what is free. On a CUDA device it is torch's
+    allocations there that are measured.
+    """
+    limit = limit_bytes or 3 * _meminfo("MemAvailable") // 4
+    order = {
+        "implementation": implementation.__name__,
+        "source": list(source),
+        "options": options or {},
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+    command = [sys.executable, "-m", "fastmaml.benchmark.peak", json.dumps(order)]
+    started = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        try:
+            while True:
+                try:
+                    out, err = child.communicate(timeout=POLL_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    if _status("VmRSS", child.pid) > limit:
+                        raise Missing(f"needs more than the {limit / 2**30:.1f} GiB it was given") from None
+                    if time.monotonic() - started > limit_s:
+                        raise Missing(f"took longer than the {limit_s:.0f} s it was given") from None
+        except BaseException:
+            child.kill()
+            raise
+    try:
+        answer = json.loads(out.strip().split("\n")[-1])
+    except ValueError:
+        raise Missing(f"its process ended: {(err.strip() or 'without a word').splitlines()[-1]}") from None
+    if ERROR_KEY in answer:
+        raise Missing(answer[ERROR_KEY])
+    return Peak(answer["bytes"], answer["seconds"], answer["first_call_s"])
+
+
+def main(order: dict[str, Any]) -> dict[str, Any]:
+    """What the new process does."""
+    torch.set_num_threads(order["threads"])
+    module = importlib.import_module(order["implementation"])
+    where, _, name = order["source"][0].partition(":")
+    device = order["device"]
+    given = getattr(importlib.import_module(where), name)(**order["source"][1]).to(device)
+    try:
+        module.version()
+        module.prepare(problem(TINY).to(device), **order["options"])()
+        held = restart_high_water(device)
+        started = time.perf_counter()
+        call = module.prepare(given, **order["options"])
+        call()
+        first = time.perf_counter() - started
+        times: list[float] = []
+        while not times or (sum(times) < FEW_CALLS_S and len(times) < 5):
+            started = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - started)
+        return {"bytes": high_water(device) - held, "seconds": statistics.median(times), "first_call_s": first}
+    except Missing as reason:
+        return {ERROR_KEY: str(reason)}
+    except Exception as failure:
+        return {ERROR_KEY: f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}"}
+
+
+def built_in(case: str, seed: int = 0, **changes: Any) -> Any:
+    """A built-in case's problem, with other numbers of tasks or steps where given; a Source names this function."""
+    from dataclasses import replace
+
+    from fastmaml.benchmark.cases import BY_NAME
+
+    return problem(replace(BY_NAME[case], **changes), seed)
+
+
+def _tiny_model() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+
+
+TINY = Case("tiny", "MLP 1-4-1", _tiny_model, "mse", (1,), None, 2, 3, 3, 0.01)
+
+
+# ---------------------------------------------------------------- what Linux says of a process
+
+
+def restart_high_water(device: str = "cpu") -> int:
+    """Lets this process' high-water mark start again; returns the bytes it holds now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def high_water(device: str = "cpu") -> int:
+    """Bytes at most since the mark was started again: resident memory, or torch's allocations on a device."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+
+
+def _status(key: str, pid: int | str = "self") -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0  # it has ended
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), 0)
+
+
+def _meminfo(key: str) -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

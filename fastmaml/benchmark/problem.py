@@ -1,0 +1,130 @@
+"""A benchmark case as data, and the network and tasks that every implementation of it gets."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fastmaml.losses import Loss
+from fastmaml.tasks import TaskBatch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One meta-gradient: T tasks of `support` and `query` examples each, K inner steps from one random start."""
+
+    name: str
+    network: str  # in words, for the table
+    model: Callable[[], nn.Module]
+    loss: Loss  # "mse" | "cross_entropy" | a function (output, target) -> [examples]
+    input_shape: tuple[int, ...]
+    ways: int | None  # None: regression of `targets` numbers
+    tasks: int
+    support: int
+    query: int
+    inner_lr: float
+    inner_steps: int = 1
+    targets: int = 1
+    workload: str = ""  # W1 .. W8 of the issue that asked for it
+    common: bool = True  # measured by implementations that take minutes a case, too
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def sizes(self) -> str:
+        """Tasks, examples and steps in words."""
+        return f"{self.tasks} tasks, {self.support} support, {self.query} query, K = {self.inner_steps}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case with its weights and data. Implementations may clone the model, but leave its weights as they are."""
+
+    case: Case
+    model: nn.Module
+    batch: TaskBatch
+
+    def double(self) -> Problem:
+        """The same numbers in float64, so both types share one exact answer."""
+        return replace(self, model=copy.deepcopy(self.model).double(), batch=self.batch.to(dtype=torch.float64))
+
+    def to(self, device: str) -> Problem:
+        """The same numbers on a device."""
+        return replace(self, model=copy.deepcopy(self.model).to(device), batch=self.batch.to(device))
+
+    def own(self) -> Problem:
+        """With an own copy of the model, for an implementation that fills `.grad`."""
+        return replace(self, model=copy.deepcopy(self.model))
+
+
+def random_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A network whose weights the seed decides, and whose batch norms use batch statistics only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make()
+    without_running_statistics(model)
+    return model
+
+
+def without_running_statistics(model: nn.Module) -> None:
+    """Batch statistics only, so that no implementation pays for running averages."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+
+
+def problem(case: Case, seed: int = 0) -> Problem:
+    """The float32 weights and tasks of a case; the seed decides both.
+
+    Classes are random prototypes with noisy examples around them, so that losses and gradients are of a usual size.
+    """
+    random = torch.Generator().manual_seed(seed)
+    model = random_model(case.model, seed)
+    sets = (case.support, case.query)
+    if case.ways is None:
+        x = [torch.rand(case.tasks, n, *case.input_shape, generator=random) * 10 - 5 for n in sets]
+        amplitude, phase = torch.rand(2, case.tasks, 1, case.targets, generator=random)
+        y = [(0.1 + 4.9 * amplitude) * torch.sin(x_.flatten(2)[..., :1] - torch.pi * phase) for x_ in x]
+    else:
+        y = [torch.arange(case.ways).repeat_interleave(n // case.ways).repeat(case.tasks, 1) for n in sets]
+        prototypes = torch.rand(case.tasks, case.ways, *case.input_shape, generator=random)
+        of_task = torch.arange(case.tasks)[:, None]
+        x = [prototypes[of_task, y_] + 0.3 * torch.randn(*y_.shape, *case.input_shape, generator=random) for y_ in y]
+    return Problem(case, model, TaskBatch(x[0], y[0], x[1], y[1]))
+
+
+def forward_flops(model: nn.Module, x: Tensor) -> tuple[float, float]:
+    """(F, F1) of one example of x [N, ...]: floating-point operations of all linear and convolutional layers, of the first."""
+    layers: list[float] = []
+
+    def count(module: nn.Module, inputs: object, output: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        positions = output[0].numel() / weight.shape[0]
+        layers.append(2.0 * weight.numel() * positions)
+
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        model(x)
+    return sum(layers), layers[0] if layers else 0.0
+
+
+def arithmetic(problem: Problem) -> float:
+    """Floating-point operations of the case's matrix products: 3F - F1 for a gradient, 9F - 5F1 for an exact inner step.
+
+    F is the forward pass of one example and F1 that of its first layer (no gradient in x is needed there). Nothing that
+    is computed twice counts twice, so an engine that recomputes does more than this.
+    """
+    case = problem.case
+    forward, first = forward_flops(problem.model, problem.batch.support_x[0])
+    step, gradient = 9 * forward - 5 * first, 3 * forward - first
+    return case.tasks * (case.inner_steps * case.support * step + case.query * gradient)

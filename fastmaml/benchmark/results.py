@@ -1,0 +1,114 @@
+"""Result files that are written case by case, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastmaml as fm
+from fastmaml.experiment import machine
+
+
+def facts() -> dict[str, Any]:
+    """Machine, threads, versions, instruction set and load: what is needed to measure the same again."""
+    described: dict[str, Any] = {
+        "machine": machine(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "versions": {"fastmaml": fm.__version__, "python": platform.python_version(), "torch": torch.__version__},
+    }
+    if fm.Engine(torch.nn.Linear(1, 1), loss="mse", backend="cpu").fused:
+        from fastmaml import _C
+
+        described["instruction_set"] = _C.cpu_isa()
+        described["compiler"] = first_line([*os.environ.get("CXX", "c++").split(), "--version"])
+    return described
+
+
+def _processor() -> str:
+    """The processor's own name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def first_line(command: list[str]) -> str:
+    """Of what a command prints; "" where it fails."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return answer.strip().split("\n")[0]
+
+
+class Results:
+    """One file: what it belongs to (`identity`), the facts of the run, and an entry for each case that is done.
+
+    A file of the same identity is continued. Raises ValueError, which names the first difference, for any other; with
+    again=True it is started anew. path "": nothing is written.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        what: str,
+        identity: Mapping[str, Any],
+        described: Mapping[str, Any],
+        again: bool = False,
+    ):
+        self.path = Path(path) if str(path) else None
+        self.identity = json.loads(json.dumps(identity))  # as it comes back from the file
+        self.content: dict[str, Any] = {"what": what, **described, "identity": self.identity, "complete": False}
+        self.entries: dict[str, Any] = {}
+        if self.path is not None and self.path.is_file() and not again:
+            self.entries = self._earlier(self.path)
+        self.content["entries"] = self.entries
+
+    def _earlier(self, path: Path) -> dict[str, Any]:
+        had = json.loads(path.read_text(encoding="utf-8"))
+        before = had.get("identity", {})
+        differ = [key for key in self.identity if before.get(key) != self.identity[key]]
+        if differ:
+            key = differ[0]
+            raise ValueError(
+                f"{path} was measured with {key} {before.get(key, 'unknown')}, not {self.identity[key]}: "
+                "--again starts it anew, --out names another file"
+            )
+        return had["entries"]
+
+    def save(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Adds what one case gave and writes the file, whole or not at all."""
+        self.entries[name] = dict(entry)
+        self._write()
+
+    def finish(self) -> None:
+        """Marks the run as complete."""
+        self.content["complete"] = True
+        self._write()
+        if self.path is not None:
+            print(f"wrote {self.path}")
+
+    def _write(self) -> None:
+        if self.path is not None:
+            write(self.path, self.content)
+
+
+def write(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Writes a result file, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)

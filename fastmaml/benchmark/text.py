@@ -1,0 +1,42 @@
+"""Tables of the benchmarks as aligned text and as Markdown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width: the first left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = []
+    for row in [head, ["-" * width for width in widths], *rows]:
+        cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as a Markdown table, numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def share(value: float | None) -> str:
+    """0.123 as "12 %", nothing where it is not known."""
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def progress(name: str) -> Callable[[str], None]:
+    """Says on a terminal what is going on, on one line that the next one overwrites; "" clears it."""
+
+    def say(what: str) -> None:
+        if sys.stderr.isatty():
+            print(
+                "\r" + (f"{name}: {what}" if what else "").ljust(79),
+                end="" if what else "\r",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    return say

@@ -1,0 +1,1 @@
+"""Predicts time and memory of a run before it runs: `fastmaml plan`."""

@@ -1,0 +1,70 @@
+"""Bytes of memory that an outer step takes, part by part: exact where the engine plans it, counted by shapes elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastmaml.plan.work import EngineCall
+
+# Of a plan in the engine: a Step with its sizes and slots, in vectors that grow by doubling, planned for each mode that is tried.
+STEP_BYTES = 2_000
+REORDERED = (
+    "theta",
+    "params",
+    "v",
+    "rates",
+    "step_rows",
+    "state",
+    "mask",
+)  # copied to the engine's order of parameters
+REDUCED = (1, 4, 5)  # of meta_gradient's results: made for every task, then summed
+
+
+def arenas(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
+    """Of all workers of a call."""
+    return workers(call, costs, threads) * int(costs["arena_bytes"])
+
+
+def workers(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
+    """How many threads walk at once: a group of tasks is one's work."""
+    return max(1, min(threads, math.ceil(call.tasks / costs["lanes"])))
+
+
+def arrays(call: EngineCall) -> int:
+    """Arguments in the engine's order, results of every task, and the tensors they are handed over as."""
+    reordered = sum(_of_parameters(call))
+    results = sum(size(shape) for shape in call.results)
+    of_tasks = results
+    if call.kind == "meta_gradient" and "per_task=1" not in call.loop:
+        of_tasks += (call.tasks - 1) * sum(size(call.results[i]) for i in REDUCED)
+        of_tasks += sum(size(call.results[i]) for i in REDUCED)  # the sums
+    return call.real_bytes * (reordered + images(call) + results + of_tasks)
+
+
+def ordered(call: EngineCall) -> tuple[int, int]:
+    """Numbers that are put from torch's order of parameters into the engine's or back: of vectors of all tasks, of each task."""
+    vectors = [shape for name, shape in call.inputs if name in REORDERED]
+    vectors += [shape for shape in call.results if shape and shape[-1] % call.parameters == 0]
+    of_tasks = sum(size(shape) for shape in vectors if len(shape) > 1 and 1 < call.tasks == shape[0])
+    return sum(size(shape) for shape in vectors) - of_tasks, of_tasks
+
+
+def _of_parameters(call: EngineCall) -> list[int]:
+    return [size(shape) for name, shape in call.inputs if name in REORDERED]
+
+
+def images(call: EngineCall) -> int:
+    """Numbers of the images that are put into the engine's order, channels last."""
+    return sum(size(shape) for _, shape in call.inputs if len(shape) == 5 and shape[2] > 1 and shape[3] * shape[4] > 1)
+
+
+def plans(costs: Mapping[str, Any]) -> int:
+    """Of the Schedule itself, which stays for the next call."""
+    return STEP_BYTES * len(costs["steps"])
+
+
+def size(shape: tuple[int, ...]) -> int:
+    """Numbers of a shape."""
+    return math.prod(shape)
