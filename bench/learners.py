@@ -19,7 +19,7 @@ from bench.cases import LEARNERS, LearnerCase
 from bench.measure import RESULTS, open_results
 from fastmaml.benchmark.exact import disagreement, distance, flat, mean_loss, network
 from fastmaml.benchmark.problem import Problem, problem
-from fastmaml.benchmark.text import share, table
+from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import interleaved, sgemm
 
 Step = Callable[[], Tensor]  # the gradient of the network's parameters [P]
@@ -40,7 +40,9 @@ def learner_step(case: LearnerCase, of: Problem, backend: str = "cpu") -> Step:
             of.model, rate, steps, loss=loss, learn_rates=False, per_step_norm=False, adapt_norm=True, backend=backend
         )
     else:
-        learner = fm.IMAML(of.model, rate, steps, loss=loss, lam=case.lam, cg_steps=case.cg_steps, cg_stop=0.0, backend=backend)
+        learner = fm.IMAML(
+            of.model, rate, steps, loss=loss, lam=case.lam, cg_steps=case.cg_steps, cg_stop=0.0, backend=backend
+        )
 
     def call() -> Tensor:
         learner.zero_grad(set_to_none=True)
@@ -158,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.save(name, entry)
         good &= "fastmaml" not in entry["absent"]
         head = [name, "ms", "+-", "error 64", "error 32", "ratio"]
-        print(table(head, [[r["name"], f"{r['median_ms']:.4g}", share(r["spread"]), f"{r['error_float64']:.0e}",
+        print(table(head, [[r["name"], number(r["median_ms"]), share(r["spread"]), f"{r['error_float64']:.0e}",
                             f"{r['error_float32']:.0e}", f"{r['ratio_to_fastmaml'] or 0:.2f}"] for r in entry["rows"]]))  # fmt: skip
         print("".join(f"{who}: not measured, {why}\n" for who, why in entry["absent"].items()), flush=True)
     if all(name in results.entries for name in LEARNERS):
@@ -171,7 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(LEARNERS)}")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each implementation (default 15)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
-    parser.add_argument("--budget", type=float, default=90.0, metavar="S", help="of the samples of one case (default 90)")
+    parser.add_argument(
+        "--budget", type=float, default=90.0, metavar="S", help="of the samples of one case (default 90)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and tasks")
     parser.add_argument("--again", action="store_true", help="forget what an earlier run has measured")
     parser.add_argument("--out", default=str(RESULTS / "learners.json"), help='JSON file; "" writes none')

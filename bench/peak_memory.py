@@ -61,7 +61,9 @@ def _point(value: dict) -> memory.Point:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.peak_memory", description=__doc__)
     steps = " ".join(map(str, MEMORY_STEPS))
-    parser.add_argument("--inner-steps", type=int, nargs="+", default=list(MEMORY_STEPS), metavar="K", help=f"default {steps}")
+    parser.add_argument(
+        "--inner-steps", type=int, nargs="+", default=list(MEMORY_STEPS), metavar="K", help=f"default {steps}"
+    )
     parser.add_argument("--peers", nargs="*", default=DEFAULT_PEERS, choices=list(run.PEERS), metavar="PEER",
                         help=f"default: {', '.join(DEFAULT_PEERS)}")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")

@@ -23,7 +23,7 @@ from bench.cases import POLICY, PolicyCase
 from bench.measure import RESULTS, open_results
 from fastmaml.benchmark.exact import disagreement, distance, flat
 from fastmaml.benchmark.problem import forward_flops, random_model
-from fastmaml.benchmark.text import share, table
+from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import interleaved, sgemm
 
 DAMPING = 1e-5
@@ -122,7 +122,10 @@ class Fastmaml(Parts):
         super().__init__(batch)
         self.engine = fm.Engine(batch.model, "mse", backend)
         half = 0.5 * self.case.action / self.case.samples
-        (self.x, self.actions, advantages), (self.query_x, self.query_actions, query_advantages) = batch.support, batch.query
+        (self.x, self.actions, advantages), (self.query_x, self.query_actions, query_advantages) = (
+            batch.support,
+            batch.query,
+        )
         self.weights, self.query_weights = half * advantages, half * query_advantages
         self.even = torch.full_like(self.weights, half)
         self.adapted = self.moved(self.theta)
@@ -289,9 +292,18 @@ def measure(case: PolicyCase, rounds: int, seed: int, budget: float) -> dict[str
 def show(entry: dict[str, Any]) -> str:
     """The table of one case as aligned text."""
     work = ", ".join(f"{part} {count:.1f}" for part, count in entry["gflop"].items())
-    head = [entry["case"], *(f"{part}, ms" for part in PARTS), "all, ms", "GFLOP/s", "of sgemm", "error 64", "error 32", "ratio"]
+    head = [
+        entry["case"],
+        *(f"{part}, ms" for part in PARTS),
+        "all, ms",
+        "GFLOP/s",
+        "of sgemm",
+        "error 64",
+        "error 32",
+        "ratio",
+    ]
     rows = [
-        [r["name"], *(f"{r['parts'][part]['median_ms']:.4g}" for part in PARTS), f"{r['total_ms']:.4g}",
+        [r["name"], *(number(r["parts"][part]["median_ms"]) for part in PARTS), number(r["total_ms"]),
          f"{r['gflop_per_s']:.1f}", share(r["gflop_per_s"] / entry["sgemm_gflop_per_s"]), f"{r['error_float64']:.0e}",
          f"{r['error_float32']:.0e}", f"{r['ratio_to_fastmaml'] or 0:.2f}"]
         for r in entry["rows"]
@@ -331,7 +343,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(POLICY)}")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each part (default 7)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
-    parser.add_argument("--budget", type=float, default=300.0, metavar="S", help="of the samples of one case (default 300)")
+    parser.add_argument(
+        "--budget", type=float, default=300.0, metavar="S", help="of the samples of one case (default 300)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and batch")
     parser.add_argument("--again", action="store_true", help="forget what an earlier run has measured")
     parser.add_argument("--out", default=str(RESULTS / "policy.json"), help='JSON file; "" writes none')
