@@ -22,7 +22,7 @@ from bench.measure import RESULTS, open_results
 from fastmaml import models
 from fastmaml.benchmark.baselines import fastmaml_maml
 from fastmaml.benchmark.problem import Case, problem
-from fastmaml.benchmark.text import table
+from fastmaml.benchmark.text import number, table
 from fastmaml.benchmark.timing import interleaved
 
 LIMIT_S = 4.0  # a point that would take longer by the one before it ends the curve
@@ -101,7 +101,7 @@ def measure(curve: Curve, rounds: int, threads: int, limit_s: float = LIMIT_S) -
         "along": curve.along,
         "points": [{"size": n, "ms": 1e3 * s, "spread": times[str(n)].spread} for n, s in points],
         "slope": slope(points),
-        "slope_beyond_overhead": slope(beyond) if len(beyond) > 1 else None,
+        "slope_beyond_overhead": slope(beyond),
         "wanted": curve.wanted,
         "left_out": [n for n in curve.values if str(n) not in calls],
     }
@@ -113,8 +113,10 @@ def _with_threads(threads: int, call: Callable[[], Any]) -> None:
     call()
 
 
-def slope(points: Sequence[tuple[int, float]]) -> float:
-    """Least squares of log seconds on log size."""
+def slope(points: Sequence[tuple[int, float]]) -> float | None:
+    """Least squares of log seconds on log size; None of a single point."""
+    if len(points) < 2:
+        return None
     x, y = [math.log(n) for n, _ in points], [math.log(s) for _, s in points]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
@@ -172,7 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def says(entry: dict[str, Any]) -> str:
     """The slopes in words."""
     beyond = entry["slope_beyond_overhead"]
-    text = f"slope {entry['slope']:.2f}" + ("" if beyond is None else f", {beyond:.2f} beyond the fixed cost")
+    text = f"slope {number(entry['slope'], 3)}" + (
+        "" if beyond is None else f", {number(beyond, 3)} beyond the fixed cost"
+    )
     left = f"; {', '.join(map(str, entry['left_out']))} would take too long" if entry["left_out"] else ""
     return f"{text} (arithmetic: {entry['wanted']:g}){left}"
 

@@ -220,7 +220,7 @@ def scaling(content: Content) -> str:
         first, last = entry["points"][0], entry["points"][-1]
         span = f"{first['size']} to {last['size']}: {number(first['ms'], 3)} to {number(last['ms'], 3)} ms"
         beyond = number(entry["slope_beyond_overhead"], 3)
-        lines.append([name, span, f"{entry['slope']:.2f}", beyond, f"{entry['wanted']:g}"])
+        lines.append([name, span, number(entry["slope"], 3), beyond, f"{entry['wanted']:g}"])
     head = ["curve", "from, to", "slope", "slope beyond the fixed cost", "of the arithmetic"]
     return f"{markdown(head, lines)}\n\n{belongs_to(content)}"
 
