@@ -98,11 +98,7 @@ def test_memory_of_an_own_model(file, capsys, monkeypatch):
     code, text, _ = ran(
         capsys, "memory", "--model", f"{file}:batch", "--inner-steps", 1, 2, "--peers", "torch_loop", "--threads", 1
     )
-    assert (
-        code == 0
-        and "K=1  K=2" in text
-        and all(name in text for name in ("fastmaml stash", "torch_loop"))
-    )
+    assert code == 0 and "K=1  K=2" in text and all(name in text for name in ("fastmaml stash", "torch_loop"))
 
 
 @pytest.mark.parametrize(
