@@ -1,4 +1,5 @@
-"""Makes the Markdown tables of bench/results/*.json: bench/results/*.md, and between the markers of README.md and bench/README.md.
+"""Makes the Markdown tables of bench/results/*.json: bench/results/*.md, and between the markers of README.md and bench/README.md;
+and the plots of bench/plots.py.
 
 A marker is a line `<!-- table: NAME -->`; the table ends at the next `<!-- end of table -->`.
 """
@@ -15,11 +16,12 @@ from typing import Any
 
 from bench.cases import CASES
 from bench.measure import RESULTS, ROOT
+from bench.plots import PLOTS
 from bench.run import PEERS
 from fastmaml.benchmark.text import markdown, number, share
 
 OURS = "fastmaml"
-PAGES = ("README.md", "bench/README.md")
+PAGES = {"README.md": "bench/results/", "bench/README.md": "results/"}  # from each to its pictures
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 # What the first table of README.md shows; the others are on bench/README.md's pages.
 SHOWN = (
@@ -256,18 +258,29 @@ TABLES: dict[str, tuple[str, Callable[[Content], str], str]] = {
 }
 
 
-def make(name: str) -> str:
+# Which of them have a picture (by bench.plots, or beside its file already), and what it shows.
+PICTURES = {
+    "meta": "Every implementation's time as a multiple of fastmaml's, case by case",
+    "peak-memory": "Peak memory and time against the number of inner steps",
+    "scaling": "Time against tasks, inner steps, examples and width, with the slope of the arithmetic",
+}
+
+
+def make(name: str, to_pictures: str = "") -> str:
     """The text of a table, or the command that would measure it."""
     if name not in TABLES:
         raise ValueError(f"there is no table '{name}'; there are {', '.join(TABLES)}")
     stem, table, command = TABLES[name]
     content = read(stem)
-    return f"Not measured yet: `python -m {command}`." if content is None else table(content)
+    if content is None:
+        return f"Not measured yet: `python -m {command}`."
+    picture = f"![{PICTURES[name]}]({to_pictures}{stem}.png)\n\n" if name in PICTURES else ""
+    return picture + table(content)
 
 
-def filled(text: str) -> str:
+def filled(text: str, to_pictures: str = "") -> str:
     """A page with its tables made anew."""
-    return MARKED.sub(lambda found: f"{found[1]}\n{make(found['name'])}\n\n{found[3]}", text)
+    return MARKED.sub(lambda found: f"{found[1]}\n{make(found['name'], to_pictures)}\n\n{found[3]}", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -282,12 +295,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = {
         RESULTS / f"{name}.md": make(name) + "\n" for name, (stem, *_) in TABLES.items() if read(stem) is not None
     }
-    wanted |= {ROOT / page: filled((ROOT / page).read_text(encoding="utf-8")) for page in PAGES}
+    wanted |= {ROOT / page: filled((ROOT / page).read_text(encoding="utf-8"), to) for page, to in PAGES.items()}
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         print(f"{'differs' if args.check else 'wrote'}: {path.relative_to(ROOT)}")
         if not args.check:
             Path(path).write_text(wanted[path], encoding="utf-8")
+    if not args.check:
+        for stem, draw in PLOTS.items():
+            if content := read(stem):
+                draw(content, RESULTS / f"{stem}.png")
     return 1 if args.check and stale else 0
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -17,7 +18,7 @@ if str(ROOT) not in sys.path:
 
 import fastmaml as fm  # noqa: E402
 from bench import divergence, memory, run, sinusoid  # noqa: E402
-from bench.baselines import Missing, fetch, learn2learn_maml  # noqa: E402
+from bench.baselines import Missing, fetch, jax_network, learn2learn_maml  # noqa: E402
 from bench.cases import CASES, WORKLOADS  # noqa: E402
 from fastmaml.benchmark import meta, timing  # noqa: E402
 from fastmaml.benchmark.baselines import torch_func  # noqa: E402
@@ -27,6 +28,7 @@ from fastmaml.benchmark.problem import Case, arithmetic, problem  # noqa: E402
 from fastmaml.benchmark.results import Results  # noqa: E402
 from fastmaml.benchmark.text import number, table  # noqa: E402
 from fastmaml.benchmark.timing import interleaved, summarise  # noqa: E402
+from tests import oracle  # noqa: E402
 
 SINE = replace(CASES["sinusoid-k1"], name="tiny-sine", tasks=3, support=4, query=5, inner_steps=2)
 CONV = Case(
@@ -98,6 +100,38 @@ def test_peers_agree_with_the_exact_result(case, peer):
     call = module.prepare(made)
     first, second = error(call(), answer), error(call(), answer)
     assert first == second and 0 < first < 1e-2, "a second call must not add to the gradients of the first"
+
+
+@pytest.mark.parametrize("peer", ["higher", "torchopt", "jax", "jax_map", "jax_fo_rev", "jax_fo_rev_map"])
+def test_installed_libraries_agree_too(peer):
+    if importlib.util.find_spec(peer.split("_")[0]) is None:
+        pytest.skip(f"{peer.split('_')[0]} is not installed")
+    made = problem(SINE)
+    assert error(run.PEERS[peer].prepare(made.double())(), exact(made)) <= FLOAT64_LIMIT
+
+
+def test_jax_pools_and_normalises_as_torch_does():
+    if importlib.util.find_spec("jax") is None:
+        pytest.skip("jax is not installed")
+    made = problem(replace(CONV, tasks=1)).double()
+    loss = jax_network.loss_of(made.model, "cross_entropy")
+    x, y = made.batch.query_x[0], made.batch.query_y[0]
+    found = loss([jax_network.array(p) for p in made.model.parameters()], jax_network.array(x), jax_network.array(y))
+    wanted = torch.nn.functional.cross_entropy(made.model(x), y)
+    assert float(found) == pytest.approx(wanted.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("case", [SINE, CONV], ids=str)
+def test_the_exact_result_is_that_of_the_tests_oracle(case):
+    double = problem(case).double()
+    theta = torch.cat([p.detach().reshape(-1) for p in double.model.parameters()])
+    other = oracle.meta_gradient(
+        oracle.network(double.model), theta, double.batch, oracle.loss_function(case.loss),
+        torch.full_like(theta, case.inner_lr), case.inner_steps,
+    )  # fmt: skip
+    loss, grad = exact(problem(case))
+    assert loss == pytest.approx(float(other.loss.mean()), rel=1e-12)
+    torch.testing.assert_close(grad, other.grad, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("case", [SINE, CONV], ids=str)

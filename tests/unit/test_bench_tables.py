@@ -16,7 +16,7 @@ pytest.importorskip("fastmaml._C")
 from dataclasses import replace  # noqa: E402
 
 from bench import hvp as bench_hvp  # noqa: E402
-from bench import learners, policy, scaling, startup, tables  # noqa: E402
+from bench import learners, plots, policy, scaling, startup, tables  # noqa: E402
 from bench.cases import LEARNERS, PolicyCase  # noqa: E402
 
 
@@ -89,6 +89,18 @@ def test_scaling_is_drawn(tmp_path):
     entries = {"W1 tasks": {"along": "tasks", "wanted": 1.0, "points": [{"size": n, "ms": n} for n in (1, 2, 4)]}}
     scaling.plot(entries, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    for stem in ("meta", "peak_memory"):
+        rows = [
+            {"name": name, "ratio_to_fastmaml": r} for name, r in (("fastmaml", 1.0), ("jax", 3.0), ("higher", 20.0))
+        ]
+        point = {"name": "fastmaml low", "inner_steps": 1, "peak": {"bytes": 2**20, "seconds": 0.1}}
+        content = {"entries": {"case": {"rows": rows, "points": [point, {**point, "inner_steps": 5}]}}}
+        plots.PLOTS[stem](content, tmp_path / f"{stem}.png")
+        assert (tmp_path / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_startup_is_measured_in_fresh_processes(tmp_path, capsys):
