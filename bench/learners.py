@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     settings = {"rounds": args.rounds, "seed": args.seed, "budget": args.budget}
     try:
-        results = open_results(args.out, __doc__ or "", settings, args.again)
+        results = open_results(args.out, __doc__ or "", settings, args.again, __file__)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -153,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
-        results = open_results(args.out, __doc__ or "", {"rounds": args.rounds, "limit": args.limit}, args.again)
+        results = open_results(
+            args.out, __doc__ or "", {"rounds": args.rounds, "limit": args.limit}, args.again, __file__
+        )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -17,7 +17,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # bench is no installed package
 
 import fastmaml as fm  # noqa: E402
-from bench import divergence, memory, run, sinusoid  # noqa: E402
+from bench import divergence, measure, memory, run, sinusoid  # noqa: E402
 from bench.baselines import Missing, fetch, jax_network, learn2learn_maml  # noqa: E402
 from bench.cases import CASES, WORKLOADS  # noqa: E402
 from fastmaml.benchmark import meta, timing  # noqa: E402
@@ -255,6 +255,10 @@ def test_a_case_that_is_done_is_not_measured_again(monkeypatch, tmp_path, capsys
     assert "was measured with rounds 1, not 2" in capsys.readouterr().err
 
 
+def test_sources_tell_a_benchmarks_own_file():
+    assert measure.sources() == measure.sources() != measure.sources(str(measure.ROOT / "bench" / "policy.py"))
+
+
 # ---------------------------------------------------------------- timing
 
 
@@ -324,6 +328,15 @@ def test_sinusoid_loops_are_the_same_loop(tmp_path, monkeypatch, capsys):
     value = json.loads(out.read_text())
     assert value["loss_agreement_float64"] <= 1e-8 and value["iterations"] == 4
     assert [row["name"] for row in value["rows"]] == ["fastmaml", "learn2learn"]
+
+
+def test_the_paper_run_prints_wall_time_and_slowdown(tmp_path, capsys):
+    out = tmp_path / "paper.json"
+    assert sinusoid.main(["--paper", "--paper-iterations", "200", "--threads", "1", "--paper-out", str(out)]) == 0
+    assert "200 iterations in " in capsys.readouterr().out
+    value = json.loads(out.read_text())
+    assert value["iterations"] == 200 and value["wall_s"] > 0 and len(value["blocks_ms"]) == 100
+    assert value["loss_last"] < value["loss_first"]
 
 
 def test_sinusoid_refuses_loops_that_differ(monkeypatch, capsys):
