@@ -18,6 +18,7 @@ from dataclasses import replace  # noqa: E402
 from bench import hvp as bench_hvp  # noqa: E402
 from bench import learners, plots, policy, scaling, startup, tables  # noqa: E402
 from bench.cases import LEARNERS, PolicyCase  # noqa: E402
+from fastmaml.benchmark.cases import HvpCase  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +113,8 @@ def test_startup_is_measured_in_fresh_processes(tmp_path, capsys):
 
 def test_hvp_results_make_a_table(tmp_path, monkeypatch):
     out = tmp_path / "hvp.json"
-    order = ["mlp32-t16-n1", "--peers", "double_backward", "--rounds", "1", "--threads", "1", "--out", str(out)]
+    monkeypatch.setitem(bench_hvp.HVP, "mlp32-t16-n32", HvpCase(8, 16, 32))
+    order = ["mlp32-t16-n32", "--peers", "double_backward", "--rounds", "1", "--threads", "1", "--out", str(out)]
     assert bench_hvp.main(order) == 0
     text = tables.hvp(json.loads(out.read_text()))
-    assert "| mlp32-t16-n1 |" in text and "Several directions at fixed parameters" in text
+    assert "| mlp32-t16-n32 |" in text and "Several directions at fixed parameters" in text
