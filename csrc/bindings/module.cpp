@@ -129,7 +129,8 @@ PYBIND11_MODULE(_C, m) {
           "loop"_a = "steps=1", "memory"_a = "low", "solve_steps"_a = 1, doc);
   };
   def_planned("steps", planned<steps_of>(&plan), "The Schedule of one kind of work, a line per Step.");
-  def_planned("arena_bytes", planned<arena_bytes_of>(&plan), "The memory that one task in flight takes, or a group of tasks side by side, in bytes.");
+  def_planned("arena_bytes", planned<arena_bytes_of>(&plan),
+              "The memory that one task in flight takes, or a group of tasks side by side, in bytes.");
   def_planned("lanes", planned<lanes_of>(&plan), "How many tasks walk that Schedule side by side.");
   def_planned("walk", planned<walk_of>(&plan),
               "How the backend walks that Schedule, what it takes of a task's memory there, and why no other way.");

@@ -105,7 +105,7 @@ struct Program;
 // The same backend's ops on tasks side by side, for Schedules of lane_schedule().
 struct LaneOps {
   const OpTable* table;
-  bool (*run)(const Program& net);                     // does it have all that the network needs?
+  bool (*run)(const Program& net);                    // does it have all that the network needs?
   bool (*pay)(const Program& net, int64_t examples);  // are they faster, whatever the number of tasks and threads?
 };
 
