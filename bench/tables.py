@@ -20,7 +20,7 @@ from bench.plots import PLOTS
 from bench.run import PEERS
 from fastmaml.benchmark.text import markdown, number, share
 
-OURS = "fastmaml"
+OURS, ENGINE = "fastmaml", "fastmaml engine"
 PAGES = {"README.md": "bench/results/", "bench/README.md": "results/"}  # from each to its pictures
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 # What the first table of README.md shows; the others are on bench/README.md's pages.
@@ -79,6 +79,8 @@ def speed(content: Content) -> str:
             cells.append(f"**{cell}**" if best else cell)
         lines.append([name, *cells])
     lines.append(["fastest peer / fastmaml", *(_ahead(rows, None) for rows in medians.values())])
+    if ENGINE in names:
+        lines.append([f"fastest peer / {ENGINE}", *(_ahead(rows, None, ENGINE) for rows in medians.values())])
     lines.append(["learn2learn, higher / fastmaml", *(_ahead(rows, LIBRARIES) for rows in medians.values())])
     head = ["ms", *(_title(CASES[name]) for name in entries)]
     without = [name for name in PEERS if name not in names]
@@ -86,13 +88,13 @@ def speed(content: Content) -> str:
     return f"{markdown(head, lines)}{note}\n\n{belongs_to(content)}"
 
 
-def _ahead(rows: Mapping[str, Any], of: Sequence[str] | None) -> str:
+def _ahead(rows: Mapping[str, Any], of: Sequence[str] | None, ours: str = OURS) -> str:
     """How many times faster fastmaml is than the fastest of these, and which one that is."""
-    others = {n: r["median_ms"] for n, r in rows.items() if n != OURS and (of is None or n in of)}
-    if OURS not in rows or not others:
+    others = {n: r["median_ms"] for n, r in rows.items() if not n.startswith(OURS) and (of is None or n in of)}
+    if ours not in rows or not others:
         return ""
     best = min(others, key=others.__getitem__)
-    return f"{others[best] / rows[OURS]['median_ms']:.1f}" + (f" ({best})" if of is None else "")
+    return f"{others[best] / rows[ours]['median_ms']:.1f}" + (f" ({best})" if of is None else "")
 
 
 def _title(case: Any) -> str:

@@ -23,6 +23,8 @@ def prepare(problem: Problem) -> Call:
     model, loss = problem.model, mean_loss(case.loss)
     optimizer = torch.optim.SGD(model.parameters(), lr=case.inner_lr)
 
+    parameters = list(model.parameters())
+
     def call() -> Answer:
         model.zero_grad(set_to_none=True)
         total = torch.zeros(())
@@ -33,6 +35,6 @@ def prepare(problem: Problem) -> Call:
                 query_loss = loss(learner(query_x), query_y) / case.tasks
                 query_loss.backward()
             total = total + query_loss.detach()
-        return total, gradients(model)
+        return total, gradients(parameters)
 
     return call

@@ -45,6 +45,8 @@ def prepare(problem: Problem) -> Call:
     maml = wrapper()(problem.model, lr=case.inner_lr)
     loss = mean_loss(case.loss)
 
+    parameters = list(maml.parameters())
+
     def call() -> Answer:
         maml.zero_grad(set_to_none=True)
         total = torch.zeros(())
@@ -55,6 +57,6 @@ def prepare(problem: Problem) -> Call:
             query_loss = loss(learner(query_x), query_y) / case.tasks
             query_loss.backward()
             total = total + query_loss.detach()
-        return total, gradients(maml)
+        return total, gradients(parameters)
 
     return call

@@ -23,6 +23,8 @@ def prepare(problem: Problem) -> Call:
     inner = torchopt.MetaSGD(model, lr=case.inner_lr)
     meta_params = list(model.parameters())  # MetaSGD puts adapted tensors in their place, and recover puts them back
 
+    parameters = list(model.parameters())
+
     def call() -> Answer:
         for p in meta_params:
             p.grad = None
@@ -36,6 +38,6 @@ def prepare(problem: Problem) -> Call:
             total = total + query_loss.detach()
             torchopt.recover_state_dict(model, start[0])
             torchopt.recover_state_dict(inner, start[1])
-        return total, gradients(model)
+        return total, gradients(parameters)
 
     return call

@@ -28,9 +28,9 @@ FLOAT32_LIMIT = 1e-2
 FLOAT32_OF_PLAIN = 10.0
 
 
-def gradients(model: nn.Module) -> list[Tensor]:
+def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """`.grad` of every parameter, zeros where a parameter is not used."""
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
 def flat(model: nn.Module) -> Tensor:

@@ -13,6 +13,7 @@ from fastmaml.benchmark import peak
 from fastmaml.benchmark.baselines import (
     Implementation,
     Missing,
+    fastmaml_engine,
     fastmaml_maml,
     fo_rev_torch,
     fo_rev_torch_loop,
@@ -27,6 +28,7 @@ from fastmaml.benchmark.timing import Clock, Times, interleaved, sgemm
 from fastmaml.engine import Engine
 
 OURS = fastmaml_maml.NAME
+_OURS: dict[str, Implementation] = {m.NAME: m for m in (fastmaml_maml, fastmaml_engine)}
 PEERS: dict[str, Implementation] = {
     m.NAME: m for m in (torch_loop, torch_func, torch_func_compiled, fo_rev_torch, fo_rev_torch_loop)
 }
@@ -87,12 +89,12 @@ def measure(
     calls: dict[str, Call] = {}
     checked: dict[str, tuple[float, float, float]] = {}
     absent = dict(missing or {})
-    implementations: dict[str, Implementation] = {OURS: fastmaml_maml, **peers}
+    implementations: dict[str, Implementation] = {**_OURS, **peers}
     for name, module in implementations.items():
         if name in absent:
             continue
         say(name)
-        own = {"backend": how.backend, "memory": how.memory} if name == OURS else {}
+        own = {"backend": how.backend, "memory": how.memory} if name in _OURS else {}
         try:
             found = error(module.prepare(double, **own)(), answer)
             call = module.prepare(single, **own)
@@ -103,7 +105,7 @@ def measure(
             absent[name] = str(reason)
             continue
         except Exception as failure:  # another library's; ours ends the run
-            if name == OURS:
+            if name in _OURS:
                 raise
             absent[name] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}"
             continue
@@ -127,7 +129,7 @@ def measure(
 
 
 def _peak(name: str, module: Implementation, reload: peak.Source, how: How, absent: dict[str, str]) -> int | None:
-    own = {"backend": how.backend, "memory": how.memory} if name == OURS else {}
+    own = {"backend": how.backend, "memory": how.memory} if name in _OURS else {}
     try:
         return peak.in_a_process(module, reload, own).bytes
     except Missing as reason:

@@ -21,10 +21,12 @@ def prepare(problem: Problem, backend: str = "cpu", memory: str = "auto") -> Cal
     except ValueError as error:
         raise Missing(str(error)) from error
 
+    parameters = list(problem.model.parameters())
+
     def call() -> Answer:
         maml.zero_grad(set_to_none=True)
         out = maml(*problem.batch)
         out.loss.backward()
-        return out.loss, gradients(problem.model)
+        return out.loss, gradients(parameters)
 
     return call

@@ -21,6 +21,8 @@ def prepare(problem: Problem) -> Call:
     model, loss = problem.model, mean_loss(case.loss)
     names, start = zip(*model.named_parameters())
 
+    parameters = list(model.parameters())
+
     def call() -> Answer:
         model.zero_grad(set_to_none=True)
         total = torch.zeros((), device=start[0].device)
@@ -33,6 +35,6 @@ def prepare(problem: Problem) -> Call:
             query_loss = loss(functional_call(model, dict(zip(names, phi)), (query_x,)), query_y) / case.tasks
             query_loss.backward()
             total = total + query_loss.detach()
-        return total, gradients(model)
+        return total, gradients(parameters)
 
     return call
