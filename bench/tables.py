@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import ranks
 from bench.cases import CASES
 from bench.measure import RESULTS, ROOT
 from bench.plots import PLOTS
@@ -250,6 +251,7 @@ def sinusoid(content: Content) -> str:
 TABLES: dict[str, tuple[str, Callable[[Content], str], str]] = {
     "speed": ("meta", speed, "bench.run"),
     "meta": ("meta", meta, "bench.run"),
+    "ranks": ("meta", ranks.table, "bench.run"),
     "hvp": ("hvp", hvp, "bench.hvp"),
     "peak-memory": ("peak_memory", peak_memory, "bench.peak_memory"),
     "learners": ("learners", learners, "bench.learners"),

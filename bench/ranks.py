@@ -1,0 +1,91 @@
+"""Cost beyond this machine, on paper: tasks x ranks x network sizes, from the measured time of a task and the bytes that ranks exchange.
+
+One outer step of R ranks with t tasks each takes
+
+    t c  +  2 (R - 1) / R  P b / B  +  2 ceil(log2 R) L
+
+c: measured seconds of a task on one machine of bench/results/meta.json (two threads); P parameters of b = 4 bytes; every rank sends
+and receives 2 (R - 1) / R of the gradient, by halving and doubling, which adds the blocks of tasks in the order of the tree over the
+global task index (csrc/README.md), so that a power of two of ranks gives the bits of one; L: time of a message. Nothing overlaps: the
+gradient is ready when the sweep ends. Assumed of the network: B and L below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from bench.cases import CASES
+from fastmaml.benchmark.text import markdown, number, share
+
+RANKS = (1, 8, 64, 1024)
+TASKS_PER_RANK = (1, 8)
+MODELLED = ("sinusoid-k5", "mlp-k5", "omniglot-t8-k5", "mini-s5-t2-k1")
+NETWORKS = {"10 Gbit/s Ethernet": (1.25e9, 30e-6), "200 Gbit/s InfiniBand": (25e9, 2e-6)}  # bytes and seconds
+
+# An adapter of a language model: Llama 3's sizes of 8 billion parameters, rank 16 on all seven matrices of a layer.
+LAYERS, WIDTH, KEYS, HIDDEN, RANK = 32, 4096, 1024, 14336, 16
+ADAPTER = LAYERS * RANK * (2 * (WIDTH + WIDTH) + 2 * (WIDTH + KEYS) + 3 * (WIDTH + HIDDEN))
+FROZEN = 8.0e9
+TOKENS, STEPS = 10 * 512, 5  # of a support set, and of a query set; inner steps
+RATE = 400e12  # operations a second that a large GPU does in bfloat16
+
+
+def exchange_s(ranks: int, parameters: float, network: str) -> float:
+    """Seconds in which all ranks have the sum of their gradients."""
+    bandwidth, latency = NETWORKS[network]
+    return 2 * (ranks - 1) / ranks * 4 * parameters / bandwidth + 2 * math.ceil(math.log2(ranks)) * latency
+
+
+def parameters_of(name: str) -> int:
+    return sum(p.numel() for p in CASES[name].model().parameters())
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """Tasks a second of R ranks, and the share of R times one rank's, for the measured cases."""
+    lines = []
+    for name in (name for name in MODELLED if name in content["entries"]):
+        entry = content["entries"][name]
+        ours = next((row for row in entry["rows"] if row["name"] == "fastmaml engine"), None)
+        if ours is None:
+            continue
+        task, size = ours["median_ms"] / 1e3 / entry["tasks"], parameters_of(name)
+        for network in NETWORKS:
+            for tasks in TASKS_PER_RANK:
+                cells = []
+                for ranks in RANKS:
+                    seconds = tasks * task + exchange_s(ranks, size, network)
+                    cells.append(f"{number(ranks * tasks / seconds, 3)} ({share(tasks * task / seconds)})")
+                lines.append([name, f"{size:,}", f"{1e3 * task:.3g}", network, str(tasks), *cells])
+    head = ["case", "P", "ms a task", "network", "tasks a rank", *(f"{r:,} ranks" for r in RANKS)]
+    return f"{markdown(head, lines)}\n\n{adapter()}"
+
+
+def adapter() -> str:
+    """The adapter case in words."""
+    # A frozen matrix has no weight gradient and no tangent: forward F, back F, and once more each for the tangents.
+    forward = 2 * FROZEN * TOKENS
+    task = STEPS * (2 + 4) * forward + 2 * forward
+    seconds = task / RATE
+    cells = []
+    for ranks in RANKS[1:]:
+        exchanges = [exchange_s(ranks, ADAPTER, network) for network in NETWORKS]
+        cells.append(
+            [
+                f"{ranks:,}",
+                *(f"{1e3 * s:.3g} ms" for s in exchanges),
+                *(f"{100 * seconds / (seconds + s):.1f} %" for s in exchanges),
+            ]
+        )
+    text = (
+        f"A LoRA adapter of an 8-billion-parameter model (rank {RANK} on every matrix of {LAYERS} layers: {ADAPTER / 1e6:.1f} million "
+        f"numbers, {4 * ADAPTER / 1e6:.0f} MB), K = {STEPS}, {TOKENS:,} support and as many query tokens a task, nothing measured: "
+        f"forward F = {forward / 1e12:.0f} TFLOP; the frozen matrices have neither weight gradients nor tangents of their own, so a gradient is 2F, "
+        f"an inner step's Hessian product with recomputation 4F, a task {task / 1e15:.2f} PFLOP, {seconds:.1f} s at {RATE / 1e12:.0f} "
+        f'TFLOP/s. `memory="low"` holds {FROZEN * 2 / 1e9:.0f} GB of frozen weights in bfloat16, {STEPS + 1} adapters phi[k] '
+        f"({(STEPS + 1) * 4 * ADAPTER / 1e9:.1f} GB) and one step's activations; unrolled autograd holds {STEPS}. One task a rank:"
+    )
+    names = list(NETWORKS)
+    head = ["ranks", *(f"exchange, {n}" for n in names), *(f"of perfect, {n}" for n in names)]
+    return f"{text}\n\n{markdown(head, cells)}"
