@@ -81,7 +81,8 @@ def adapter() -> str:
     text = (
         f"A LoRA adapter of an 8-billion-parameter model (rank {RANK} on every matrix of {LAYERS} layers: {ADAPTER / 1e6:.1f} million "
         f"numbers, {4 * ADAPTER / 1e6:.0f} MB), K = {STEPS}, {TOKENS:,} support and as many query tokens a task, nothing measured: "
-        f"forward F = {forward / 1e12:.0f} TFLOP; the frozen matrices have neither weight gradients nor tangents of their own, so a gradient is 2F, "
+        f"forward F = {forward / 1e12:.0f} TFLOP; the frozen matrices have neither weight gradients nor tangents of their own, "
+        f"so a gradient is 2F, "
         f"an inner step's Hessian product with recomputation 4F, a task {task / 1e15:.2f} PFLOP, {seconds:.1f} s at {RATE / 1e12:.0f} "
         f'TFLOP/s. `memory="low"` holds {FROZEN * 2 / 1e9:.0f} GB of frozen weights in bfloat16, {STEPS + 1} adapters phi[k] '
         f"({(STEPS + 1) * 4 * ADAPTER / 1e9:.1f} GB) and one step's activations; unrolled autograd holds {STEPS}. One task a rank:"
