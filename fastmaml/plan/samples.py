@@ -29,11 +29,16 @@ class Sample:
     inner: inner.Optimizer = field(default_factory=lambda: inner.SGD(0.01))
 
     @property
+    def steps(self) -> int:
+        """Two where they are cheap: what ends one step of the sweep and begins the next may be one operation."""
+        return 2 if self.tasks > 1 else 1
+
+    @property
     def loss(self) -> str:
         return "cross_entropy" if self.classes else "mse"
 
     def make(self, memory: str) -> MAML:
-        return MAML(self.model(), inner=self.inner, inner_steps=1, loss=self.loss, backend="cpu", memory=memory)
+        return MAML(self.model(), inner=self.inner, inner_steps=self.steps, loss=self.loss, backend="cpu", memory=memory)
 
     def batch(self, tasks: int, engine: Engine) -> tuple[Any, ...]:
         """Random examples; targets near the network's own outputs keep a regression in range."""
