@@ -38,7 +38,9 @@ class Sample:
         return "cross_entropy" if self.classes else "mse"
 
     def make(self, memory: str) -> MAML:
-        return MAML(self.model(), inner=self.inner, inner_steps=self.steps, loss=self.loss, backend="cpu", memory=memory)
+        return MAML(
+            self.model(), inner=self.inner, inner_steps=self.steps, loss=self.loss, backend="cpu", memory=memory
+        )
 
     def batch(self, tasks: int, engine: Engine) -> tuple[Any, ...]:
         """Random examples; targets near the network's own outputs keep a regression in range."""
