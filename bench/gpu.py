@@ -35,6 +35,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Each op once, whole meta-gradients in both walks and all inner optimizers: sanitizers slow a kernel down a hundred times.
 SANITIZED = ("tests/numerics/test_ops.py", "tests/numerics/test_meta_gradient.py", "tests/numerics/test_inner_loops.py")
 PEERS = [name for name in run.PEERS if name != learn2learn_maml.NAME]
+HVP_PEERS = {**hvp.PEERS, **jax_hvp.PEERS}
 HVPS = tuple(HvpCase(width, tasks) for width in (32, 128, 512) for tasks in (1, 16, 64))
 CASES_TIMED = tuple(
     CASES[name]
@@ -55,6 +56,7 @@ class Target:
     hvps: tuple[HvpCase, ...] = HVPS
     precisions: tuple[str, ...] = choosing.PRECISIONS
     peers: tuple[str, ...] = tuple(PEERS)
+    hvp_peers: tuple[str, ...] = tuple(HVP_PEERS)
 
     @property
     def selected(self) -> str:
@@ -194,7 +196,7 @@ def time_hvps(target: Target, rounds: int) -> dict[str, Any]:
     how = hvp.How(rounds, target.backend, target.device, clock=target.clock, precisions=target.precisions)
     measured = []
     for case in target.hvps:
-        result = hvp.measure(hvp.problem(case), {**hvp.PEERS, **jax_hvp.PEERS}, how)
+        result = hvp.measure(hvp.problem(case), {name: HVP_PEERS[name] for name in target.hvp_peers}, how)
         print("\n" + hvp.show(result), flush=True)
         measured.append(hvp.to_json(result))
     return {"good": all(any(row["name"] == meta.OURS for row in case["rows"]) for case in measured), "cases": measured}

@@ -11,7 +11,7 @@ import torch
 from bench.baselines import jax_hvp
 from bench.measure import RESULTS, open_results
 from fastmaml.benchmark import hvp
-from fastmaml.benchmark.cases import HVP
+from fastmaml.benchmark.cases import HVP, HvpCase
 from fastmaml.benchmark.text import progress
 
 PEERS = {**hvp.PEERS, **jax_hvp.PEERS}
@@ -34,9 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name}: done before, in {args.out}")
             continue
         case = HVP[name]
-        how = hvp.How(args.rounds, args.backend, budget_s=args.budget, repeated=case.tasks == 16)
-        left_out = {COMPILED: f"half a minute to compile; --peers {COMPILED} measures it"}
-        missing = {} if args.peers or case.compiled else left_out
+        how = hvp.How(args.rounds, args.backend, budget_s=args.budget, repeated=case.repeated)
+        missing = {} if args.peers else {peer: why for peer in PEERS if (why := why_not(case, peer))}
         peers = {peer: PEERS[peer] for peer in args.peers or PEERS}
         say = progress(name)
         result = hvp.measure(hvp.problem(case, args.seed), peers, how, missing, say, REPEATED)
@@ -46,6 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if all(name in results.entries for name in HVP):
         results.finish()
     return 0
+
+
+def why_not(case: HvpCase, peer: str) -> str:
+    """Why a peer is not measured on a case unless --peers names it; "" where it is."""
+    if peer == COMPILED and not case.compiled:
+        return f"half a minute to compile; --peers {COMPILED} measures it"
+    if peer in jax_hvp.PEERS and not case.common:
+        return "slow on convolutions, measured on the smaller cases"
+    return ""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from bench.cases import LEARNERS, LearnerCase
 from bench.measure import RESULTS, open_results
 from fastmaml.benchmark.exact import disagreement, distance, flat, mean_loss, network
 from fastmaml.benchmark.problem import Problem, problem
-from fastmaml.benchmark.text import share, table
+from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import interleaved, sgemm
 
 Step = Callable[[], Tensor]  # the gradient of the network's parameters [P]
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     settings = {"rounds": args.rounds, "seed": args.seed, "budget": args.budget}
     try:
-        results = open_results(args.out, __doc__ or "", settings, args.again)
+        results = open_results(args.out, __doc__ or "", settings, args.again, __file__)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.save(name, entry)
         good &= "fastmaml" not in entry["absent"]
         head = [name, "ms", "+-", "error 64", "error 32", "ratio"]
-        print(table(head, [[r["name"], f"{r['median_ms']:.4g}", share(r["spread"]), f"{r['error_float64']:.0e}",
+        print(table(head, [[r["name"], number(r["median_ms"]), share(r["spread"]), f"{r['error_float64']:.0e}",
                             f"{r['error_float32']:.0e}", f"{r['ratio_to_fastmaml'] or 0:.2f}"] for r in entry["rows"]]))  # fmt: skip
         print("".join(f"{who}: not measured, {why}\n" for who, why in entry["absent"].items()), flush=True)
     if all(name in results.entries for name in LEARNERS):

@@ -26,21 +26,25 @@ def commit() -> str:
     return name + ("+changes" if name and changed else "")
 
 
-def sources() -> str:
-    """A digest of everything that decides a time: csrc/, fastmaml/ and bench/, committed or not."""
+def sources(own: str | None = None) -> str:
+    """A digest of what decides a time, committed or not: csrc/, fastmaml/, the peers, the cases, and the benchmark's `own` file."""
+    found = [p for pattern in ("*.[ch]*", "*.cu*") for p in (ROOT / "csrc").rglob(pattern)]
+    found += [p for p in (ROOT / "fastmaml").rglob("*.py") if not {"cli", "report"} & set(p.relative_to(ROOT).parts)]
+    found += [*(ROOT / "bench" / "baselines").glob("*.py"), ROOT / "bench" / "cases.py", *([Path(own)] if own else [])]
     digest = hashlib.sha256()
-    for folder, pattern in (("csrc", "*.[ch]*"), ("csrc", "*.cu*"), ("fastmaml", "*.py"), ("bench", "*.py")):
-        for path in sorted((ROOT / folder).rglob(pattern)):
-            if path.is_file():
-                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    for path in sorted({p.resolve() for p in found if p.is_file()}):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def open_results(path: str, what: str, settings: Mapping[str, Any], again: bool) -> Results:
-    """The result file of a benchmark with these settings; an earlier one of other sources or settings is refused."""
+def open_results(path: str, what: str, settings: Mapping[str, Any], again: bool, own: str | None = None) -> Results:
+    """The result file of a benchmark with these settings; an earlier one of other sources or settings is refused.
+
+    own: the file of a benchmark that holds implementations itself.
+    """
     described = facts()
     kept = ("machine", "processor", "threads", "instruction_set", "versions")
-    identity = {"sources": sources(), **{key: described[key] for key in kept if key in described}, **settings}
+    identity = {"sources": sources(own), **{key: described[key] for key in kept if key in described}, **settings}
     return Results(path, what.split("\n")[0], identity, described, again)
 
 

@@ -23,7 +23,7 @@ from bench.cases import POLICY, PolicyCase
 from bench.measure import RESULTS, open_results
 from fastmaml.benchmark.exact import disagreement, distance, flat
 from fastmaml.benchmark.problem import forward_flops, random_model
-from fastmaml.benchmark.text import share, table
+from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import interleaved, sgemm
 
 DAMPING = 1e-5
@@ -303,7 +303,7 @@ def show(entry: dict[str, Any]) -> str:
         "ratio",
     ]
     rows = [
-        [r["name"], *(f"{r['parts'][part]['median_ms']:.4g}" for part in PARTS), f"{r['total_ms']:.4g}",
+        [r["name"], *(number(r["parts"][part]["median_ms"]) for part in PARTS), number(r["total_ms"]),
          f"{r['gflop_per_s']:.1f}", share(r["gflop_per_s"] / entry["sgemm_gflop_per_s"]), f"{r['error_float64']:.0e}",
          f"{r['error_float32']:.0e}", f"{r['ratio_to_fastmaml'] or 0:.2f}"]
         for r in entry["rows"]
@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     settings = {"rounds": args.rounds, "seed": args.seed, "budget": args.budget}
     try:
-        results = open_results(args.out, __doc__ or "", settings, args.again)
+        results = open_results(args.out, __doc__ or "", settings, args.again, __file__)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -19,6 +19,7 @@ from fastmaml.caller_loss import CallerLoss
 from fastmaml.compiled import Compiled
 from fastmaml.fused_layers import Unsupported
 from fastmaml.losses import Given, Loss, per_example
+from fastmaml.model_parameters import ModelParameters
 from fastmaml.network import Network, Program, read_network
 from fastmaml.packing import Packing, check_inputs, is_one_tensor
 from fastmaml.parameters import ParameterLayout
@@ -63,7 +64,8 @@ def load_cuda() -> str:
 
 def plain(x: Tensor) -> Tensor:
     """Contiguous, without a graph, and no inference tensor."""
-    return (x.clone() if x.is_inference() else x.detach()).contiguous()
+    x = x.clone() if x.is_inference() else x.detach() if x.requires_grad else x
+    return x.contiguous()
 
 
 class Backend:
@@ -94,6 +96,7 @@ class Backend:
         self.batch_norm = batch_norm
         self.precision = precision
         self.label_smoothing = float(label_smoothing)
+        self.parameters = ModelParameters(model)
         self.layout = ParameterLayout(model)
         self._loss = per_example(loss, label_smoothing)
         self._autodiff = Autodiff(model, self.layout, self._loss, batch_norm)
@@ -233,10 +236,11 @@ class Backend:
 
         as_before: they must have the structure of the examples that were packed last.
         """
-        dtype = params.dtype if isinstance(params, Tensor) and params.is_floating_point() else torch.get_default_dtype()
         if self.fused or is_one_tensor(x) or not isinstance(x, (Tensor, tuple, list, dict)):
             packing = None
         else:
+            floating = isinstance(params, Tensor) and params.is_floating_point()
+            dtype = params.dtype if floating else torch.get_default_dtype()
             check_inputs(name, x, dtype)
             packing = Packing.of(x, 2)
         if as_before and packing != self._autodiff.inputs:
@@ -275,7 +279,7 @@ class Backend:
         program = self._program(x_name, x, params)
         # In mode 'support' the query set is normalised by others: one query example is enough.
         by_others = support_x is not None and self.batch_norm == "support"
-        at_once = support_x if by_others and support_x is not None else x[:, :minibatch]
+        at_once = support_x if by_others and support_x is not None else x if minibatch is None else x[:, :minibatch]
         output = self._output_shape(x_name, at_once, params, program)
         if self.loss_name == "cross_entropy":
             if len(output) != 1:

@@ -86,8 +86,10 @@ def compilations(csrc: Path, bindings: bool = True) -> list[Compilation]:
             result.append(Compilation(source, f"{folder}/{source.stem}.o", ("-O2",)))
     for isa, width, flags in ISAS:
         macros = (f"-DFASTMAML_ISA={isa}", f"-DFASTMAML_LANES_BYTES={width}")
-        for source in sorted((csrc / "cpu").glob("*.cpp")):
-            result.append(Compilation(source, f"cpu/{isa}/{source.stem}.o", ("-O3", "-Wno-psabi", *macros, *flags)))
+        for folder in ("", "lanes/"):
+            for source in sorted((csrc / "cpu" / folder).glob("*.cpp")):
+                name = f"cpu/{isa}/{folder}{source.stem}.o"
+                result.append(Compilation(source, name, ("-O3", "-Wno-psabi", *macros, *flags)))
     if bindings:
         includes = ("-isystem", str(torch_folder() / "include"), "-isystem", sysconfig.get_paths()["include"])
         for source in sorted((csrc / "bindings").glob("*.cpp")):

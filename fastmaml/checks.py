@@ -51,7 +51,7 @@ def same_place(name: str, x: Tensor, like: Tensor) -> None:
 
 
 def finite(name: str, x: Tensor) -> None:
-    if bool(torch.isfinite(x.sum())):  # one pass; a sum of finite numbers that overflows is looked at again
+    if math.isfinite(x.sum().item()):  # one pass; a sum of finite numbers that overflows is looked at again
         return
     bad = ~torch.isfinite(x)
     if bool(bad.any()):
@@ -79,7 +79,7 @@ def labels(name: str, y: Any, x_name: str, x: Tensor, classes: int) -> None:
 def targets(name: str, y: Any, x_name: str, x: Tensor, output_shape: tuple[int, ...]) -> None:
     """`y` [T, N, *output] holds finite numbers."""
     _floating(name, y)
-    if tuple(y.shape) != (*x.shape[:2], *output_shape):
+    if y.shape[:2] != x.shape[:2] or y.shape[2:] != output_shape:
         raise ValueError(f"{name} {shape(y)} does not fit the network's output {[*x.shape[:2], *output_shape]}")
     same_place(name, y, x)
     finite(name, y)
@@ -100,7 +100,7 @@ def any_target(name: str, y: Any, x_name: str, x: Tensor) -> None:
 def weights(name: str, w: Any, expected: tuple[int, ...], like: Tensor) -> Tensor:
     """Weights of exactly this shape, finite, in the parameters' type and place."""
     _floating(name, w)
-    if tuple(w.shape) != expected:
+    if w.shape != expected:
         raise ValueError(f"{name} {shape(w)} must be {list(expected)}")
     same_place(name, w, like)
     finite(name, w)

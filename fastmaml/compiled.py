@@ -6,8 +6,7 @@ Its derivatives have autodiff's face (sweep.Derivatives), so an update rule that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,8 @@ from fastmaml.inner_loop import InnerLoop
 from fastmaml.losses import Given
 from fastmaml.network import Program
 from fastmaml.sweep import Examples, Rows
+
+_NO_CALLER = nullcontext()
 
 
 class LoopTensors(NamedTuple):
@@ -141,26 +142,25 @@ class Compiled:
         found = Reduced(*result)
         return found if tensors.rows is None else found._replace(rows_grad=_of_given_rows(found, tensors.rows, loop))
 
-    @contextmanager
-    def _loss_of(self, support: Given | Examples, query: Given | Examples | None = None) -> Iterator[None]:
+    def _loss_of(
+        self, support: Given | Examples, query: Given | Examples | None = None
+    ) -> AbstractContextManager[None]:
         """Within the block the operators reach a loss written in Python."""
         if self.caller is None:
-            yield
-            return
+            return _NO_CALLER
         from fastmaml import _C
 
-        with self.caller.serving(_C.set_caller_loss, support, query):  # type: ignore[attr-defined,unused-ignore]
-            yield
+        return self.caller.serving(_C.set_caller_loss, support, query)  # type: ignore[attr-defined,unused-ignore]
 
     def _call(self, op: str, params: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """The reference backend computes in float64 and answers in the caller's type."""
-        dtype = params.dtype
-        given = [params.contiguous(), *arguments, self.program.gather_buffers(self.model, params)]
+        operator = getattr(torch.ops.fastmaml, op).default
+        given = (params.contiguous(), *arguments, self.program.gather_buffers(self.model, params))
         if self.backend == "reference":
-            given = [g.double() if isinstance(g, Tensor) and g.is_floating_point() else g for g in given]
-        result = getattr(torch.ops.fastmaml, op)(self.program.text, self.backend, *given)
-        results = (result,) if isinstance(result, Tensor) else tuple(result)
-        return tuple(r.to(dtype) for r in results)
+            given = tuple(g.double() if isinstance(g, Tensor) and g.is_floating_point() else g for g in given)
+        result = operator(self.program.text, self.backend, *given)
+        results = (result,) if isinstance(result, Tensor) else result
+        return tuple(r.to(params.dtype) for r in results) if self.backend == "reference" else results
 
 
 def _contiguous(at: Given | Examples) -> tuple[Tensor | None, ...]:

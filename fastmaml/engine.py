@@ -14,17 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastmaml import checks, sweep
+from fastmaml import checks, loop_arguments, sweep
 from fastmaml.backend import Backend, plain
 from fastmaml.compiled import LoopTensors
 from fastmaml.conjugate_gradients import conjugate_gradients
 from fastmaml.inner import Optimizer, optimizer_of
-from fastmaml.inner_loop import InnerLoop
 from fastmaml.interchange import any_arrays
 from fastmaml.losses import Given
 from fastmaml.network import Program
 from fastmaml.parameters import InnerLr, collapse_rates, expand_rates
-from fastmaml.sweep import Examples, Rows
+from fastmaml.sweep import Examples
 from fastmaml.update_rules import UpdateRule, rule_for
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -62,7 +61,10 @@ def _without_graph(method: Method) -> Method:
 
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return method(*args, **kwargs)
+        with torch.no_grad():
             return method(*args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
@@ -99,7 +101,7 @@ class Engine(Backend):
 
     def flatten(self, model: nn.Module | None = None) -> Tensor:
         """The parameters as one vector [P] in the order of model.named_parameters(); a copy without a graph."""
-        return self.layout.flatten(self.model if model is None else model)
+        return self.layout.flatten(self.parameters.named() if model is None else dict(model.named_parameters()))
 
     @any_arrays
     def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
@@ -271,11 +273,14 @@ class Engine(Backend):
         theta = self._parameters("theta", theta)
         x = self._one_tensor("support_x", x, theta)
         optimizer = optimizer_of(inner_lr, inner)
-        loop = self._loop(optimizer, inner_steps, step_rows, minibatch=minibatch, proximal=proximal is not None)
-        program, at = self._examples(
-            "support_x", x, "support_y", y, "weights", weights, theta, minibatch=self._minibatch(loop, x)
+        loop = loop_arguments.inner_loop(
+            self.layout, optimizer, inner_steps, step_rows, minibatch=minibatch, proximal=proximal is not None
         )
-        mask, rows, lam = self._moved(adapted, step_rows, theta), self._rows(step_rows, theta), _lam(proximal)
+        program, at = self._examples(
+            "support_x", x, "support_y", y, "weights", weights, theta, minibatch=loop_arguments.minibatch_of(loop, x)
+        )
+        mask = loop_arguments.moved(self.layout, self._mask(theta), adapted, step_rows, theta)
+        rows, lam = loop_arguments.rows(self.layout, step_rows, theta), loop_arguments.proximal_weight(proximal)
         rates = expand_rates(optimizer.lr, self.layout, mask, theta, loop.steps)
         if state is not None:
             expected = (x.shape[0], optimizer.vectors * self.layout.size)
@@ -343,13 +348,14 @@ class Engine(Backend):
                 f"theta {checks.shape(theta)} must be one start [{self.layout.size}] for all tasks, or per_task=True"
             )
         optimizer = optimizer_of(inner_lr, inner)
-        loop = self._loop(
+        loop = loop_arguments.inner_loop(
+            self.layout,
             optimizer,
             inner_steps,
             step_rows,
             order=0 if first_order else truncate,
             minibatch=minibatch,
-            queries=_queries(loss_weights, inner_steps),
+            queries=loop_arguments.queries(loss_weights, inner_steps),
             proximal=proximal is not None,
             per_task=bool(per_task),
             rate_grad=bool(inner_lr_grad),
@@ -362,7 +368,7 @@ class Engine(Backend):
             "support_weights",
             support_weights,
             theta,
-            minibatch=self._minibatch(loop, support_x),
+            minibatch=loop_arguments.minibatch_of(loop, support_x),
         )
         _, query = self._examples(
             "query_x", query_x, "query_y", query_y, "query_weights", query_weights, theta, support_x
@@ -370,10 +376,15 @@ class Engine(Backend):
         tasks = support_x.shape[0]
         if task_weights is not None:
             task_weights = checks.weights("task_weights", task_weights, (tasks,), theta)
+
+        def over_tasks(of: Tensor) -> Tensor:
+            of_task = task_weights if task_weights is not None else theta.new_full((tasks,), 1.0 / tasks)
+            return torch.tensordot(of_task, of, 1)
+
         trainable = self._mask(theta)
-        mask, rows, lam = self._moved(adapted, step_rows, theta), self._rows(step_rows, theta), _lam(proximal)
+        mask = loop_arguments.moved(self.layout, trainable, adapted, step_rows, theta)
+        rows, lam = loop_arguments.rows(self.layout, step_rows, theta), loop_arguments.proximal_weight(proximal)
         rates = expand_rates(optimizer.lr, self.layout, mask, theta, loop.steps)
-        of_task = task_weights if task_weights is not None else theta.new_full((tasks,), 1.0 / tasks)
         if program is not None and rule is None:
             tensors = LoopTensors(rates, rows, lam, mask)
             result: Any = self._compiled(program).meta_gradient(
@@ -395,7 +406,7 @@ class Engine(Backend):
                 support.x if self.batch_norm == "support" else None,
             )
             grad, rate_grad, rows_grad = (
-                of if of is None or per_task else torch.tensordot(of_task, of, 1)
+                of if of is None or per_task else over_tasks(of)
                 for of in (result.grad, result.rate_grad, result.rows_grad)
             )
         grad = _masked(grad, trainable)
@@ -403,11 +414,11 @@ class Engine(Backend):
         if rows is not None and step_rows is not None:
             rows_grad[..., 0, :] += grad[..., rows.places]
             grad = grad.index_fill(-1, rows.places, 0.0)
-            by_name = self._by_name(step_rows, rows_grad)
+            by_name = loop_arguments.by_name(step_rows, rows_grad)
         of_rates = None
         if loop.rate_grad:
-            reduced = torch.tensordot(of_task, rate_grad, 1) if per_task else rate_grad
-            of_rates = collapse_rates(reduced, optimizer.lr, self.layout, mask, theta, loop.steps)
+            reduced = over_tasks(rate_grad) if per_task else rate_grad
+            of_rates = collapse_rates(reduced, optimizer.lr, self.layout, mask, theta)
         output = self._as_returned(result.output) if program is None else result.output
         return MetaGradient(result.loss, grad, output, of_rates, result.support_losses, by_name, result.query_losses)
 
@@ -420,70 +431,6 @@ class Engine(Backend):
         self._examples("support_x", support_x, "support_y", batch[1], "support_weights", None, theta)
         query_x = self._one_tensor("query_x", batch[2], theta, as_before=True)
         self._examples("query_x", query_x, "query_y", batch[3], "query_weights", None, theta, support_x)
-
-    # ---------------------------------------------------------------- what an inner loop consists of
-
-    def _loop(
-        self, optimizer: Optimizer, inner_steps: int, step_rows: Mapping[str, Tensor] | None, **rest: Any
-    ) -> InnerLoop:
-        names = self.layout.names
-        unknown = [name for name in step_rows or () if name not in names]
-        if unknown:
-            raise ValueError(f"step_rows names '{unknown[0]}', which is not a parameter of the model")
-        loop = InnerLoop(
-            optimizer,
-            checks.whole_number("inner_steps", inner_steps, 0),
-            rows=tuple(names.index(name) for name in step_rows or ()),
-            **rest,
-        )
-        if loop.order is not None:
-            checks.whole_number("truncate", loop.order, 0)
-        if loop.proximal and (optimizer.clip_value is not None or optimizer.clip_norm is not None):
-            raise ValueError("proximal and gradient clipping do not go together: which one comes first is not defined")
-        return loop
-
-    def _minibatch(self, loop: InnerLoop, x: Any) -> int | None:
-        """The examples that one inner step sees, where they are not all."""
-        if loop.minibatch is None:
-            return None
-        checks.whole_number("minibatch", loop.minibatch, 1)
-        if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] != loop.steps * loop.minibatch:
-            raise ValueError(
-                f"support_x {checks.shape(x)} must hold {loop.steps} inner steps of {loop.minibatch} examples"
-            )
-        return loop.minibatch
-
-    def _moved(
-        self, adapted: Sequence[str] | None, step_rows: Mapping[str, Tensor] | None, like: Tensor
-    ) -> Tensor | None:
-        """A mask [P] of what the inner loop moves: adapted, not frozen, no rows per step. None: everything."""
-        mask = self._mask(like)
-        if adapted is not None:
-            chosen = self.layout.matching([adapted] if isinstance(adapted, str) else adapted, like)
-            mask = chosen if mask is None else mask * chosen
-        if step_rows:
-            mask = torch.ones_like(like[..., :].reshape(-1)[: self.layout.size]) if mask is None else mask.clone()
-            mask[self.layout.positions(tuple(step_rows))] = 0.0
-        return mask
-
-    def _rows(self, step_rows: Mapping[str, Tensor] | None, like: Tensor) -> Rows | None:
-        if not step_rows:
-            return None
-        shapes = dict(zip(self.layout.names, self.layout.shapes))
-        steps = {len(row) for row in step_rows.values()}
-        for name, row in step_rows.items():
-            if tuple(row.shape[1:]) != shapes[name] or len(row) == 0 or len(steps) > 1:
-                raise ValueError(
-                    f"step_rows['{name}'] {checks.shape(row)} must be {['steps', *shapes[name]]}, with as many steps as "
-                    "the others"
-                )
-        values = torch.cat([row.detach().to(like).flatten(1) for row in step_rows.values()], dim=1)
-        return Rows(self.layout.positions(tuple(step_rows)).to(like.device), values)
-
-    def _by_name(self, step_rows: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
-        pieces = values.split([row[0].numel() for row in step_rows.values()], dim=-1)
-        lead = values.shape[:-1]
-        return {n: p.reshape(*lead, *row.shape[1:]) for (n, row), p in zip(step_rows.items(), pieces)}
 
     # ---------------------------------------------------------------- calls
 
@@ -500,28 +447,8 @@ class Engine(Backend):
         return params.expand(x.shape[0], -1) if params.dim() == 1 else params
 
     def _mask(self, like: Tensor) -> Tensor | None:
-        return self.layout.trainable(self.model, like)
+        return self.layout.trainable(self.parameters.named().values(), like)
 
 
 def _masked(vector: Tensor, mask: Tensor | None) -> Tensor:
     return vector if mask is None else vector * mask
-
-
-def _queries(loss_weights: Tensor | None, inner_steps: int) -> tuple[int, ...]:
-    """The k with a query loss: those with a weight, and the last."""
-    if loss_weights is None:
-        return ()
-    if not isinstance(loss_weights, Tensor) or tuple(loss_weights.shape) != (inner_steps + 1,):
-        form = checks.shape(loss_weights) if isinstance(loss_weights, Tensor) else type(loss_weights).__name__
-        raise ValueError(f"loss_weights {form} must hold one weight for each of phi[0] .. phi[{inner_steps}]")
-    checks.finite("loss_weights", loss_weights)
-    return (*(k for k in range(inner_steps) if float(loss_weights[k]) != 0.0), inner_steps)
-
-
-def _lam(proximal: float | Tensor | None) -> float:
-    if proximal is None:
-        return 0.0
-    lam = checks.number("proximal", proximal)
-    if lam < 0:
-        raise ValueError(f"proximal is {lam}; it must not be negative")
-    return lam

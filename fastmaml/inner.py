@@ -9,6 +9,7 @@ nn.Parameter in it is learnable.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -107,10 +108,15 @@ def optimizer_of(inner_lr: InnerLr | None, inner: Optimizer | None) -> Optimizer
         raise TypeError("give either inner_lr (plain gradient descent) or inner (an optimizer with its lr), not both")
     if inner is None:
         assert inner_lr is not None
-        return SGD(inner_lr)
+        return _plain(inner_lr) if isinstance(inner_lr, float) else SGD(inner_lr)
     if not isinstance(inner, (SGD, Adam)):
         raise TypeError(f"inner must be fm.inner.SGD, Adam or AdamW, not {type(inner).__name__}")
     return inner
+
+
+@functools.lru_cache(maxsize=16)
+def _plain(inner_lr: float) -> SGD:
+    return SGD(inner_lr)
 
 
 def _number(name: str, value: Any) -> float:

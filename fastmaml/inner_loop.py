@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastmaml.inner import SGD, Optimizer
 
 
-@dataclass(frozen=True)
-class InnerLoop:
+class InnerLoop(NamedTuple):
     """K inner steps and how they are differentiated (ALGORITHMS 1.1 to 1.4). Tensors travel beside it."""
 
     optimizer: Optimizer
@@ -49,16 +48,24 @@ class InnerLoop:
         else:
             words += ["rule=adam", f"beta1={o.betas[0]!r}", f"beta2={o.betas[1]!r}", f"eps={o.eps!r}"]
             words += ["decoupled=1"] if o.decoupled else []
-        for name, value in (
-            ("weight_decay", o.weight_decay or None),
-            ("clip_value", o.clip_value),
-            ("clip_norm", o.clip_norm),
-            ("order", None if self.order is None or self.order >= self.steps else self.order),
-            ("minibatch", self.minibatch),
-        ):
-            words += [] if value is None else [f"{name}={value!r}"]
-        for name, values in (("queries", self.queries), ("rows", self.rows)):
-            words += [f"{name}={','.join(map(str, values))}"] if values else []
-        flags = (("proximal", self.proximal), ("per_task", self.per_task), ("rate_grad", self.rate_grad))
-        words += [f"{name}=1" for name, on in flags if on]
+        if o.weight_decay:
+            words.append(f"weight_decay={o.weight_decay!r}")
+        if o.clip_value is not None:
+            words.append(f"clip_value={o.clip_value!r}")
+        if o.clip_norm is not None:
+            words.append(f"clip_norm={o.clip_norm!r}")
+        if self.order is not None and self.order < self.steps:
+            words.append(f"order={self.order}")
+        if self.minibatch is not None:
+            words.append(f"minibatch={self.minibatch}")
+        if self.queries:
+            words.append(f"queries={','.join(map(str, self.queries))}")
+        if self.rows:
+            words.append(f"rows={','.join(map(str, self.rows))}")
+        if self.proximal:
+            words.append("proximal=1")
+        if self.per_task:
+            words.append("per_task=1")
+        if self.rate_grad:
+            words.append("rate_grad=1")
         return " ".join(words)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +22,7 @@ def any_arrays(method: Method) -> Method:
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _holds_array((args, kwargs)):
+        if not _hold_array(args) and not (kwargs and _hold_array(kwargs.values())):
             return method(self, *args, **kwargs)
         first = args[0] if args else next(iter(kwargs.values()))
         back = _to_numpy if isinstance(first, np.ndarray) else _to_cupy if _is_cupy(first) else _same
@@ -37,16 +37,20 @@ def _is_cupy(x: Any) -> bool:
     return cupy is not None and isinstance(x, cupy.ndarray)
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, np.ndarray) or _is_cupy(x)
-
-
-def _holds_array(x: Any) -> bool:
-    if isinstance(x, (tuple, list)):
-        return any(_holds_array(part) for part in x)
-    if isinstance(x, dict):
-        return any(_holds_array(part) for part in x.values())
-    return _is_array(x)
+def _hold_array(parts: Iterable[Any]) -> bool:
+    """Whether one of the parts is or holds an array. What most calls consist of is passed by first."""
+    for part in parts:
+        if isinstance(part, (Tensor, float, int, str, type(None))):
+            continue
+        if isinstance(part, (tuple, list)):
+            if _hold_array(part):
+                return True
+        elif isinstance(part, dict):
+            if _hold_array(part.values()):
+                return True
+        elif isinstance(part, np.ndarray) or _is_cupy(part):
+            return True
+    return False
 
 
 def _over(function: Callable[[Any], Any], x: Any) -> Any:

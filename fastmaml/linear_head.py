@@ -91,7 +91,7 @@ class LinearHead:
         of_body, of_head = theta[self.body_places], theta[self.head_places]
         support, query = self.body.forward(of_body, support_x), self.body.forward(of_body, query_x)
         own = self._of_head(inner)
-        mask = self.head.layout.trainable(self.head.model, of_head)
+        mask = self.head.layout.trainable(self.head.parameters.named().values(), of_head)
         steps = _Recorded(rule_for(own, expand_rates(own.lr, self.head.layout, mask, of_head, inner_steps), mask))
         result = self.head.meta_gradient(
             of_head,

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 InnerLr = float | Tensor | Mapping[str, Any]
 
@@ -28,27 +29,38 @@ class ParameterLayout:
                 )
         self.names = tuple(named)
         self.shapes = tuple(tuple(p.shape) for p in named.values())
+        self._torch_shapes = [p.shape for p in named.values()]
         self.sizes = tuple(p.numel() for p in named.values())
         self.size = sum(self.sizes)
+        # Tensors of these shapes that hold one number, by which torch cuts a vector; it gives empty ones another shape.
+        self._templates = None if 0 in self.sizes else tuple(torch.empty(()).expand(shape) for shape in self.shapes)
         if self.size == 0:
             raise ValueError(f"the model ({type(model).__name__}) has no parameters, so there is nothing to meta-train")
 
-    def flatten(self, model: nn.Module) -> Tensor:
-        """The parameters of a module with this layout as one vector [P], without a graph."""
-        named = dict(model.named_parameters())
-        if tuple(named) != self.names or tuple(tuple(p.shape) for p in named.values()) != self.shapes:
+    def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
+        """The named parameters of a module with this layout as one vector [P]; a copy without a graph."""
+        parameters = list(named.values())
+        if tuple(named) != self.names or [p.shape for p in parameters] != self._torch_shapes:
             raise ValueError(
                 f"this model's parameters are not those the Engine was made for ({len(named)} parameters with "
-                f"{sum(p.numel() for p in named.values())} entries, not {len(self.names)} with {self.size}); "
+                f"{sum(p.numel() for p in parameters)} entries, not {len(self.names)} with {self.size}); "
                 "make a new Engine"
             )
-        return torch.cat([p.detach().reshape(-1) for p in named.values()])
+        with torch.no_grad():
+            flat = _flatten_dense_tensors(parameters)
+            return flat.clone() if len(parameters) == 1 else flat  # torch makes a view of one
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """A vector [..., P] as a dict of tensors [..., *shape], in the module's order; keeps the graph."""
         lead = flat.shape[:-1]
         pieces = flat.split(self.sizes, dim=-1)
         return {n: p.reshape((*lead, *s)) for n, p, s in zip(self.names, pieces, self.shapes)}
+
+    def cut(self, flat: Tensor) -> dict[str, Tensor]:
+        """As `split` for a vector [P], in one call of torch, which torch.func cannot see through."""
+        if self._templates is None:
+            return self.split(flat)
+        return dict(zip(self.names, _unflatten_dense_tensors(flat, self._templates)))
 
     def fitting(self, patterns: Sequence[str]) -> list[str]:
         """The names that fit one of the patterns (fnmatch: "head.*", "*.bias"), in the module's order.
@@ -71,9 +83,9 @@ class ParameterLayout:
         sizes = dict(zip(self.names, self.sizes))
         return torch.cat([torch.arange(starts[name], starts[name] + sizes[name]) for name in names])
 
-    def trainable(self, model: nn.Module, like: Tensor) -> Tensor | None:
+    def trainable(self, parameters: Iterable[Tensor], like: Tensor) -> Tensor | None:
         """A mask [P] that is 0 on frozen parameters (requires_grad=False) and 1 elsewhere; None when none is frozen."""
-        flags = [p.requires_grad for p in model.parameters()]
+        flags = [p.requires_grad for p in parameters]
         if all(flags):
             return None
         return torch.cat([like.new_full((n,), float(f)) for n, f in zip(self.sizes, flags)])
@@ -88,21 +100,36 @@ def expand_rates(
     dict from each parameter's name to a number, a tensor [] or of the parameter's shape, or one with a dimension for
     the steps in front: [K, *shape] or [K, 1, ..., 1]. Steps beyond the rows reuse the last row.
     """
+    if isinstance(inner_lr, (int, float)) and mask is None:
+        return like.new_full((1, layout.size), _number_rate("inner_lr", inner_lr))
     rates = _rows(_checked_rates(inner_lr, layout, mask, like), layout, steps, like)
     return (rates if mask is None else rates * mask).contiguous()
 
 
-def collapse_rates(
-    grad: Tensor, inner_lr: InnerLr, layout: ParameterLayout, mask: Tensor | None, like: Tensor, steps: int = 1
-) -> Any:
+def collapse_rates(grad: Tensor, inner_lr: InnerLr, layout: ParameterLayout, mask: Tensor | None, like: Tensor) -> Any:
     """The gradient of expanded rates [1 or steps, P] as that of inner_lr: summed over whatever each rate is shared by."""
-    with torch.enable_grad():
-        given = _checked_rates(inner_lr, layout, mask, like)
-        leaves = {name: rate.clone().requires_grad_() for name, rate in given.items()}
-        rows = _rows(leaves, layout, steps, like)
-        grads = torch.autograd.grad(rows, list(leaves.values()), grad if mask is None else grad * mask)
-    by_name: dict[str | None, Tensor] = dict(zip(leaves, grads))
-    return by_name if isinstance(inner_lr, Mapping) else by_name[None]
+    if mask is not None:
+        grad = grad * mask
+    if isinstance(inner_lr, (int, float)):
+        return grad.sum()
+    rates = _checked_rates(inner_lr, layout, mask, like)
+    if None in rates:
+        return _collapsed(grad, rates[None], (layout.size,))
+    pieces = dict(zip(layout.names, grad.split(layout.sizes, dim=1)))
+    shapes = dict(zip(layout.names, layout.shapes))
+    return {
+        name: _collapsed(pieces[name].reshape(-1, *shapes[name]), rate, shapes[name])
+        for name, rate in rates.items()
+        if name is not None
+    }
+
+
+def _collapsed(grad: Tensor, rate: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A gradient [steps, *shape] by a rate that stood for all of it, or that had a row for each step."""
+    if rate.dim() == len(shape) + 1:
+        rows = grad.new_zeros((len(rate), *shape))
+        return rows.index_add(0, _row_of_step(rate, len(grad)), grad).sum_to_size(rate.shape)
+    return grad.sum_to_size(rate.shape)
 
 
 def _checked_rates(
@@ -156,7 +183,7 @@ def _checked_dict(
 
 
 def _rows(rates: dict[str | None, Tensor], layout: ParameterLayout, steps: int, like: Tensor) -> Tensor:
-    """[1, P], or [steps, P] where a rate has a row per step. Differentiable by the rates."""
+    """[1, P], or [steps, P] where a rate has a row per step."""
     if None in rates:
         rate = rates[None]
         return _step_rows(rate, steps).expand(-1, layout.size) if rate.dim() == 2 else rate.expand(1, layout.size)
@@ -175,8 +202,12 @@ def _rows(rates: dict[str | None, Tensor], layout: ParameterLayout, steps: int, 
 
 
 def _step_rows(rate: Tensor, steps: int) -> Tensor:
-    index = torch.arange(max(steps, 1), device=rate.device).clamp(max=len(rate) - 1)
-    return rate[index]
+    return rate[_row_of_step(rate, max(steps, 1))]
+
+
+def _row_of_step(rate: Tensor, steps: int) -> Tensor:
+    """Which row of a rate each step uses; the last one serves all steps beyond."""
+    return torch.arange(steps, device=rate.device).clamp(max=len(rate) - 1)
 
 
 def _number_rate(name: str, value: Any) -> float:

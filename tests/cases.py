@@ -348,6 +348,9 @@ OP_CASES: list[OpCase] = [
     conv2d((3, 8, 8), 4, stride=(3, 3), padding=(0, 0)),  # the last rows and columns touch no output
     conv2d((2, 1, 9), 3, kernel=(1, 4), padding=(0, 1)),
     conv2d((16, 8, 8), 16, examples=2),
+    conv2d((16, 13, 14), 32, examples=3),  # Winograd's tiles: several blocks, a last row of half tiles
+    conv2d((32, 8, 9), 16, padding=(0, 2), examples=2),
+    conv2d((16, 6, 11), 16, padding=(2, 0), examples=1, bias=False),
     conv2d((17, 5, 6), 33, examples=2),
     conv2d((32, 7, 7), 64, examples=2, tasks=1),
     conv2d((3, 20, 40), 4, examples=1, tasks=9),

@@ -40,12 +40,14 @@ class Backend:
 
     name: str
     isa: str = ""
+    layout: str = "auto"
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.isa}" if self.isa else self.name
+        return "-".join([self.name, *filter(None, [self.isa]), *([self.layout] if self.layout != "auto" else [])])
 
 
-CPUS = [Backend("cpu", isa) for isa in ISAS]
+# Small networks run with a task in each lane; once, they also run with one task after the other, as large ones do.
+CPUS = [*(Backend("cpu", isa) for isa in ISAS), Backend("cpu", "avx2", layout="tasks")]
 REFERENCE, AUTODIFF = Backend("reference"), Backend("autodiff")
 DEVICES = [Backend("cuda"), Backend("cuda_emulated")]
 
@@ -67,7 +69,9 @@ def activate(backend: Backend) -> Iterator[Backend]:
             pytest.skip(f"this machine has no {backend.isa} (it has {', '.join(_C.available_isas())})")
         before = _C.cpu_isa()
         _C.set_cpu_isa(backend.isa)
+        _C.set_cpu_layout(backend.layout)
         yield backend
+        _C.set_cpu_layout("auto")
         _C.set_cpu_isa(before)
     else:
         yield backend

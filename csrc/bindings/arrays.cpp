@@ -43,6 +43,9 @@ void* data_of(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
 
 bool interleaved(const Shape& shape) { return shape.image && shape.C > 1 && shape.H * shape.W > 1; }
 
+// torch's own function goes through its dispatcher also where there is nothing to do, for a microsecond
+Tensor without_gaps(const Tensor& x) { return x.is_contiguous() ? x : stable::contiguous(x); }
+
 // [rows, a, b] -> [rows, b, a]
 Tensor swapped(const Tensor& x, int64_t rows, int64_t a, int64_t b) {
   return stable::contiguous(stable::transpose(stable::view(x, {rows, a, b}), 1, 2));
@@ -55,7 +58,11 @@ Arrays::Arrays(std::string text, const std::string& backend, const Tensor& param
   if (callers_type_ != ScalarType::Float && callers_type_ != ScalarType::Double)
     throw std::invalid_argument(described("params", params) + " must be float32 or float64");
   table_ = &table_named(backend, callers_type_ == ScalarType::Float ? sizeof(float) : sizeof(double));
-  space_ = space_for(*table_, described("params", params).c_str(), params);
+  const bool on_cuda = std::string_view(table_->backend) == "cuda";
+  if (on_cuda != params.is_cuda() || (!on_cuda && !params.is_cpu()))
+    throw std::invalid_argument(described("params", params) + " must be on " + (on_cuda ? "a CUDA device" : "the CPU") + " for backend " +
+                                table_->backend);
+  space_ = table_->device ? device_space(*table_, params) : host_space();
 }
 
 // ---------------------------------------------------------------- inputs
@@ -69,7 +76,7 @@ Tensor Arrays::real(const char* name, const Tensor& x) {
   if (x.scalar_type() != callers_type_)
     throw std::invalid_argument(described(name, x) + " must have the type of the parameters, " +
                                 (callers_type_ == ScalarType::Float ? "float32" : "float64"));
-  return stable::contiguous(type() == callers_type_ ? x : stable::to(x, type()));
+  return without_gaps(type() == callers_type_ ? x : stable::to(x, type()));
 }
 
 void Arrays::bind(Arg arg, void* data, int64_t task_stride) { args_[static_cast<int>(arg)] = {data, task_stride, 1}; }
@@ -103,7 +110,7 @@ void Arrays::targets(Arg arg, const char* name, const Tensor& y, int64_t example
   expect_place(name, y);
   if (y.scalar_type() != ScalarType::Long) throw std::invalid_argument(described(name, y) + " must hold labels as int64");
   expect_sizes(name, y, {tasks_, examples});
-  const Tensor labels = stable::contiguous(y);
+  const Tensor labels = without_gaps(y);
   const int64_t* label = labels.const_data_ptr<int64_t>();
   const int64_t classes = program_->loss.size;
   const int64_t seen = labels.is_cpu() ? labels.numel() : 0;  // a device is not waited for; its kernels take any label for no class
@@ -206,44 +213,46 @@ void Arrays::run(const Work& work) {
 
 Tensor Arrays::in_callers_type(Tensor x) const { return x.scalar_type() == callers_type_ ? x : stable::to(x, callers_type_); }
 
-Tensor Arrays::copy_of(Arg arg, std::initializer_list<int64_t> sizes) const {
+Tensor Arrays::copy_of(Arg arg, const Sizes& sizes) const {
   const Tensor x = space_->empty(sizes, type());
   if (x.numel()) space_->copy(x.mutable_data_ptr(), args_[static_cast<int>(arg)].data, size_t(x.numel()) * element_bytes());
-  return x;
+  return in_callers_type(x);
 }
 
-Tensor Arrays::values(Arg arg) const { return in_callers_type(copy_of(arg, {tasks_})); }
+Tensor Arrays::nothing() const { return space_->empty({0}, callers_type_); }
 
-Tensor Arrays::values(Arg arg, int64_t size) const { return in_callers_type(copy_of(arg, {tasks_, size})); }
+Tensor Arrays::values(Arg arg) const { return copy_of(arg, {tasks_}); }
+
+Tensor Arrays::values(Arg arg, int64_t size) const { return copy_of(arg, {tasks_, size}); }
 
 Tensor Arrays::from_images(Arg arg, int64_t examples, const Shape& shape) const {
+  const Sizes sizes = joined({tasks_, examples}, dims_of(shape));
+  if (!interleaved(shape)) return copy_of(arg, sizes);
   const int64_t rows = tasks_ * examples;
-  Tensor x = copy_of(arg, {rows, shape.size()});
-  if (interleaved(shape)) x = swapped(x, rows, shape.H * shape.W, shape.C);
-  return in_callers_type(stable::view(x, joined({tasks_, examples}, dims_of(shape))));
+  return stable::view(swapped(copy_of(arg, {rows, shape.size()}), rows, shape.H * shape.W, shape.C), sizes);
 }
 
 Tensor Arrays::outputs(Arg arg, int64_t examples) const { return from_images(arg, examples, program_->output_shape()); }
 
 Tensor Arrays::inputs(Arg arg, int64_t examples) const { return from_images(arg, examples, program_->input_shape()); }
 
-Tensor Arrays::to_torch(const Params& params, const void* engine, int64_t count) const {
-  const Tensor x = space_->empty({count, size_of(params)}, type());
+Tensor Arrays::to_torch(const Params& params, const void* engine, int64_t count, const Sizes& sizes) const {
+  const Tensor x = space_->empty(sizes, type());
   space_->reorder(params, false, x.mutable_data_ptr(), engine, count, element_bytes());
   return in_callers_type(x);
 }
 
-Tensor Arrays::params(Arg arg) const { return to_torch(program_->params, args_[static_cast<int>(arg)].data, tasks_); }
+Tensor Arrays::params(Arg arg) const {
+  return to_torch(program_->params, args_[static_cast<int>(arg)].data, tasks_, {tasks_, program_->param_count});
+}
 
 Tensor Arrays::params(Arg arg, int64_t rows) const {
-  const Tensor x = to_torch(program_->params, args_[static_cast<int>(arg)].data, tasks_ * rows);
-  return stable::view(x, {tasks_, rows, program_->param_count});
+  return to_torch(program_->params, args_[static_cast<int>(arg)].data, tasks_ * rows, {tasks_, rows, program_->param_count});
 }
 
 Tensor Arrays::step_rows(Arg arg, const InnerLoop& loop) const {
   const Params params = step_row_params(*program_, loop);
-  const Tensor x = to_torch(params, args_[static_cast<int>(arg)].data, tasks_ * loop.steps);
-  return stable::view(x, {tasks_, loop.steps, size_of(params)});
+  return to_torch(params, args_[static_cast<int>(arg)].data, tasks_ * loop.steps, {tasks_, loop.steps, size_of(params)});
 }
 
 void* Arrays::reduced(Arg arg, int64_t size, const std::optional<Tensor>& task_weights) {
@@ -253,17 +262,24 @@ void* Arrays::reduced(Arg arg, int64_t size, const std::optional<Tensor>& task_w
     kept_.push_back(*(weights = real("task_weights", *task_weights)));
   }
   void* sum = take(size);
-  table_->tree_reduce(sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size, space_->stream());
+  space_->reduce(*table_, sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size);
   return sum;
 }
 
+Tensor Arrays::reduced_params(Arg arg, const std::optional<Tensor>& task_weights) {
+  const int64_t P = program_->param_count;
+  return to_torch(program_->params, reduced(arg, P, task_weights), 1, {P});
+}
+
 Tensor Arrays::reduced_params(Arg arg, int64_t rows, const std::optional<Tensor>& task_weights) {
-  return to_torch(program_->params, reduced(arg, rows * program_->param_count, task_weights), rows);
+  const int64_t P = program_->param_count;
+  return to_torch(program_->params, reduced(arg, rows * P, task_weights), rows, {rows, P});
 }
 
 Tensor Arrays::reduced_step_rows(Arg arg, const InnerLoop& loop, const std::optional<Tensor>& task_weights) {
   const Params params = step_row_params(*program_, loop);
-  return to_torch(params, reduced(arg, loop.steps * size_of(params), task_weights), loop.steps);
+  const int64_t R = size_of(params);
+  return to_torch(params, reduced(arg, loop.steps * R, task_weights), loop.steps, {loop.steps, R});
 }
 
 }  // namespace fastmaml

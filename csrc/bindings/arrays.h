@@ -41,6 +41,7 @@ class Arrays {
 
   void run(const Work& work);
 
+  Tensor nothing() const;                           // [0], for a result that was not asked for
   Tensor values(Arg arg) const;                     // [T], for a result of size 1
   Tensor values(Arg arg, int64_t size) const;       // [T, size]
   Tensor outputs(Arg arg, int64_t examples) const;  // [T, N, *output]
@@ -50,6 +51,7 @@ class Arrays {
   Tensor params(Arg arg, int64_t rows) const;              // [T, rows, P]
   Tensor step_rows(Arg arg, const InnerLoop& loop) const;  // [T, K, R]
   // Their weighted sum over the tasks (their mean without weights), which uses the result up.
+  Tensor reduced_params(Arg arg, const std::optional<Tensor>& task_weights);                            // [P]
   Tensor reduced_params(Arg arg, int64_t rows, const std::optional<Tensor>& task_weights);              // [rows, P]
   Tensor reduced_step_rows(Arg arg, const InnerLoop& loop, const std::optional<Tensor>& task_weights);  // [K, R]
 
@@ -66,9 +68,10 @@ class Arrays {
   using Params = Space::Params;
   void* take(int64_t numbers) { return space_->take(size_t(numbers) * element_bytes()); }
   void move_params(Arg arg, const Params& params, const Tensor& from, int64_t count, int64_t task_stride);
-  Tensor to_torch(const Params& params, const void* engine, int64_t count) const;  // [count, size of the parameters]
+  using Sizes = std::vector<int64_t>;
+  Tensor to_torch(const Params& params, const void* engine, int64_t count, const Sizes& sizes) const;  // `count` vectors
   void* reduced(Arg arg, int64_t size, const std::optional<Tensor>& task_weights);
-  Tensor copy_of(Arg arg, std::initializer_list<int64_t> sizes) const;
+  Tensor copy_of(Arg arg, const Sizes& sizes) const;
   Tensor in_callers_type(Tensor x) const;
 
   std::string text_;

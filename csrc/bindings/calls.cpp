@@ -19,7 +19,7 @@ Adaptation support(Arrays& arrays, const Tensor& x, const Tensor& y, const Maybe
 // What adapt and meta_gradient are told of the inner loop. Returns the rows of the rates.
 int64_t given_loop(Arrays& arrays, Adaptation& how, const std::string& text, const Tensor& rates, const MaybeTensor& step_rows,
                    const MaybeTensor& lam, const MaybeTensor& mask) {
-  how.loop = InnerLoop::parse(text);
+  how.loop = *inner_loop_of(text);
   const int64_t rate_rows = arrays.rates(rates, how.loop.steps);
   how.rates_per_step = rate_rows > 1;
   arrays.step_rows(step_rows, how.loop);
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> adapt_call(const std::string& program, const 
   arrays.result(Arg::state_next, S * P);
   arrays.run(work);
   return {arrays.params(Arg::adapted), arrays.values(Arg::support_losses, K),
-          torch::stable::view(arrays.params(Arg::state_next, S), {arrays.tasks(), S * P})};
+          S ? torch::stable::view(arrays.params(Arg::state_next, S), {arrays.tasks(), S * P}) : arrays.values(Arg::state_next, 0)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(
@@ -152,18 +152,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient
   const Tensor query_losses = how.loss_weights ? arrays.values(Arg::query_losses, queries) : arrays.values(Arg::loss, 1);
   const Tensor loss = arrays.values(Arg::loss), output = arrays.outputs(Arg::output, how.query_examples);
   const Tensor support_losses = arrays.values(Arg::support_losses, K);
-  Tensor by_rates = torch::stable::new_zeros(theta, {0}), by_rows = torch::stable::new_zeros(theta, {0});
+  Tensor by_rates = arrays.nothing(), by_rows = arrays.nothing();
   if (loop.per_task) {
-    if (loop.rate_grad) by_rates = torch::stable::new_zeros(theta, {arrays.tasks(), rate_rows, P});
+    if (loop.rate_grad && !rate_grad) by_rates = torch::stable::new_zeros(theta, {arrays.tasks(), rate_rows, P});
     if (rate_grad) by_rates = arrays.params(Arg::rate_grad, rate_rows);
     if (rows_grad) by_rows = arrays.step_rows(Arg::step_rows_grad, loop);
     return {loss, arrays.params(Arg::grad), output, support_losses, by_rates, by_rows, query_losses};
   }
-  if (loop.rate_grad) by_rates = torch::stable::new_zeros(theta, {rate_rows, P});
+  if (loop.rate_grad && !rate_grad) by_rates = torch::stable::new_zeros(theta, {rate_rows, P});
   if (rate_grad) by_rates = arrays.reduced_params(Arg::rate_grad, rate_rows, task_weights);
   if (rows_grad) by_rows = arrays.reduced_step_rows(Arg::step_rows_grad, loop, task_weights);
-  const Tensor grad = torch::stable::view(arrays.reduced_params(Arg::grad, 1, task_weights), {P});
-  return {loss, grad, output, support_losses, by_rates, by_rows, query_losses};
+  return {loss, arrays.reduced_params(Arg::grad, task_weights), output, support_losses, by_rates, by_rows, query_losses};
 }
 
 std::tuple<Tensor, Tensor> solve_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,

@@ -207,7 +207,9 @@ class DeviceSpace : public Space {
     run_layered(run, static_cast<std::byte*>(take(layered_bytes(run))));
   }
 
-  uintptr_t stream() const override { return stream_; }
+  void reduce(const OpTable& table, void* out, void* x, const void* w, int64_t tasks, int64_t size) override {
+    table.tree_reduce(out, x, w, tasks, size, size, stream_);
+  }
 
  private:
   const Device& device_;

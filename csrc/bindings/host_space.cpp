@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 
 #include "bindings/profile.h"
 #include "bindings/space.h"
@@ -30,7 +29,16 @@ class HostSpace : public Space {
  public:
   void* take(size_t bytes) override { return place_->take(bytes); }
 
-  Tensor empty(const std::vector<int64_t>& sizes, Type type) override { return torch::stable::empty(sizes, type); }
+  // Not stable::empty: that goes through torch's dispatcher, which takes three times as long.
+  Tensor empty(const std::vector<int64_t>& sizes, Type type) override {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+    const int32_t dtype = type == Type::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
+    AtenTensorHandle made = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+    return Tensor(made);
+  }
 
   void copy(void* to, const void* from, size_t bytes) override {
     if (bytes) std::memcpy(to, from, bytes);
@@ -51,7 +59,7 @@ class HostSpace : public Space {
   }
 
   void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) override {
-    Run run{*plan->table, plan->schedule, plan->workspace, args, tasks};
+    Run run{*plan->table, plan->schedule, plan->workspace, args, tasks, plan->lanes()};
     const int workers = static_cast<int>(std::min<int64_t>(tasks, thread_count()));
     WalkClocks clocks(plan, workers, tasks);
     run.clocks = clocks.get();
@@ -63,6 +71,18 @@ class HostSpace : public Space {
     }
   }
 
+  void reduce(const OpTable& table, void* out, void* x, const void* w, int64_t tasks, int64_t size) override {
+    constexpr int64_t kShare = 16 * 1024;  // numbers that are worth a thread
+    const int64_t shares = std::min<int64_t>(thread_count(), tasks * size / kShare), bytes = int64_t(table.real_bytes);
+    const int64_t share = shares > 1 ? (size + shares - 1) / shares : size;
+    const auto columns = [&](int64_t i) {
+      const int64_t from = i * share, count = std::min(share, size - from);
+      if (count <= 0) return;
+      table.tree_reduce(static_cast<std::byte*>(out) + from * bytes, static_cast<std::byte*>(x) + from * bytes, w, tasks, count, size, 0);
+    };
+    shares > 1 ? in_parallel(shares, columns) : columns(0);
+  }
+
  private:
   LentWorkplace place_;
 };
@@ -70,13 +90,5 @@ class HostSpace : public Space {
 }  // namespace
 
 std::unique_ptr<Space> host_space() { return std::make_unique<HostSpace>(); }
-
-std::unique_ptr<Space> space_for(const OpTable& table, const char* name, const Tensor& like) {
-  const bool on_cuda = std::string(table.backend) == "cuda";
-  if (on_cuda != like.is_cuda() || (!on_cuda && !like.is_cpu()))
-    throw std::invalid_argument(std::string(name) + " must be on " + (on_cuda ? "a CUDA device" : "the CPU") + " for backend " +
-                                table.backend);
-  return table.device ? device_space(table, like) : host_space();
-}
 
 }  // namespace fastmaml

@@ -75,6 +75,7 @@ std::shared_ptr<const Plan> plan(const std::string& program, const std::string& 
 
 std::string steps_of(const Plan& plan) { return to_string(plan.schedule); }
 size_t arena_bytes_of(const Plan& plan) { return plan.arena_bytes(); }
+int lanes_of(const Plan& plan) { return plan.lanes(); }
 std::string walk_of(const Plan& plan) { return plan.walk(); }
 
 // A function of the arguments of plan().
@@ -130,14 +131,19 @@ PYBIND11_MODULE(_C, m) {
           "loop"_a = "steps=1", "memory"_a = "low", "solve_steps"_a = 1, doc);
   };
   def_planned("steps", planned<steps_of>(&plan), "The Schedule of one kind of work, a line per Step.");
-  def_planned("arena_bytes", planned<arena_bytes_of>(&plan), "The memory that one task in flight takes, in bytes.");
-
+  def_planned("arena_bytes", planned<arena_bytes_of>(&plan),
+              "The memory that one task in flight takes, or a group of tasks side by side, in bytes.");
+  def_planned("lanes", planned<lanes_of>(&plan), "How many tasks walk that Schedule side by side.");
   def_planned("walk", planned<walk_of>(&plan),
               "How the backend walks that Schedule, what it takes of a task's memory there, and why no other way.");
   m.def(
       "set_cuda_walk", [](const std::string& walk) { set_cuda_walk(walk_named(walk)); }, "walk"_a,
       "Which walk the CUDA backends take from now on: \"layered\", \"resident\" (raises where it declines), or \"auto\".");
 
+  m.def(
+      "set_cpu_layout", [](const std::string& layout) { set_cpu_layout(layout_named(layout)); }, "layout"_a,
+      "How the CPU backend lays tasks out from now on: \"tasks\" one after the other, \"lanes\" side by side where the network runs so,\n"
+      "or \"auto\".");
   def_planned(
       "costs", planned<cost_rows>(&plan),
       "What that Schedule costs a task on paper: memory (\"stash\" or \"low\"), lanes (tasks side by side), arena_bytes, and steps, a\n"

@@ -10,10 +10,14 @@
 
 #include "bindings/named.h"
 #include "bindings/stash_budget.h"
+#include "ops/lane_schedule.h"
 
 namespace fastmaml {
 namespace {
 
+// A gradient of more bytes has left the cache before it is read, so it is made in chunks that have not; both are chosen from the network
+// and N alone, as a sum's order depends on them.
+constexpr int64_t kCacheBytes = int64_t(2) << 20, kChunkBytes = int64_t(512) << 10;
 constexpr size_t kCached = 64;  // a plan of 100 inner steps of Conv4 holds megabytes of Steps
 
 // Values by key. When it is full everything goes: a program that makes that many plans has no favourites.
@@ -38,6 +42,9 @@ class Cache {
   std::unordered_map<std::string, std::shared_ptr<const Value>> values_;
 };
 
+std::atomic<Layout> forced_layout{Layout::automatic};
+std::atomic<Walk> forced_walk{Walk::automatic};
+
 std::string key_of(const std::string& text, const OpTable& table, const Work& work) {
   const Adaptation& how = work.how;
   const int64_t numbers[] = {
@@ -56,6 +63,7 @@ std::string key_of(const std::string& text, const OpTable& table, const Work& wo
       how.state,
       how.step_count,
       table.resident ? int64_t(table.resident->fast_bytes()) : 0,  // which devices differ in
+      int64_t(forced_layout.load()),
   };
   return std::string(reinterpret_cast<const char*>(numbers), sizeof numbers) + how.loop.text + '\n' + text;
 }
@@ -83,13 +91,26 @@ Schedule schedule_of(const Program& net, const Work& work) {
   throw std::logic_error("a kind of work without a schedule");
 }
 
-Plan make_plan(const std::string& text, const OpTable& table, Work work) {
+// The table that is the backend's fastest for the network and the numbers of examples, which are all that the choice may look at.
+const OpTable& best_layout(const OpTable& table, const Program& net, const Adaptation& how) {
+  const Layout layout = forced_layout;
+  if (!table.in_lanes || layout == Layout::tasks || !table.in_lanes->run(net)) return table;
+  const bool pays = layout == Layout::lanes || table.in_lanes->pay(net, std::max(how.support_examples, how.query_examples));
+  return pays ? *table.in_lanes->table : table;
+}
+
+Plan make_plan(const std::string& text, const OpTable& backend, Work work) {
+  Plan plan{program_of(text), nullptr, {}, {}};
+  const OpTable& table = best_layout(backend, *plan.program, work.how);
+  plan.table = &table;
   const auto supports = [&](Op op) { return table.supports(op); };
-  Plan plan{program_of(text), &table, {}, {}};
   work.how.stash = work.memory != Memory::low;
   plan.memory = work.how.stash ? Memory::stash : Memory::low;
   const auto write = [&] {
     plan.schedule = fuse(schedule_of(*plan.program, work), supports);
+    if (!table.device)
+      plan.schedule = stream(plan.schedule, {kCacheBytes / int64_t(table.real_bytes), kChunkBytes / int64_t(table.real_bytes)});
+    if (plan.lanes() > 1) plan.schedule = lane_schedule(std::move(plan.schedule));
     plan.workspace = plan_workspace(plan.schedule, table);
   };
   write();
@@ -100,17 +121,15 @@ Plan make_plan(const std::string& text, const OpTable& table, Work work) {
   }
   if (work.memory == Memory::automatic && plan.arena_bytes() > stash_budget(table, plan.program->loss.kind == Loss::Kind::caller)) {
     work.memory = Memory::low;
-    return make_plan(text, table, work);
+    return make_plan(text, backend, work);
   }
   if (work.memory == Memory::automatic && !plan.resident.declines.empty()) {  // it may be the activations that do not fit
     work.memory = Memory::low;
-    Plan low = make_plan(text, table, work);
+    Plan low = make_plan(text, backend, work);
     if (low.resident.declines.empty()) return low;
   }
   return plan;
 }
-
-std::atomic<Walk> forced_walk{Walk::automatic};
 
 std::mutex idle_mutex;
 std::vector<std::unique_ptr<Workplace>>& idle() {
@@ -140,6 +159,12 @@ Walk walk_named(const std::string& name) {
   return named<Walk>("walk", name, {{"auto", Walk::automatic}, {"layered", Walk::layered}, {"resident", Walk::resident}});
 }
 
+Layout layout_named(const std::string& name) {
+  return named<Layout>("layout", name, {{"auto", Layout::automatic}, {"tasks", Layout::tasks}, {"lanes", Layout::lanes}});
+}
+
+void set_cpu_layout(Layout layout) { forced_layout = layout; }
+
 void set_cuda_walk(Walk walk) { forced_walk = walk; }
 
 bool Plan::takes_resident() const {
@@ -149,7 +174,9 @@ bool Plan::takes_resident() const {
 }
 
 std::string Plan::walk() const {
-  if (!table->device) return program->loss.kind == Loss::Kind::caller ? "segments" : "resident: a thread of the host a task";
+  if (!table->device && program->loss.kind == Loss::Kind::caller) return "segments";
+  if (!table->device && lanes() > 1) return "resident: a thread of the host for " + std::to_string(lanes()) + " tasks side by side";
+  if (!table->device) return "resident: a thread of the host a task";
   if (!table->resident) return "layered";
   if (!takes_resident()) return "layered" + (resident.declines.empty() ? std::string() : ": " + resident.declines);
   return "resident: " + std::to_string(resident.threads) + " threads, " + std::to_string(resident.shared_bytes) +
@@ -159,6 +186,11 @@ std::string Plan::walk() const {
 std::shared_ptr<const Program> program_of(const std::string& text) {
   static Cache<Program> cache;
   return cache.get(text, [&] { return Program::parse(text); });
+}
+
+std::shared_ptr<const InnerLoop> inner_loop_of(const std::string& text) {
+  static Cache<InnerLoop> cache;
+  return cache.get(text, [&] { return InnerLoop::parse(text); });
 }
 
 std::shared_ptr<const Plan> plan_for(const std::string& text, const OpTable& table, const Work& work) {

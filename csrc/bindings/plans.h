@@ -1,6 +1,7 @@
 // What calls share: parsed Programs, planned Schedules, and the memory that outlives a call. All of it is thread-safe.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -30,9 +31,14 @@ enum class Walk : uint8_t { automatic, layered, resident };
 Walk walk_named(const std::string& name);  // "auto", "layered" or "resident"
 void set_cuda_walk(Walk walk);             // of this process, for tests and benchmarks
 
+// How the CPU backend lays tasks out. automatic: as the network and the numbers of examples have it.
+enum class Layout : uint8_t { automatic, tasks, lanes };
+Layout layout_named(const std::string& name);  // "auto", "tasks" or "lanes"
+void set_cpu_layout(Layout layout);            // of this process, for tests and benchmarks; lanes: where the network runs so
+
 struct Plan {
   std::shared_ptr<const Program> program;  // as the backend runs it: fused
-  const OpTable* table;
+  const OpTable* table;                    // of the backend, for its layout
   Schedule schedule;
   Workspace workspace;
   ResidentCode resident = {};   // where the table has a resident walk
@@ -40,11 +46,13 @@ struct Plan {
 
   // Does a run take the resident walk of the table? Throws std::invalid_argument where that is asked for and declines.
   bool takes_resident() const;
-  std::string walk() const;  // which walk it takes, what that needs, or why not the other; a line
-  size_t arena_bytes() const { return workspace.task_bytes + workspace.scratch_bytes; }  // one worker's
+  std::string walk() const;                                // which walk it takes, what that needs, or why not the other; a line
+  int lanes() const { return std::max(table->lanes, 1); }  // tasks that walk side by side
+  size_t arena_bytes() const { return lanes() * workspace.task_bytes + workspace.scratch_bytes; }  // one worker's
 };
 
 std::shared_ptr<const Program> program_of(const std::string& text);
+std::shared_ptr<const InnerLoop> inner_loop_of(const std::string& text);
 std::shared_ptr<const Plan> plan_for(const std::string& text, const OpTable& table, const Work& work);
 
 // The memory of one call: an arena a worker, and blocks for arrays on their way between torch's layout and the engine's.

@@ -29,14 +29,12 @@ class Space {
   virtual void reorder(const Params& params, bool from_torch, void* to, const void* from, int64_t count, size_t real_bytes) = 0;
   // Args are inputs and places for results; results may be elsewhere afterwards, which `args` says then.
   virtual void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) = 0;
-  virtual uintptr_t stream() const { return 0; }
+  // table.tree_reduce of x [tasks, size]
+  virtual void reduce(const OpTable& table, void* out, void* x, const void* w, int64_t tasks, int64_t size) = 0;
 };
 
-// The space of `table`, for tensors that live where `like` does. Throws std::invalid_argument where they cannot be its.
-std::unique_ptr<Space> space_for(const OpTable& table, const char* name, const Tensor& like);
-
 std::unique_ptr<Space> host_space();
-std::unique_ptr<Space> device_space(const OpTable& table, const Tensor& like);
+std::unique_ptr<Space> device_space(const OpTable& table, const Tensor& like);  // for tensors that live where `like` does
 
 // ---------------------------------------------------------------- devices: recordings of whole calls (device_space.cpp)
 

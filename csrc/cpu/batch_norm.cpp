@@ -1,8 +1,8 @@
-// batch norm over [rows, C], rows = examples x pixels; formulas in ALGORITHMS section 6. Variance in two passes: one pass cancels
-// when |mean| is much larger than the deviation.
+// batch norm over [rows, C], rows = examples x pixels; formulas in ALGORITHMS section 6. Variance from deviations, never from a sum of
+// squares, which cancels when |mean| is much larger than the deviation.
 #include <cmath>
 
-#include "cpu/cpu.h"
+#include "cpu/kernels/normalization.h"
 
 FASTMAML_CPU_BEGIN
 namespace {
@@ -17,42 +17,56 @@ struct Sizes {
         stat_rows(call.step.stat_examples * s.spatial) {}
 };
 
-// stats = [mean, 1/std, what the mean lost when it was rounded to T]. Without the third part xhat of a channel whose mean is
-// much larger than its deviation would be off by the rounding of the mean (ALGORITHMS section 7).
 template <class T>
-struct Stats {
-  T *mean, *rstd, *rest;
-  Stats(const Call& call, int i, int64_t t, int64_t C) : mean(at<T>(call, i, t)), rstd(mean + C), rest(mean + 2 * C) {}
-  void set_mean(int64_t c, double value) const {
-    mean[c] = T(value);
-    rest[c] = T(value - double(mean[c]));
-  }
-  template <class V>
-  V centred(const T* x, int64_t i, int64_t c) const {
-    return (load<V>(x + i) - load<V>(mean + c)) - load<V>(rest + c);
-  }
-};
+void set_stats(T* stats, int64_t c, int64_t C, double mean, double var, double eps) {
+  stats[c] = T(mean);
+  stats[C + c] = T(1.0 / std::sqrt(var + eps));
+  stats[2 * C + c] = T(mean - double(stats[c]));
+}
 
 size_t sums_bytes(const Step&, const Layer& layer) { return size_t(std::get_if<BatchNorm>(&layer)->C) * 2 * sizeof(double); }
+
+size_t affine_bytes(const Step&, const Layer& layer) {
+  Scratch scratch(nullptr);
+  for (int i = 0; i < 2; ++i) scratch.take<double>(std::get_if<BatchNorm>(&layer)->C);
+  return scratch.used();
+}
+
+// Of x less its first row, which is exactly zero for a constant channel: the mean, and the squared deviations from it. Two passes over each
+// tile, which is in the L1 cache for the second; tiles are merged by Chan's formula. So x is read from memory once.
+template <class T>
+void moments(const T* x, int64_t rows, int64_t C, double* means, double* squares) {
+  for (int64_t c = 0; c < C; ++c) means[c] = squares[c] = 0;
+  T sum[1][kSumColumns], square[1][kSumColumns], mean[kSumColumns];
+  for_tiles(rows, C, [&](int64_t from, int64_t to, int64_t first, int64_t columns) {
+    const double count = double(to - from), seen = double(from), over = 1.0 / count;
+    tile_sums<T, 1>(from, to, first, columns, sum, [&](auto lane, int64_t r, int64_t c, auto* out) {
+      out[0] = load<decltype(lane)>(x + r * C + c) - load<decltype(lane)>(x + c);
+    });
+    for (int64_t c = 0; c < columns; ++c) mean[c] = T(double(sum[0][c]) * over);
+    tile_sums<T, 1>(from, to, first, columns, square, [&](auto lane, int64_t r, int64_t c, auto* out) {
+      using V = decltype(lane);
+      const V d = (load<V>(x + r * C + c) - load<V>(x + c)) - load<V>(mean + (c - first));
+      out[0] = d * d;
+    });
+    const double share = count / (seen + count), weight = seen * share;
+    for (int64_t c = 0; c < columns; ++c) {
+      const double difference = double(sum[0][c]) * over - means[first + c];
+      means[first + c] += difference * share;
+      squares[first + c] += double(square[0][c]) + difference * difference * weight;
+    }
+  });
+}
 
 template <class T>
 void batch_norm_stats(const Call& call) {
   const Sizes z(call);
-  double* sums = static_cast<double*>(call.scratch);
+  double *means = static_cast<double*>(call.scratch), *squares = means + z.C;
   for (int64_t t = 0; t < call.tasks; ++t) {
-    const Stats<T> stats(call, 0, t, z.C);
+    T* stats = at<T>(call, 0, t);
     const T* x = at<T>(call, 1, t);
-    // Sums of differences from the first row: exactly zero for a constant channel.
-    column_sums<T, 1>(z.stat_rows, z.C, sums, [&](auto lane, int64_t r, int64_t c, auto* sum) {
-      using V = decltype(lane);
-      sum[0] = load<V>(x + r * z.C + c) - load<V>(x + c);
-    });
-    for (int64_t c = 0; c < z.C; ++c) stats.set_mean(c, double(x[c]) + sums[c] / double(z.stat_rows));
-    column_sums<T, 1>(z.stat_rows, z.C, sums, [&](auto lane, int64_t r, int64_t c, auto* sum) {
-      const auto centred = stats.template centred<decltype(lane)>(x, r * z.C + c, c);
-      sum[0] = centred * centred;
-    });
-    for (int64_t c = 0; c < z.C; ++c) stats.rstd[c] = T(1.0 / std::sqrt(sums[c] / double(z.stat_rows) + z.s.eps));
+    moments(x, z.stat_rows, z.C, means, squares);
+    for (int64_t c = 0; c < z.C; ++c) set_stats(stats, c, z.C, double(x[c]) + means[c], squares[c] / double(z.stat_rows), z.s.eps);
   }
 }
 
@@ -60,12 +74,9 @@ template <class T>
 void batch_norm_frozen_stats(const Call& call) {
   const Sizes z(call);
   for (int64_t t = 0; t < call.tasks; ++t) {
-    const Stats<T> stats(call, 0, t, z.C);
+    T* stats = at<T>(call, 0, t);
     const T *running_mean = at<T>(call, 1, t), *running_var = at<T>(call, 2, t);
-    for (int64_t c = 0; c < z.C; ++c) {
-      stats.set_mean(c, double(running_mean[c]));
-      stats.rstd[c] = T(1.0 / std::sqrt(double(running_var[c]) + z.s.eps));
-    }
+    for (int64_t c = 0; c < z.C; ++c) set_stats(stats, c, z.C, double(running_mean[c]), double(running_var[c]), z.s.eps);
   }
 }
 
@@ -77,12 +88,12 @@ void batch_norm_stats_jvp(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     T* stats_dot = at<T>(call, 0, t);
     const T *x = at<T>(call, 1, t), *x_dot = at<T>(call, 2, t);
-    const Stats<T> stats(call, 3, t, z.C);
+    const Stats<T> stats = stats_of<T>(call, 3, -1, t, z.C);
     column_sums<T, 2>(z.stat_rows, z.C, sums, [&](auto lane, int64_t r, int64_t c, auto* sum) {
       using V = decltype(lane);
       const V v = load<V>(x_dot + r * z.C + c);
       sum[0] = v;
-      sum[1] = stats.template centred<V>(x, r * z.C + c, c) * load<V>(stats.rstd + c) * v;
+      sum[1] = stats.template centred<V>(x, r * z.C + c, c) * load<V>(stats.rstd() + c) * v;
     });
     for (int64_t i = 0; i < 2 * z.C; ++i) stats_dot[i] = T(sums[i] / double(z.stat_rows));
   }
@@ -92,14 +103,14 @@ template <class T>
 void batch_norm_fwd(const Call& call) {
   const Sizes z(call);
   for (int64_t t = 0; t < call.tasks; ++t) {
+    Scratch scratch(call.scratch);
     T* y = at<T>(call, 0, t);
-    const T *x = at<T>(call, 1, t), *gamma = at<T>(call, 3, t), *beta = at<T>(call, 4, t);
-    const Stats<T> stats(call, 2, t, z.C);
+    const T* x = at<T>(call, 1, t);
+    const Affine<T> affine(stats_of<T>(call, 2, -1, t, z.C), at<T>(call, 3, t), at<T>(call, 4, t), scratch);
     for (int64_t r = 0; r < z.rows; ++r)
       for_lanes<T>(z.C, [&](auto lane, int64_t c) {
         using V = decltype(lane);
-        const V scale = load<V>(stats.rstd + c) * load_or<V>(gamma, c, T(1));
-        store(y + r * z.C + c, stats.template centred<V>(x, r * z.C + c, c) * scale + load_or<V>(beta, c, T(0)));
+        store(y + r * z.C + c, affine.template at<V>(c).z(load<V>(x + r * z.C + c)));
       });
   }
 }
@@ -118,12 +129,12 @@ void batch_norm_fwd_jvp(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     T* y_dot = at<T>(call, 0, t);
     const T *x = at<T>(call, 1, t), *x_dot = at<T>(call, 2, t), *stats_dot = at<T>(call, 4, t);
-    const Stats<T> stats(call, 3, t, z.C);
+    const Stats<T> stats = stats_of<T>(call, 3, -1, t, z.C);
     const T *gamma = at<T>(call, 5, t), *gamma_dot = at<T>(call, 6, t), *beta_dot = at<T>(call, 7, t);
     for (int64_t r = 0; r < z.rows; ++r)
       for_lanes<T>(z.C, [&](auto lane, int64_t c) {
         using V = decltype(lane);
-        const V scale = load<V>(stats.rstd + c), xhat = stats.template centred<V>(x, r * z.C + c, c) * scale;
+        const V scale = load<V>(stats.rstd() + c), xhat = stats.template centred<V>(x, r * z.C + c, c) * scale;
         const V xhat_dot = xhat_tangent<V>(xhat, x_dot, r * z.C + c, scale, stats_dot, c, z.C);
         store(y_dot + r * z.C + c,
               load_or<V>(gamma_dot, c, T(0)) * xhat + load_or<V>(gamma, c, T(1)) * xhat_dot + load_or<V>(beta_dot, c, T(0)));
@@ -138,11 +149,11 @@ void batch_norm_bwd_weight(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     T *dgamma = at<T>(call, 0, t), *dbeta = at<T>(call, 1, t);
     const T *x = at<T>(call, 2, t), *dy = at<T>(call, 3, t);
-    const Stats<T> stats(call, 4, t, z.C);
+    const Stats<T> stats = stats_of<T>(call, 4, -1, t, z.C);
     column_sums<T, 2>(z.rows, z.C, sums, [&](auto lane, int64_t r, int64_t c, auto* sum) {
       using V = decltype(lane);
       const V d = load<V>(dy + r * z.C + c);
-      sum[0] = d * (stats.template centred<V>(x, r * z.C + c, c) * load<V>(stats.rstd + c));
+      sum[0] = d * (stats.template centred<V>(x, r * z.C + c, c) * load<V>(stats.rstd() + c));
       sum[1] = d;
     });
     for (int64_t c = 0; c < z.C; ++c) {
@@ -160,11 +171,11 @@ void batch_norm_bwd_weight_jvp(const Call& call) {
     T *dgamma_dot = at<T>(call, 0, t), *dbeta_dot = at<T>(call, 1, t);
     const T *x = at<T>(call, 2, t), *x_dot = at<T>(call, 3, t), *dy = at<T>(call, 4, t), *dy_dot = at<T>(call, 5, t);
     const T* stats_dot = at<T>(call, 7, t);
-    const Stats<T> stats(call, 6, t, z.C);
+    const Stats<T> stats = stats_of<T>(call, 6, -1, t, z.C);
     column_sums<T, 2>(z.rows, z.C, sums, [&](auto lane, int64_t r, int64_t c, auto* sum) {
       using V = decltype(lane);
       const int64_t i = r * z.C + c;
-      const V scale = load<V>(stats.rstd + c), xhat = stats.template centred<V>(x, i, c) * scale;
+      const V scale = load<V>(stats.rstd() + c), xhat = stats.template centred<V>(x, i, c) * scale;
       const V d_dot = load<V>(dy_dot + i);
       sum[0] = d_dot * xhat + load<V>(dy + i) * xhat_tangent<V>(xhat, x_dot, i, scale, stats_dot, c, z.C);
       sum[1] = d_dot;
@@ -185,14 +196,14 @@ void batch_norm_bwd_data(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     T* dx = at<T>(call, 0, t);
     const T *x = at<T>(call, 1, t), *dy = at<T>(call, 2, t), *gamma = at<T>(call, 4, t);
-    const Stats<T> stats(call, 3, t, z.C);
+    const Stats<T> stats = stats_of<T>(call, 3, -1, t, z.C);
     const T *dgamma = at<T>(call, 5, t), *dbeta = at<T>(call, 6, t);
     for (int64_t r = 0; r < z.rows; ++r) {
       const bool inside = !z.s.frozen && r < z.stat_rows;
       for_lanes<T>(z.C, [&](auto lane, int64_t c) {
         using V = decltype(lane);
         const int64_t i = r * z.C + c;
-        const V scale = load<V>(stats.rstd + c);
+        const V scale = load<V>(stats.rstd() + c);
         V u = load<V>(dy + i);
         if (inside) {
           const V xhat = stats.template centred<V>(x, i, c) * scale;
@@ -213,14 +224,14 @@ void batch_norm_bwd_data_jvp(const Call& call) {
     T* dx_dot = at<T>(call, 0, t);
     const T *x = at<T>(call, 1, t), *x_dot = at<T>(call, 2, t), *dy = at<T>(call, 3, t), *dy_dot = at<T>(call, 4, t);
     const T *stats_dot = at<T>(call, 6, t), *gamma = at<T>(call, 7, t), *gamma_dot = at<T>(call, 8, t);
-    const Stats<T> stats(call, 5, t, z.C);
+    const Stats<T> stats = stats_of<T>(call, 5, -1, t, z.C);
     const T *dgamma = at<T>(call, 9, t), *dbeta = at<T>(call, 10, t), *dgamma_dot = at<T>(call, 11, t), *dbeta_dot = at<T>(call, 12, t);
     for (int64_t r = 0; r < z.rows; ++r) {
       const bool inside = !z.s.frozen && r < z.stat_rows;
       for_lanes<T>(z.C, [&](auto lane, int64_t c) {
         using V = decltype(lane);
         const int64_t i = r * z.C + c;
-        const V scale = load<V>(stats.rstd + c), g = load_or<V>(gamma, c, T(1));
+        const V scale = load<V>(stats.rstd() + c), g = load_or<V>(gamma, c, T(1));
         V u = load<V>(dy + i), u_dot = load<V>(dy_dot + i);
         if (inside) {
           const V xhat = stats.template centred<V>(x, i, c) * scale, q = load<V>(dgamma + c) * over;
@@ -243,7 +254,7 @@ void add_batch_norm_ops(OpTable& table) {
   set_op(table, Op::batch_norm_stats, batch_norm_stats<T>, sums_bytes);
   set_op(table, Op::batch_norm_frozen_stats, batch_norm_frozen_stats<T>);
   set_op(table, Op::batch_norm_stats_jvp, batch_norm_stats_jvp<T>, sums_bytes);
-  set_op(table, Op::batch_norm_fwd, batch_norm_fwd<T>);
+  set_op(table, Op::batch_norm_fwd, batch_norm_fwd<T>, affine_bytes);
   set_op(table, Op::batch_norm_fwd_jvp, batch_norm_fwd_jvp<T>);
   set_op(table, Op::batch_norm_bwd_weight, batch_norm_bwd_weight<T>, sums_bytes);
   set_op(table, Op::batch_norm_bwd_weight_jvp, batch_norm_bwd_weight_jvp<T>, sums_bytes);

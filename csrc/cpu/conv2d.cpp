@@ -1,6 +1,9 @@
 // conv2d on [N, H, W, C] images with filters [KH, KW, C, F], as row products over padded copies of a few images at a time:
 // the KW C numbers under one row of the filter lie side by side, so no im2col is needed. Backward-data is the same product over
 // the padded gradient with flipped, transposed filters, once per phase of the stride.
+#include <algorithm>
+
+#include "cpu/conv2d_winograd.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels/row_product.h"
 
@@ -49,30 +52,30 @@ struct Work {
   T* filter[2];            // filters in whole vectors, or flipped and transposed
   Term<T>* terms;
   T* rows[2];  // dy, dy_dot in whole vectors
-  double* sums;
 
-  enum class Kind { forward, data, weight };
-  Work(Scratch& scratch, const Conv2d& s, int64_t N, Kind kind) {
-    const Padded p = kind == Kind::data ? padded_gradient(s) : padded_input(s);
+  Work(Scratch& scratch, const Conv2d& s, int64_t N, ConvKind kind) {
+    const Padded p = kind == ConvKind::data ? padded_gradient(s) : padded_input(s);
     const int64_t images = chunk_images<T>(p, N), taps = s.KH * s.KW;
     const int64_t in_pixels = s.H * s.W, out_pixels = s.OH * s.OW, pixels = in_pixels > out_pixels ? in_pixels : out_pixels;
     for (T*& i : image) i = scratch.take<T>(images * p.size());
     a_at = scratch.take<int32_t>(images * pixels);
     out_at = scratch.take<int32_t>(images * pixels);
     for (T*& f : filter)
-      f = kind == Kind::weight ? nullptr
-                               : scratch.take<T>(taps * (kind == Kind::data ? s.F * padded_cols<T>(s.C) : s.C * padded_cols<T>(s.F)));
+      f = kind == ConvKind::weight
+              ? nullptr
+              : scratch.take<T>(taps * (kind == ConvKind::data ? s.F * padded_cols<T>(s.C) : s.C * padded_cols<T>(s.F)));
     terms = scratch.take<Term<T>>(2 * s.KH * term_count<T>(s.KW * (s.C > s.F ? s.C : s.F)));
-    for (T*& r : rows) r = kind == Kind::weight ? scratch.take<T>(kBlockPixels * padded_cols<T>(s.F)) : nullptr;
-    sums = scratch.take<double>(s.F);
+    for (T*& r : rows) r = kind == ConvKind::weight ? scratch.take<T>(kBlockPixels * padded_cols<T>(s.F)) : nullptr;
   }
 };
 
-template <class T, int kind>
+template <class T, ConvKind kind>
 size_t scratch_bytes(const Step& step, const Layer& layer) {
-  Scratch scratch(nullptr);
-  Work<T>(scratch, *std::get_if<Conv2d>(&layer), step.examples, static_cast<typename Work<T>::Kind>(kind));
-  return scratch.used();
+  const Conv2d& s = *std::get_if<Conv2d>(&layer);
+  Scratch direct(nullptr), sums(nullptr);
+  Work<T>(direct, s, step.examples, kind);
+  if (kind == ConvKind::weight) sums.take<double>(s.F);  // of the bias gradient, which comes last
+  return std::max(takes_winograd(s) ? winograd_scratch<T>(s, kind) : direct.used(), sums.used());
 }
 
 // Where the window of every output pixel of a chunk starts in the padded images.
@@ -83,21 +86,13 @@ void window_starts(int32_t* a_at, const Conv2d& s, const Padded& p, int64_t coun
       for (int64_t w = 0; w < s.OW; ++w) *a_at++ = int32_t(((n * p.HP + h * s.stride_h) * p.WP + w * s.stride_w) * p.C);
 }
 
-// One product: y from (x, w), or y_dot from (x_dot, w) and (x, w_dot).
 template <class T>
-struct Output {
-  T* y;
-  const T* bias;
-  const T* w_for_x;  // null: no such term
-  const T* w_for_x_dot;
-};
-
-template <class T>
-void forward(const Call& call, const T* x, const T* x_dot, const T* const* w, Output<T>* outputs, int n_outputs) {
+void forward(const Call& call, const T* x, const T* x_dot, const T* const* w, const ConvOutput<T>* outputs, int n_outputs) {
   const Conv2d& s = *std::get_if<Conv2d>(&call.layer);
   const int64_t N = call.step.examples, ldb = padded_cols<T>(s.F);
+  if (takes_winograd(s)) return winograd_forward(s, N, call.scratch, x, x_dot, w, outputs, n_outputs);
   Scratch scratch(call.scratch);
-  Work<T> work(scratch, s, N, Work<T>::Kind::forward);
+  Work<T> work(scratch, s, N, ConvKind::forward);
   const T* filter[2];  // in whole vectors
   for (int i = 0; i < 2; ++i) {
     filter[i] = w[i];
@@ -115,7 +110,7 @@ void forward(const Call& call, const T* x, const T* x_dot, const T* const* w, Ou
     pad_images(work.image[0], x + n * image, count, p);
     if (x_dot) pad_images(work.image[1], x_dot + n * image, count, p);
     for (int o = 0; o < n_outputs; ++o) {
-      const Output<T>& out = outputs[o];
+      const ConvOutput<T>& out = outputs[o];
       int terms = 0;
       for (int64_t kh = 0; kh < s.KH; ++kh) {
         const int64_t row = kh * s.KW * s.C * ldb, from = kh * p.WP * s.C;
@@ -132,7 +127,7 @@ template <class T>
 void conv2d_fwd(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     const T* w[2] = {at<T>(call, 2, t), nullptr};
-    Output<T> y{at<T>(call, 0, t), at<T>(call, 3, t), w[0], nullptr};
+    ConvOutput<T> y{at<T>(call, 0, t), at<T>(call, 3, t), w[0], nullptr};
     forward<T>(call, at<T>(call, 1, t), nullptr, w, &y, 1);
   }
 }
@@ -141,7 +136,7 @@ template <class T>
 void conv2d_fwd_jvp(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     const T* w[2] = {at<T>(call, 3, t), at<T>(call, 4, t)};
-    Output<T> y_dot{at<T>(call, 0, t), at<T>(call, 5, t), w[1], w[0]};
+    ConvOutput<T> y_dot{at<T>(call, 0, t), at<T>(call, 5, t), w[1], w[0]};
     forward<T>(call, at<T>(call, 1, t), at<T>(call, 2, t), w, &y_dot, 1);
   }
 }
@@ -150,7 +145,7 @@ template <class T>
 void conv2d_fwd_dual(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     const T* w[2] = {at<T>(call, 4, t), at<T>(call, 5, t)};
-    Output<T> both[2] = {{at<T>(call, 0, t), at<T>(call, 6, t), w[0], nullptr}, {at<T>(call, 1, t), at<T>(call, 7, t), w[1], w[0]}};
+    ConvOutput<T> both[2] = {{at<T>(call, 0, t), at<T>(call, 6, t), w[0], nullptr}, {at<T>(call, 1, t), at<T>(call, 7, t), w[1], w[0]}};
     forward<T>(call, at<T>(call, 2, t), at<T>(call, 3, t), w, both, 2);
   }
 }
@@ -180,8 +175,9 @@ template <class T>
 void backward_data(const Call& call, T* dx, T* dx_dot, const T* dy, const T* dy_dot, const T* w, const T* w_dot) {
   const Conv2d& s = *std::get_if<Conv2d>(&call.layer);
   const int64_t N = call.step.examples, ldb = padded_cols<T>(s.C);
+  if (takes_winograd(s)) return winograd_backward_data(s, N, call.scratch, dx, dx_dot, dy, dy_dot, w, w_dot);
   Scratch scratch(call.scratch);
-  Work<T> work(scratch, s, N, Work<T>::Kind::data);
+  Work<T> work(scratch, s, N, ConvKind::data);
   const Padded p = padded_gradient(s);
   const int64_t chunk = chunk_images<T>(p, N), image = s.H * s.W * s.C, made = s.OH * s.OW * s.F;
   const int64_t shift = work.image[1] - work.image[0];
@@ -242,13 +238,14 @@ void conv2d_bwd_data_dual(const Call& call) {
                      at<T>(call, 5, t));
 }
 
-// dw = sum over terms and pixels of (window of x) dy^T; the bias gradient sums `bias_from` over pixels.
+// dw = sum over terms and pixels of (window of x) dy^T.
 template <class T>
-void backward_weight(const Call& call, T* dw, T* db, const T* const* x, const T* const* dy, int n_terms, const T* bias_from) {
+void backward_weight(const Call& call, T* dw, const T* const* x, const T* const* dy, int n_terms) {
   const Conv2d& s = *std::get_if<Conv2d>(&call.layer);
   const int64_t N = call.step.examples, ld = padded_cols<T>(s.F);
+  if (takes_winograd(s)) return winograd_backward_weight(s, N, call.scratch, dw, x, dy, n_terms);
   Scratch scratch(call.scratch);
-  Work<T> work(scratch, s, N, Work<T>::Kind::weight);
+  Work<T> work(scratch, s, N, ConvKind::weight);
   const Padded p = padded_input(s);
   const int64_t chunk = chunk_images<T>(p, N), image = s.H * s.W * s.C, pixels = s.OH * s.OW;
   window_starts<T>(work.a_at, s, p, chunk);
@@ -275,17 +272,25 @@ void backward_weight(const Call& call, T* dw, T* db, const T* const* x, const T*
       first = false;
     }
   }
+}
+
+// db [F] = sum over pixels of dy
+template <class T>
+void bias_gradient(const Call& call, T* db, const T* dy) {
   if (!db) return;
-  column_sums<T, 1>(N * pixels, s.F, work.sums,
-                    [&](auto lane, int64_t r, int64_t f, auto* sum) { sum[0] = load<decltype(lane)>(bias_from + r * s.F + f); });
-  for (int64_t f = 0; f < s.F; ++f) db[f] = T(work.sums[f]);
+  const Conv2d& s = *std::get_if<Conv2d>(&call.layer);
+  double* sums = Scratch(call.scratch).take<double>(s.F);
+  column_sums<T, 1>(call.step.examples * s.OH * s.OW, s.F, sums,
+                    [&](auto lane, int64_t r, int64_t f, auto* sum) { sum[0] = load<decltype(lane)>(dy + r * s.F + f); });
+  for (int64_t f = 0; f < s.F; ++f) db[f] = T(sums[f]);
 }
 
 template <class T>
 void conv2d_bwd_weight(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     const T *x = at<T>(call, 2, t), *dy = at<T>(call, 3, t);
-    backward_weight<T>(call, at<T>(call, 0, t), at<T>(call, 1, t), &x, &dy, 1, dy);
+    backward_weight<T>(call, at<T>(call, 0, t), &x, &dy, 1);
+    bias_gradient<T>(call, at<T>(call, 1, t), dy);
   }
 }
 
@@ -294,7 +299,8 @@ void conv2d_bwd_weight_jvp(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     const T* x[2] = {at<T>(call, 2, t), at<T>(call, 3, t)};
     const T* dy[2] = {at<T>(call, 5, t), at<T>(call, 4, t)};
-    backward_weight<T>(call, at<T>(call, 0, t), at<T>(call, 1, t), x, dy, x[1] ? 2 : 1, dy[0]);
+    backward_weight<T>(call, at<T>(call, 0, t), x, dy, x[1] ? 2 : 1);
+    bias_gradient<T>(call, at<T>(call, 1, t), dy[0]);
   }
 }
 
@@ -302,8 +308,7 @@ void conv2d_bwd_weight_jvp(const Call& call) {
 
 template <class T>
 void add_conv2d_ops(OpTable& table) {
-  using Kind = typename Work<T>::Kind;
-  constexpr int forward = int(Kind::forward), data = int(Kind::data), weight = int(Kind::weight);
+  constexpr ConvKind forward = ConvKind::forward, data = ConvKind::data, weight = ConvKind::weight;
   set_op(table, Op::conv2d_fwd, conv2d_fwd<T>, scratch_bytes<T, forward>);
   set_op(table, Op::conv2d_fwd_jvp, conv2d_fwd_jvp<T>, scratch_bytes<T, forward>);
   set_op(table, Op::conv2d_fwd_dual, conv2d_fwd_dual<T>, scratch_bytes<T, forward>);

@@ -31,27 +31,19 @@ class Scratch {
 };
 
 template <class T>
-void add_vector_ops(OpTable& table);  // vector.cpp
-template <class T>
 void add_linear_ops(OpTable& table);  // linear.cpp
 template <class T>
 void add_conv2d_ops(OpTable& table);  // conv2d.cpp
 template <class T>
 void add_batch_norm_ops(OpTable& table);  // batch_norm.cpp
 template <class T>
-void add_group_norm_ops(OpTable& table);  // group_norm.cpp
+void add_norm_pool_act_ops(OpTable& table);  // norm_pool_act.cpp
 template <class T>
-void add_pointwise_ops(OpTable& table);  // pointwise.cpp
+void add_group_norm_ops(OpTable& table);  // group_norm.cpp
 template <class T>
 void add_pool2d_ops(OpTable& table);  // pool2d.cpp
 template <class T>
 void add_loss_ops(OpTable& table);  // loss.cpp
-template <class T>
-void add_update_ops(OpTable& table);  // updates.cpp
-template <class T>
-void add_clip_ops(OpTable& table);  // clip.cpp
-template <class T>
-void add_update_rule_ops(OpTable& table);  // update_rule.cpp
 
 inline void set_op(OpTable& table, Op op, OpFn run, ScratchFn scratch = nullptr) {
   table.run[static_cast<int>(op)] = run;

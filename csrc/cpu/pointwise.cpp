@@ -1,8 +1,10 @@
-// Pointwise functions with their first and second derivatives (ALGORITHMS section 6). ReLU and leaky ReLU are vectors of selects;
-// the smooth ones call the C library once per element, so their bits do not depend on the instruction set.
+// Pointwise functions with their first and second derivatives (ALGORITHMS section 6), on vectors. Only the error function of gelu is the
+// C library's, once per element.
 #include <cmath>
 
-#include "cpu/cpu.h"
+#include "cpu/kernels/exponential.h"
+#include "cpu/kernels/rectifier.h"
+#include "cpu/layout.h"
 
 FASTMAML_CPU_BEGIN
 namespace {
@@ -10,140 +12,168 @@ namespace {
 using Kind = Pointwise::Kind;
 
 template <class V>
-inline V select_positive(V x, V yes, V no) {
-  if constexpr (std::is_arithmetic_v<V>)
-    return x > V(0) ? yes : no;
-  else
-    return (x > V{}) ? yes : no;
+struct Derivatives {
+  V f, first, second;
+};
+
+template <class V>
+inline __attribute__((always_inline)) V magnitude(V x) {
+  return x < V{} ? -x : x;
 }
 
-// ReLU is a leaky ReLU of slope 0, but 0 * NaN and 0 * inf must not appear.
-template <class T>
-struct Rectifier {
-  T slope;
-  template <class V>
-  V low(V x) const {
-    return slope == T(0) ? V{} : x * slope;
+// tanh and 1 - tanh^2, which must not lose its digits where tanh is nearly 1.
+template <class V>
+struct Tanh {
+  V y, slope;
+  explicit Tanh(V x) {
+    using T = typename Scalar<V>::type;
+    const V shrink = expm1_negative(T(-2) * magnitude(x));  // e^(-2|x|) - 1
+    const V over = T(1) / (T(2) + shrink), size = -shrink * over;
+    y = x < V{} ? -size : size;
+    slope = T(4) * (T(1) + shrink) * over * over;
   }
+};
+
+template <class V>
+struct Sigmoid {
+  V s, slope;
+  explicit Sigmoid(V x) {
+    using T = typename Scalar<V>::type;
+    const V e = exp_negative(-magnitude(x)), over = T(1) / (T(1) + e);
+    s = x < V{} ? e * over : over;
+    slope = e * over * over;
+  }
+};
+
+template <class V>
+inline V complementary_error(V x) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return V(std::erfc(double(x)));
+  } else {
+    for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = std::erfc(double(x[i]));
+    return x;
+  }
+}
+
+template <Kind kKind, class V>
+inline __attribute__((always_inline)) Derivatives<V> smooth(V x) {
+  using T = typename Scalar<V>::type;
+  if constexpr (kKind == Kind::tanh) {
+    const Tanh<V> t(x);
+    return {t.y, t.slope, T(-2) * t.y * t.slope};
+  } else if constexpr (kKind == Kind::sigmoid) {
+    const Sigmoid<V> s(x);
+    return {s.s, s.slope, s.slope * (T(1) - T(2) * s.s)};
+  } else if constexpr (kKind == Kind::silu) {
+    const Sigmoid<V> s(x);
+    return {x * s.s, s.s + x * s.slope, s.slope * (T(2) + x * (T(1) - T(2) * s.s))};
+  } else if constexpr (kKind == Kind::gelu) {
+    const V cdf = T(0.5) * complementary_error(x * T(-0.70710678118654752440));
+    const V pdf = T(0.39894228040143267794) * exp_negative(T(-0.5) * x * x);
+    return {x * cdf, cdf + x * pdf, pdf * (T(2) - x * x)};
+  } else {
+    const T k = T(0.79788456080286535588), c = T(0.044715);
+    const Tanh<V> t(k * (x + c * x * x * x));
+    const V u1 = k * (T(1) + T(3) * c * x * x), u2 = (T(6) * k * c) * x, half = T(0.5) * x;
+    return {half * (T(1) + t.y), T(0.5) * (T(1) + t.y) + half * t.slope * u1, t.slope * u1 + half * t.slope * (u2 - T(2) * t.y * u1 * u1)};
+  }
+}
+
+template <Kind kKind>
+struct Smooth {
   template <class V>
   V value(V x) const {
-    if constexpr (std::is_arithmetic_v<V>)
-      return x > V(0) ? x : (x != x ? x : low(x));
-    else
-      return (x > V{}) ? x : ((x != x) ? x : low(x));
+    return smooth<kKind>(x).f;
   }
   template <class V>
-  V times_slope(V x, V d) const {  // f'(x) d
-    return select_positive(x, d, low(d));
+  V times_first(V x, V d) const {
+    return smooth<kKind>(x).first * d;
+  }
+  // f'(x) dy_dot + f''(x) x_dot dy
+  template <class V>
+  V times_both(V x, V x_dot, V dy, V dy_dot) const {
+    const Derivatives<V> v = smooth<kKind>(x);
+    return v.first * dy_dot + v.second * x_dot * dy;
   }
 };
 
-struct Derivatives {
-  double f, first, second;
-};
-
-template <class T>
-inline Derivatives smooth(Kind kind, T x_in) {
-  const double x = double(x_in);
-  switch (kind) {
-    case Kind::tanh: {
-      const double y = std::tanh(x), first = 1 - y * y;
-      return {y, first, -2 * y * first};
-    }
-    case Kind::sigmoid: {
-      const double s = 1 / (1 + std::exp(-x)), first = s * (1 - s);
-      return {s, first, first * (1 - 2 * s)};
-    }
-    case Kind::silu: {
-      const double s = 1 / (1 + std::exp(-x)), slope = s * (1 - s);
-      return {x * s, s + x * slope, slope * (2 + x * (1 - 2 * s))};
-    }
-    case Kind::gelu: {
-      const double cdf = 0.5 * std::erfc(-x * 0.70710678118654752440), pdf = 0.39894228040143267794 * std::exp(-0.5 * x * x);
-      return {x * cdf, cdf + x * pdf, pdf * (2 - x * x)};
-    }
-    case Kind::gelu_tanh: {
-      const double k = 0.79788456080286535588, c = 0.044715;
-      const double t = std::tanh(k * (x + c * x * x * x)), S = 1 - t * t, u1 = k * (1 + 3 * c * x * x), u2 = 6 * k * c * x;
-      return {0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * S * u1, S * u1 + 0.5 * x * S * (u2 - 2 * t * u1 * u1)};
-    }
+template <class T, class Body>
+void with_function(const Pointwise& s, const Body& body) {
+  switch (s.kind) {
     case Kind::relu:
+      return body(Rectifier<T>{T(0)});
     case Kind::leaky_relu:
-      break;
+      return body(Rectifier<T>{T(s.slope)});
+    case Kind::tanh:
+      return body(Smooth<Kind::tanh>{});
+    case Kind::sigmoid:
+      return body(Smooth<Kind::sigmoid>{});
+    case Kind::gelu:
+      return body(Smooth<Kind::gelu>{});
+    case Kind::gelu_tanh:
+      return body(Smooth<Kind::gelu_tanh>{});
+    case Kind::silu:
+      return body(Smooth<Kind::silu>{});
   }
-  return {0, 0, 0};
 }
 
-bool rectifies(const Pointwise& s) { return s.kind == Kind::relu || s.kind == Kind::leaky_relu; }
-
-template <class T>
+template <class Layout>
 void pointwise_fwd(const Call& call) {
   const Pointwise& s = *std::get_if<Pointwise>(&call.layer);
-  const int64_t size = call.step.examples * s.size;
-  const Rectifier<T> f{s.kind == Kind::relu ? T(0) : T(s.slope)};
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T* y = at<T>(call, 0, t);
-    const T* x = at<T>(call, 1, t);
-    if (rectifies(s))
-      for_lanes<T>(size, [&](auto lane, int64_t i) { store(y + i, f.value(load<decltype(lane)>(x + i))); });
-    else
-      for (int64_t i = 0; i < size; ++i) y[i] = T(smooth(s.kind, x[i]).f);
-  }
+  with_function<typename Layout::Type>(s, [&](const auto f) {
+    for (int64_t g = 0; g < Layout::groups(call); ++g) {
+      const auto y = Layout::operand(call, 0, g), x = Layout::operand(call, 1, g);
+      Layout::each(call.step.examples * s.size, [&](auto lane, int64_t i) { y.put(i, f.value(x.template get<decltype(lane)>(i))); });
+    }
+  });
 }
 
 // f'(x) d: the tangent of the forward pass, and the backward pass.
-template <class T, int kX, int kD>
+template <class Layout>
 void times_first(const Call& call) {
   const Pointwise& s = *std::get_if<Pointwise>(&call.layer);
-  const int64_t size = call.step.examples * s.size;
-  const Rectifier<T> f{s.kind == Kind::relu ? T(0) : T(s.slope)};
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T* out = at<T>(call, 0, t);
-    const T *x = at<T>(call, kX, t), *d = at<T>(call, kD, t);
-    if (rectifies(s)) {
-      for_lanes<T>(size, [&](auto lane, int64_t i) {
+  with_function<typename Layout::Type>(s, [&](const auto f) {
+    for (int64_t g = 0; g < Layout::groups(call); ++g) {
+      const auto out = Layout::operand(call, 0, g), x = Layout::operand(call, 1, g), d = Layout::operand(call, 2, g);
+      Layout::each(call.step.examples * s.size, [&](auto lane, int64_t i) {
         using V = decltype(lane);
-        store(out + i, f.times_slope(load<V>(x + i), load<V>(d + i)));
+        out.put(i, f.times_first(x.template get<V>(i), d.template get<V>(i)));
       });
-    } else {
-      for (int64_t i = 0; i < size; ++i) out[i] = T(smooth(s.kind, x[i]).first * double(d[i]));
     }
-  }
+  });
 }
 
-// dx_dot = f'(x) dy_dot + f''(x) x_dot dy
-template <class T>
+template <class Layout>
 void pointwise_bwd_jvp(const Call& call) {
   const Pointwise& s = *std::get_if<Pointwise>(&call.layer);
-  const int64_t size = call.step.examples * s.size;
-  const Rectifier<T> f{s.kind == Kind::relu ? T(0) : T(s.slope)};
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T* out = at<T>(call, 0, t);
-    const T *x = at<T>(call, 1, t), *x_dot = at<T>(call, 2, t), *dy = at<T>(call, 3, t), *dy_dot = at<T>(call, 4, t);
-    if (rectifies(s)) {
-      for_lanes<T>(size, [&](auto lane, int64_t i) {
-        using V = decltype(lane);
-        store(out + i, f.times_slope(load<V>(x + i), load<V>(dy_dot + i)));
-      });
-    } else {
-      for (int64_t i = 0; i < size; ++i) {
-        const Derivatives v = smooth(s.kind, x[i]);
-        out[i] = T(v.first * double(dy_dot[i]) + (x_dot ? v.second * double(x_dot[i]) * double(dy[i]) : 0.0));
-      }
+  with_function<typename Layout::Type>(s, [&](const auto f) {
+    for (int64_t g = 0; g < Layout::groups(call); ++g) {
+      const auto out = Layout::operand(call, 0, g), x = Layout::operand(call, 1, g), x_dot = Layout::operand(call, 2, g);
+      const auto dy = Layout::operand(call, 3, g), dy_dot = Layout::operand(call, 4, g);
+      const int64_t size = call.step.examples * s.size;
+      if (x_dot)
+        Layout::each(size, [&](auto lane, int64_t i) {
+          using V = decltype(lane);
+          out.put(i, f.times_both(x.template get<V>(i), x_dot.template get<V>(i), dy.template get<V>(i), dy_dot.template get<V>(i)));
+        });
+      else
+        Layout::each(size, [&](auto lane, int64_t i) {
+          using V = decltype(lane);
+          out.put(i, f.times_first(x.template get<V>(i), dy_dot.template get<V>(i)));
+        });
     }
-  }
+  });
 }
 
 }  // namespace
 
-template <class T>
+template <class Layout>
 void add_pointwise_ops(OpTable& table) {
-  set_op(table, Op::pointwise_fwd, pointwise_fwd<T>);
-  set_op(table, Op::pointwise_fwd_jvp, times_first<T, 1, 2>);
-  set_op(table, Op::pointwise_bwd, times_first<T, 1, 2>);
-  set_op(table, Op::pointwise_bwd_jvp, pointwise_bwd_jvp<T>);
+  set_op(table, Op::pointwise_fwd, pointwise_fwd<Layout>);
+  set_op(table, Op::pointwise_fwd_jvp, times_first<Layout>);
+  set_op(table, Op::pointwise_bwd, times_first<Layout>);
+  set_op(table, Op::pointwise_bwd_jvp, pointwise_bwd_jvp<Layout>);
 }
-template void add_pointwise_ops<float>(OpTable&);
-template void add_pointwise_ops<double>(OpTable&);
+FASTMAML_BOTH_LAYOUTS(add_pointwise_ops)
 
 FASTMAML_CPU_END

@@ -1,5 +1,6 @@
 // max_pool2d and avg_pool2d on [N, H, W, C]; vectors run over channels.
 #include "cpu/cpu.h"
+#include "cpu/kernels/pool_windows.h"
 
 FASTMAML_CPU_BEGIN
 namespace {
@@ -12,19 +13,6 @@ inline void for_windows(const Call& call, const Pool2d& s, F f) {
       for (int64_t ow = 0; ow < s.OW; ++ow) f(n, (n * s.OH + oh) * s.OW + ow, oh * s.stride_h - s.pad_h, ow * s.stride_w - s.pad_w);
 }
 
-// f(tap, input pixel) for the taps of a window that lie inside the image
-template <class F>
-inline void for_taps(const Pool2d& s, int64_t n, int64_t h0, int64_t w0, F f) {
-  for (int64_t kh = 0; kh < s.KH; ++kh)
-    for (int64_t kw = 0; kw < s.KW; ++kw) {
-      const int64_t h = h0 + kh, w = w0 + kw;
-      if (h >= 0 && h < s.H && w >= 0 && w < s.W) f(int32_t(kh * s.KW + kw), (n * s.H + h) * s.W + w);
-    }
-}
-
-// Windows that neither overlap nor reach outside write every pixel they cover exactly once.
-bool tiles(const Pool2d& s) { return s.stride_h == s.KH && s.stride_w == s.KW && s.pad_h == 0 && s.pad_w == 0; }
-
 // Lanes of T with int32 indices: vectors only where both have the same width.
 template <class T, class F>
 inline __attribute__((always_inline)) void for_channels(int64_t C, F f) {
@@ -35,11 +23,6 @@ inline __attribute__((always_inline)) void for_channels(int64_t C, F f) {
 }
 template <class V>
 using IndexOf = std::conditional_t<std::is_arithmetic_v<V>, int32_t, Vec<int32_t>>;
-
-template <class V>
-inline V where(decltype(V{} > V{}) mask, V yes, V no) {
-  return mask ? yes : no;
-}
 
 template <class T>
 void max_pool2d_fwd(const Call& call) {

@@ -1,45 +1,49 @@
 // SGD with momentum, Adam and AdamW, and their adjoints. Formulas: ALGORITHMS 1.3 and 1.4, reference/update_rule.cpp.
 #include <cmath>
 
-#include "cpu/cpu.h"
+#include "cpu/layout.h"
 
 FASTMAML_CPU_BEGIN
 namespace {
 
-template <class T>
+template <class Layout>
 void momentum_update(const Call& call) {
+  using T = typename Layout::Type;
   const Momentum& rule = *std::get_if<Momentum>(&call.layer);
   const T momentum = T(rule.momentum), share = T(1 - rule.dampening);
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T *next = at<T>(call, 0, t), *b_next = at<T>(call, 1, t), *direction = at<T>(call, 2, t);
-    const T *phi = at<T>(call, 3, t), *g = at<T>(call, 4, t), *rate = at<T>(call, 5, t), *b = at<T>(call, 6, t);
-    for_lanes<T>(rule.size, [&](auto lane, int64_t i) {
+  for (int64_t t = 0; t < Layout::groups(call); ++t) {
+    const auto next = Layout::operand(call, 0, t), b_next = Layout::operand(call, 1, t), direction = Layout::operand(call, 2, t);
+    const auto phi = Layout::operand(call, 3, t), g = Layout::operand(call, 4, t), b = Layout::operand(call, 6, t);
+    const auto rate = Layout::shared(call, 5, t);
+    Layout::each(rule.size, [&](auto lane, int64_t i) {
       using V = decltype(lane);
-      const V now = load<V>(g + i);
+      const V now = g.template get<V>(i);
       V average = now;
-      if (!rule.first) average = momentum * load<V>(b + i) + share * now;
+      if (!rule.first) average = momentum * b.template get<V>(i) + share * now;
       V d = average;
       if (rule.nesterov) d = now + momentum * average;
-      store(next + i, load<V>(phi + i) - load<V>(rate + i) * d);
-      store(b_next + i, average);
-      if (direction) store(direction + i, d);
+      next.put(i, phi.template get<V>(i) - rate.template get<V>(i) * d);
+      b_next.put(i, average);
+      if (direction) direction.put(i, d);
     });
   }
 }
 
-template <class T>
+template <class Layout>
 void momentum_adjoint(const Call& call) {
+  using T = typename Layout::Type;
   const Momentum& rule = *std::get_if<Momentum>(&call.layer);
   const T momentum = T(rule.momentum), share = T(rule.first ? 1 : 1 - rule.dampening);
   const T of_p = rule.nesterov ? momentum : T(1), of_u = rule.nesterov ? T(1) : T(0);
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T *u = at<T>(call, 0, t), *p = at<T>(call, 1, t);
-    const T *rate = at<T>(call, 2, t), *lambda = at<T>(call, 3, t);
-    for_lanes<T>(rule.size, [&](auto lane, int64_t i) {
+  for (int64_t t = 0; t < Layout::groups(call); ++t) {
+    const auto u = Layout::operand(call, 0, t), p = Layout::operand(call, 1, t);
+    const auto lambda = Layout::operand(call, 3, t);
+    const auto rate = Layout::shared(call, 2, t);
+    Layout::each(rule.size, [&](auto lane, int64_t i) {
       using V = decltype(lane);
-      const V v = load<V>(rate + i) * load<V>(lambda + i), sum = load<V>(p + i) + of_p * v;
-      store(u + i, share * sum + of_u * v);
-      store(p + i, momentum * sum);
+      const V v = rate.template get<V>(i) * lambda.template get<V>(i), sum = p.template get<V>(i) + of_p * v;
+      u.put(i, share * sum + of_u * v);
+      p.put(i, momentum * sum);
     });
   }
 }
@@ -51,65 +55,71 @@ struct Corrections {
         c2(1 - std::pow(rule.beta2, double(rule.step + 1) + steps_before)) {}
 };
 
-template <class T>
+template <class Layout>
 void adam_update(const Call& call) {
+  using T = typename Layout::Type;
   const Adam& rule = *std::get_if<Adam>(&call.layer);
   const T beta1 = T(rule.beta1), beta2 = T(rule.beta2), new1 = T(1 - rule.beta1), new2 = T(1 - rule.beta2);
   const T eps = T(rule.eps), decay = T(rule.decay);
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T *next = at<T>(call, 0, t), *m_next = at<T>(call, 1, t), *s_next = at<T>(call, 2, t);
-    const T *phi = at<T>(call, 3, t), *g = at<T>(call, 4, t), *rate = at<T>(call, 5, t);
-    const T *m = at<T>(call, 6, t), *s = at<T>(call, 7, t), *step_count = at<T>(call, 8, t);
-    const Corrections c(rule, step_count ? double(*step_count) : 0.0);
+  for (int64_t t = 0; t < Layout::groups(call); ++t) {
+    const auto next = Layout::operand(call, 0, t), m_next = Layout::operand(call, 1, t), s_next = Layout::operand(call, 2, t);
+    const auto phi = Layout::operand(call, 3, t), g = Layout::operand(call, 4, t);
+    const auto rate = Layout::shared(call, 5, t);
+    const auto m = Layout::operand(call, 6, t), s = Layout::operand(call, 7, t);
+    const auto step_count = Layout::shared(call, 8, t);
+    const Corrections c(rule, step_count ? double(step_count.data[0]) : 0.0);
     const T over1 = T(1 / c.c1), over2 = T(1 / c.c2);
-    for_lanes<T>(rule.size, [&](auto lane, int64_t i) {
+    Layout::each(rule.size, [&](auto lane, int64_t i) {
       using V = decltype(lane);
-      const V now = load<V>(g + i), at = load<V>(phi + i);
-      const V first = beta1 * load_or<V>(m, i, T(0)) + new1 * now, second = beta2 * load_or<V>(s, i, T(0)) + new2 * now * now;
+      const V now = g.template get<V>(i), at = phi.template get<V>(i);
+      const V first = beta1 * (m ? m.template get<V>(i) : V{}) + new1 * now,
+              second = beta2 * (s ? s.template get<V>(i) : V{}) + new2 * now * now;
       const V D = square_root<V>(second * over2) + eps;
-      store(next + i, at - load<V>(rate + i) * (first * over1 / D + decay * at));
-      store(m_next + i, first);
-      store(s_next + i, second);
+      next.put(i, at - rate.template get<V>(i) * (first * over1 / D + decay * at));
+      m_next.put(i, first);
+      s_next.put(i, second);
     });
   }
 }
 
-template <class T>
+template <class Layout>
 void adam_adjoint(const Call& call) {
+  using T = typename Layout::Type;
   const Adam& rule = *std::get_if<Adam>(&call.layer);
   const Corrections c(rule, 0.0);
   const T beta1 = T(rule.beta1), beta2 = T(rule.beta2), new1 = T(1 - rule.beta1), new2 = T(2 * (1 - rule.beta2));
   const T over1 = T(1 / c.c1), over2 = T(1 / c.c2), half2 = T(0.5 / c.c2), eps = T(rule.eps), decay = T(rule.decay);
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T *u = at<T>(call, 0, t), *lambda = at<T>(call, 1, t), *p = at<T>(call, 2, t), *r = at<T>(call, 3, t), *da = at<T>(call, 4, t);
-    const T *phi = at<T>(call, 5, t), *g = at<T>(call, 6, t), *rate = at<T>(call, 7, t);
-    const T *m = at<T>(call, 8, t), *s = at<T>(call, 9, t);
-    for_lanes<T>(rule.size, [&](auto lane, int64_t i) {
+  for (int64_t t = 0; t < Layout::groups(call); ++t) {
+    const auto u = Layout::operand(call, 0, t), lambda = Layout::operand(call, 1, t), p = Layout::operand(call, 2, t),
+               r = Layout::operand(call, 3, t), da = Layout::operand(call, 4, t);
+    const auto phi = Layout::operand(call, 5, t), g = Layout::operand(call, 6, t);
+    const auto rate = Layout::shared(call, 7, t);
+    const auto m = Layout::operand(call, 8, t), s = Layout::operand(call, 9, t);
+    Layout::each(rule.size, [&](auto lane, int64_t i) {
       using V = decltype(lane);
-      const V adjoint = load<V>(lambda + i), v = load<V>(rate + i) * adjoint, mh = load<V>(m + i) * over1;
-      const V root = square_root<V>(load<V>(s + i) * over2), over = T(1) / (root + eps), step = mh * over;
-      if (da) store(da + i, load<V>(da + i) - (step + decay * load_or<V>(phi, i, T(0))) * adjoint);
-      const V of_m = load<V>(p + i) + v * over1 * over;
+      const V adjoint = lambda.template get<V>(i), v = rate.template get<V>(i) * adjoint, mh = m.template get<V>(i) * over1;
+      const V root = square_root<V>(s.template get<V>(i) * over2), over = T(1) / (root + eps), step = mh * over;
+      if (da) da.put(i, da.template get<V>(i) - (step + decay * (phi ? phi.template get<V>(i) : V{})) * adjoint);
+      const V of_m = p.template get<V>(i) + v * over1 * over;
       // Divided in turn, for root^2 and D^2 leave float32's range; where root is 0 there is no gradient to pass on.
-      const V of_s = load<V>(r + i) - (root != V{} ? v * (mh / root) * over * over * half2 : V{});
-      store(u + i, new1 * of_m + new2 * load<V>(g + i) * of_s);
-      store(lambda + i, adjoint - decay * v);
-      store(p + i, beta1 * of_m);
-      store(r + i, beta2 * of_s);
+      const V of_s = r.template get<V>(i) - (root != V{} ? v * (mh / root) * over * over * half2 : V{});
+      u.put(i, new1 * of_m + new2 * g.template get<V>(i) * of_s);
+      lambda.put(i, adjoint - decay * v);
+      p.put(i, beta1 * of_m);
+      r.put(i, beta2 * of_s);
     });
   }
 }
 
 }  // namespace
 
-template <class T>
+template <class Layout>
 void add_update_rule_ops(OpTable& table) {
-  set_op(table, Op::momentum_update, momentum_update<T>);
-  set_op(table, Op::momentum_adjoint, momentum_adjoint<T>);
-  set_op(table, Op::adam_update, adam_update<T>);
-  set_op(table, Op::adam_adjoint, adam_adjoint<T>);
+  set_op(table, Op::momentum_update, momentum_update<Layout>);
+  set_op(table, Op::momentum_adjoint, momentum_adjoint<Layout>);
+  set_op(table, Op::adam_update, adam_update<Layout>);
+  set_op(table, Op::adam_adjoint, adam_adjoint<Layout>);
 }
-template void add_update_rule_ops<float>(OpTable&);
-template void add_update_rule_ops<double>(OpTable&);
+FASTMAML_BOTH_LAYOUTS(add_update_rule_ops)
 
 FASTMAML_CPU_END

@@ -1,139 +1,181 @@
 // The inner update and its adjoint, conjugate gradients, and the tree that sums over tasks. Formulas: ALGORITHMS 1.1 and 2.5.
 #include <cmath>
 
-#include "cpu/cpu.h"
+#include "cpu/layout.h"
 
 FASTMAML_CPU_BEGIN
 namespace {
 
 int64_t size_of(const Call& call) { return std::get_if<Vector>(&call.layer)->size; }
 
-template <class T>
+template <class Layout>
 void sgd_update(const Call& call) {
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T* next = at<T>(call, 0, t);
-    const T *phi = at<T>(call, 1, t), *g = at<T>(call, 2, t), *rate = at<T>(call, 3, t);
-    for_lanes<T>(size_of(call), [&](auto lane, int64_t i) {
+  for (int64_t g = 0; g < Layout::groups(call); ++g) {
+    const auto next = Layout::operand(call, 0, g), phi = Layout::operand(call, 1, g), grad = Layout::operand(call, 2, g);
+    const auto rate = Layout::shared(call, 3, g);
+    Layout::each(size_of(call), [&](auto lane, int64_t i) {
       using V = decltype(lane);
-      store(next + i, load<V>(phi + i) - load<V>(rate + i) * load<V>(g + i));
+      next.put(i, phi.template get<V>(i) - rate.template get<V>(i) * grad.template get<V>(i));
     });
   }
 }
 
-template <class T>
+template <class Layout>
 void scale_by_rate(const Call& call) {
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T* u = at<T>(call, 0, t);
-    const T *rate = at<T>(call, 1, t), *lambda = at<T>(call, 2, t);
-    for_lanes<T>(size_of(call), [&](auto lane, int64_t i) {
+  for (int64_t g = 0; g < Layout::groups(call); ++g) {
+    const auto u = Layout::operand(call, 0, g), lambda = Layout::operand(call, 2, g);
+    const auto rate = Layout::shared(call, 1, g);
+    Layout::each(size_of(call), [&](auto lane, int64_t i) {
       using V = decltype(lane);
-      store(u + i, load<V>(rate + i) * load<V>(lambda + i));
+      u.put(i, rate.template get<V>(i) * lambda.template get<V>(i));
     });
   }
 }
 
-template <class T>
+template <class Layout>
 void rate_grad(const Call& call) {
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T* da = at<T>(call, 0, t);
-    const T *g = at<T>(call, 1, t), *lambda = at<T>(call, 2, t);
-    for_lanes<T>(size_of(call), [&](auto lane, int64_t i) {
+  for (int64_t g = 0; g < Layout::groups(call); ++g) {
+    const auto da = Layout::operand(call, 0, g), grad = Layout::operand(call, 1, g), lambda = Layout::operand(call, 2, g);
+    Layout::each(size_of(call), [&](auto lane, int64_t i) {
       using V = decltype(lane);
-      store(da + i, load<V>(da + i) - load<V>(g + i) * load<V>(lambda + i));
+      da.put(i, da.template get<V>(i) - grad.template get<V>(i) * lambda.template get<V>(i));
     });
   }
 }
 
-template <class T>
+template <class Layout>
 void adjoint_update(const Call& call) {
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T* lambda = at<T>(call, 0, t);
-    const T* hu = at<T>(call, 1, t);
-    for_lanes<T>(size_of(call), [&](auto lane, int64_t i) {
+  for (int64_t g = 0; g < Layout::groups(call); ++g) {
+    const auto lambda = Layout::operand(call, 0, g), hu = Layout::operand(call, 1, g);
+    Layout::each(size_of(call), [&](auto lane, int64_t i) {
       using V = decltype(lane);
-      store(lambda + i, load<V>(lambda + i) - load<V>(hu + i));
+      lambda.put(i, lambda.template get<V>(i) - hu.template get<V>(i));
     });
   }
 }
 
-template <class T>
+// rate_grad -= g lambda;  lambda -= hu;  u = rate lambda: the parts' bits
+template <class Layout>
+void sgd_adjoint(const Call& call) {
+  for (int64_t g = 0; g < Layout::groups(call); ++g) {
+    const auto lambda = Layout::operand(call, 0, g), da = Layout::operand(call, 1, g), u = Layout::operand(call, 2, g);
+    const auto hu = Layout::operand(call, 3, g), grad = Layout::operand(call, 4, g);
+    const auto rate = Layout::shared(call, 5, g);
+    const auto sweep = [&](auto with_rate_grad, auto with_u) {
+      Layout::each(size_of(call), [&](auto lane, int64_t i) {
+        using V = decltype(lane);
+        const V before = lambda.template get<V>(i), after = before - hu.template get<V>(i);
+        if constexpr (with_rate_grad) da.put(i, da.template get<V>(i) - grad.template get<V>(i) * before);
+        lambda.put(i, after);
+        if constexpr (with_u) u.put(i, rate.template get<V>(i) * after);
+      });
+    };
+    constexpr std::true_type yes;
+    constexpr std::false_type no;
+    if (da && u)
+      sweep(yes, yes);
+    else if (da)
+      sweep(yes, no);
+    else
+      sweep(no, yes);
+  }
+}
+
+template <class Layout>
 void proximal(const Call& call) {
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T* g = at<T>(call, 0, t);
-    const T lam = *at<T>(call, 1, t), *phi = at<T>(call, 2, t), *theta = at<T>(call, 3, t);
-    for_lanes<T>(size_of(call), [&](auto lane, int64_t i) {
+  for (int64_t g = 0; g < Layout::groups(call); ++g) {
+    const auto grad = Layout::operand(call, 0, g), phi = Layout::operand(call, 2, g), theta = Layout::operand(call, 3, g);
+    const auto lam = Layout::shared(call, 1, g);
+    Layout::each(size_of(call), [&](auto lane, int64_t i) {
       using V = decltype(lane);
-      store(g + i, load<V>(g + i) + lam * (load<V>(phi + i) - load<V>(theta + i)));
+      grad.put(i, grad.template get<V>(i) + lam.data[0] * (phi.template get<V>(i) - theta.template get<V>(i)));
     });
   }
 }
 
-template <class T>
-double dot(const T* a, const T* b, int64_t n) {
-  return block_sum<T>(n, [&](auto lane, int64_t i) { return load<decltype(lane)>(a + i) * load<decltype(lane)>(b + i); });
+constexpr double kConverged = 1e-10;  // of r.r
+
+template <class Layout>
+typename Layout::Number dot(typename Layout::Operand a, typename Layout::Operand b, int64_t n) {
+  return Layout::sum(n, [&](auto lane, int64_t i) { return a.template get<decltype(lane)>(i) * b.template get<decltype(lane)>(i); });
 }
 
-constexpr double kConverged = 1e-10;  // on r.r; ALGORITHMS 2.5
-
-template <class T>
+// state = [r.r, v.v, active]
+template <class Layout>
 void cg_start(const Call& call) {
-  const int64_t n = size_of(call);
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T *s = at<T>(call, 0, t), *r = at<T>(call, 1, t), *p = at<T>(call, 2, t), *state = at<T>(call, 3, t);
-    const T* v = at<T>(call, 4, t);
-    std::memset(s, 0, size_t(n) * sizeof(T));
-    std::memcpy(r, v, size_t(n) * sizeof(T));
-    std::memcpy(p, v, size_t(n) * sizeof(T));
-    state[0] = state[1] = T(dot(v, v, n));
-    state[2] = state[0] != T(0) ? T(1) : T(0);  // NaN goes on, and shows in the solution
+  using Number = typename Layout::Number;
+  for (int64_t g = 0; g < Layout::groups(call); ++g) {
+    const auto s = Layout::operand(call, 0, g), r = Layout::operand(call, 1, g), p = Layout::operand(call, 2, g);
+    const auto state = Layout::operand(call, 3, g), v = Layout::operand(call, 4, g);
+    Layout::each(size_of(call), [&](auto lane, int64_t i) {
+      using V = decltype(lane);
+      const V x = v.template get<V>(i);
+      s.put(i, lane);
+      r.put(i, x);
+      p.put(i, x);
+    });
+    const Number vv = dot<Layout>(v, v, size_of(call)), one = Number{} + 1;
+    state.put_number(0, vv);
+    state.put_number(1, vv);
+    state.put_number(2, vv != Number{} ? one : Number{});  // NaN goes on, and shows in the solution
   }
 }
 
-template <class T>
+// A task that is done keeps its vectors.
+template <class Layout>
 void cg_step(const Call& call) {
+  using T = typename Layout::Type;
+  using Number = typename Layout::Number;
   const int64_t n = size_of(call);
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    T *s = at<T>(call, 0, t), *r = at<T>(call, 1, t), *p = at<T>(call, 2, t), *state = at<T>(call, 3, t), *hp = at<T>(call, 4, t);
-    const T* settings = at<T>(call, 5, t);
-    if (state[2] == T(0)) continue;
-    const T over = T(1) / settings[0], diagonal = T(1) + settings[1];
+  for (int64_t g = 0; g < Layout::groups(call); ++g) {
+    const auto s = Layout::operand(call, 0, g), r = Layout::operand(call, 1, g), p = Layout::operand(call, 2, g);
+    const auto state = Layout::operand(call, 3, g), hp = Layout::operand(call, 4, g);
+    const auto settings = Layout::shared(call, 5, g);
+    const auto active = state.number(2) != Number{};
+    if (!Layout::any(active)) continue;
+    const T over = T(1) / settings.data[0], diagonal = T(1) + settings.data[1];
     // hp becomes A p
-    for_lanes<T>(n, [&](auto lane, int64_t i) {
+    Layout::each(n, [&](auto lane, int64_t i) {
       using V = decltype(lane);
-      store(hp + i, diagonal * load<V>(p + i) + load<V>(hp + i) * over);
+      hp.put(i, diagonal * p.template get<V>(i) + hp.template get<V>(i) * over);
     });
-    const double curvature = dot<T>(p, hp, n), rr = double(state[0]);
-    if (!(curvature > 0)) {
-      state[2] = T(0);
-      continue;
-    }
-    const T alpha = T(rr / curvature);
-    for_lanes<T>(n, [&](auto lane, int64_t i) {
+    const Number curvature = dot<Layout>(p, hp, n), rr = state.number(0), none{};
+    const auto bends = curvature > none;
+    const auto goes = active & bends;
+    state.put_number(2, goes ? none + 1 : none);
+    if (!Layout::any(goes)) continue;
+    const Number alpha = rr / curvature;
+    Layout::each(n, [&](auto lane, int64_t i) {
       using V = decltype(lane);
-      store(s + i, load<V>(s + i) + alpha * load<V>(p + i));
-      store(r + i, load<V>(r + i) - alpha * load<V>(hp + i));
+      const V step = Layout::template everywhere<V>(alpha), s_i = s.template get<V>(i), r_i = r.template get<V>(i);
+      s.put(i, goes ? s_i + step * p.template get<V>(i) : s_i);
+      r.put(i, goes ? r_i - step * hp.template get<V>(i) : r_i);
     });
-    const double next = dot<T>(r, r, n);
-    const T beta = T(next / rr);
-    for_lanes<T>(n, [&](auto lane, int64_t i) {
+    const Number next = dot<Layout>(r, r, n), beta = next / rr;
+    Layout::each(n, [&](auto lane, int64_t i) {
       using V = decltype(lane);
-      store(p + i, load<V>(r + i) + beta * load<V>(p + i));
+      const V p_i = p.template get<V>(i);
+      p.put(i, goes ? r.template get<V>(i) + Layout::template everywhere<V>(beta) * p_i : p_i);
     });
-    state[0] = T(next);
-    if (next < kConverged) state[2] = T(0);
+    const auto converged = next < Layout::constant(kConverged);
+    state.put_number(0, goes ? next : rr);
+    state.put_number(2, goes ? (converged ? none : none + 1) : none);
   }
 }
 
-template <class T>
+template <class Layout>
 void cg_residual(const Call& call) {
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    const T* state = at<T>(call, 1, t);
-    at<T>(call, 0, t)[0] = state[1] > T(0) ? T(std::sqrt(double(state[0]) / double(state[1]))) : T(0);
+  using Number = typename Layout::Number;
+  for (int64_t g = 0; g < Layout::groups(call); ++g) {
+    const auto residual = Layout::operand(call, 0, g), state = Layout::operand(call, 1, g);
+    const Number rr = state.number(0), vv = state.number(1), none{};
+    const auto nonzero = vv > none;
+    residual.put_number(0, nonzero ? square_root(rr / (nonzero ? vv : none + 1)) : none);
   }
 }
 
 template <class T>
-void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t size, uintptr_t /* stream */) {
+void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t size, int64_t stride, uintptr_t /* stream */) {
   T *out = static_cast<T*>(out_), *x = static_cast<T*>(x_);
   const T* w = static_cast<const T*>(w_);
   constexpr int64_t kBlock = 1024;  // every task's slice of a block stays in cache
@@ -143,13 +185,13 @@ void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t si
     if (w)
       for (int64_t t = 0; t < tasks; ++t)
         for_lanes<T>(count, [&](auto lane, int64_t i) {
-          T* leaf = x + t * size + from + i;
+          T* leaf = x + t * stride + from + i;
           store(leaf, load<decltype(lane)>(leaf) * w[t]);
         });
-    for (int64_t stride = 1; stride < tasks; stride *= 2)
-      for (int64_t t = 0; t + stride < tasks; t += 2 * stride) {
-        T* a = x + t * size + from;
-        const T* b = x + (t + stride) * size + from;
+    for (int64_t apart = 1; apart < tasks; apart *= 2)
+      for (int64_t t = 0; t + apart < tasks; t += 2 * apart) {
+        T* a = x + t * stride + from;
+        const T* b = x + (t + apart) * stride + from;
         for_lanes<T>(count, [&](auto lane, int64_t i) {
           using V = decltype(lane);
           store(a + i, load<V>(a + i) + load<V>(b + i));
@@ -161,19 +203,19 @@ void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t si
 
 }  // namespace
 
-template <class T>
+template <class Layout>
 void add_update_ops(OpTable& table) {
-  set_op(table, Op::sgd_update, sgd_update<T>);
-  set_op(table, Op::scale_by_rate, scale_by_rate<T>);
-  set_op(table, Op::rate_grad, rate_grad<T>);
-  set_op(table, Op::adjoint_update, adjoint_update<T>);
-  set_op(table, Op::proximal, proximal<T>);
-  set_op(table, Op::cg_start, cg_start<T>);
-  set_op(table, Op::cg_step, cg_step<T>);
-  set_op(table, Op::cg_residual, cg_residual<T>);
-  table.tree_reduce = tree_reduce<T>;
+  set_op(table, Op::sgd_update, sgd_update<Layout>);
+  set_op(table, Op::scale_by_rate, scale_by_rate<Layout>);
+  set_op(table, Op::rate_grad, rate_grad<Layout>);
+  set_op(table, Op::adjoint_update, adjoint_update<Layout>);
+  set_op(table, Op::sgd_adjoint, sgd_adjoint<Layout>);
+  set_op(table, Op::proximal, proximal<Layout>);
+  set_op(table, Op::cg_start, cg_start<Layout>);
+  set_op(table, Op::cg_step, cg_step<Layout>);
+  set_op(table, Op::cg_residual, cg_residual<Layout>);
+  table.tree_reduce = tree_reduce<typename Layout::Type>;
 }
-template void add_update_ops<float>(OpTable&);
-template void add_update_ops<double>(OpTable&);
+FASTMAML_BOTH_LAYOUTS(add_update_ops)
 
 FASTMAML_CPU_END

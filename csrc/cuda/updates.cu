@@ -1,4 +1,6 @@
 // The inner update and its adjoint, conjugate gradients, and the sum over tasks.     all [P]
+#include <stdexcept>
+
 #include "cuda/cuda_ops.h"
 #include "cuda/kernels/conjugate_gradient.cuh"
 #include "cuda/kernels/updates.cuh"
@@ -41,7 +43,8 @@ void run_cg_residual(const Call& call) {
 }
 
 template <class T>
-void run_tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size, uintptr_t stream) {
+void run_tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size, int64_t stride, uintptr_t stream) {
+  if (stride != size) throw std::logic_error("tree_reduce takes whole vectors on a device");
   constexpr int kColumns = 32, kSlices = 8;
   int64_t slice = 8;  // tasks of a thread; whatever it is, the tree is the same
   while (slice * kSlices < tasks) slice *= 2;

@@ -99,17 +99,31 @@ struct ResidentWalk {
   void (*launch)(const ResidentCode& code, const void* steps, const View* args, void* arena, int64_t tasks, uintptr_t stream);
 };
 
+struct OpTable;
+struct Program;
+
+// The same backend's ops on tasks side by side, for Schedules of lane_schedule().
+struct LaneOps {
+  const OpTable* table;
+  bool (*run)(const Program& net);                    // does it have all that the network needs?
+  bool (*pay)(const Program& net, int64_t examples);  // are they faster, whatever the number of tasks and threads?
+};
+
+inline constexpr int kAnyLanes = 0;
+
 struct OpTable {
   const char* backend = "";
   size_t real_bytes = 4;                   // 4: float, 8: double
-  bool lane_layout = false;                // understands Views with lanes > 1
+  int lanes = 1;                           // tasks side by side in its Views; kAnyLanes: as many as one likes
   bool rectifies = false;                  // its linear, conv2d and group_norm heed layers.h's Rectified
   const Device* device = nullptr;          // null: the host, where a task alone is the fast way; else all tasks at once
   OpFn run[kOps] = {};                     // null: this backend lacks the op
   ScratchFn scratch[kOps] = {};            // null: no scratch
   const ResidentWalk* resident = nullptr;  // null: this backend has none
-  // out[i] = sum_t w[t] x[t][i] (w null: the mean) by a fixed binary tree over t; x [T, size] is overwritten.
-  void (*tree_reduce)(void* out, void* x, const void* w, int64_t tasks, int64_t size, uintptr_t stream) = nullptr;
+  const LaneOps* in_lanes = nullptr;       // null: this backend has none
+  // out[i] = sum_t w[t] x[t][i] (w null: the mean) by a fixed binary tree over t; x [T, size] is overwritten. `stride` from task to task:
+  // on the host `size` may be a share of that, for threads to divide the work by; a device takes all at once.
+  void (*tree_reduce)(void* out, void* x, const void* w, int64_t tasks, int64_t size, int64_t stride, uintptr_t stream) = nullptr;
 
   bool supports(Op op) const { return run[static_cast<int>(op)] != nullptr; }
 };

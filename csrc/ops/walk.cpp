@@ -72,8 +72,9 @@ size_t slot_bytes(const Run& run) {
 }
 
 void check(const Run& run) {
-  if (run.lanes != 1 && !run.table.lane_layout)
-    throw std::invalid_argument(std::string("backend ") + run.table.backend + " has no lane-interleaved layout");
+  if (run.lanes != run.table.lanes && run.table.lanes != kAnyLanes)
+    throw std::invalid_argument(std::string("backend ") + run.table.backend + " has no layout of " + std::to_string(run.lanes) +
+                                " tasks side by side in this table");
   for (const Slot& slot : run.schedule.slots)
     if (slot.arg != Arg::none && slot.size > 0 && !run.args[static_cast<int>(slot.arg)])
       throw std::invalid_argument(std::string("argument ") + arg_name(slot.arg) + " is missing");

@@ -1,36 +1,68 @@
 #include "program/param_layout.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace fastmaml {
 namespace {
 
-// Both orders as a walk over rows x cols matrices: torch [outer][rows][cols] <-> engine; see the table in the header.
+// 4 x 4 numbers, by rows from `from` and by columns to `to`, or (kBack) the other way round.
+template <bool kBack, class T, class Row>
+inline __attribute__((always_inline)) void transpose_square(T* to, const T* from, int64_t columns, const Row& row) {
+  typedef T V __attribute__((vector_size(4 * sizeof(T))));
+  V a[4], b[4], c[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&a[i], kBack ? from + row(i) : from + i * columns, sizeof(V));
+  for (int i : {0, 2}) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 4, 1, 5);
+    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 6, 3, 7);
+  }
+  for (int i : {0, 1}) {
+    c[2 * i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 4, 5);
+    c[2 * i + 1] = __builtin_shufflevector(b[i], b[i + 2], 2, 3, 6, 7);
+  }
+  for (int i = 0; i < 4; ++i) std::memcpy(kBack ? to + i * columns : to + row(i), &c[i], sizeof(V));
+}
+
+// A matrix [rows, columns] on torch's side, transposed on the engine's, where column j is row place(j).
+template <class T, bool kFromTorch, class Place>
+void transpose(T* to, const T* from, int64_t rows, int64_t columns, const Place& place) {
+  constexpr int64_t kColumns = 16;  // whose places on the engine's side are written, or read, at the same time
+  for (int64_t begin = 0; begin < columns; begin += kColumns) {
+    const int64_t end = std::min(columns, begin + kColumns);
+    for (int64_t r = 0; r < rows; r += 4)
+      for (int64_t j = begin; j < end; j += 4) {
+        const auto row = [&](int64_t i) { return place(j + i) * rows + r; };
+        if (r + 4 <= rows && j + 4 <= end) {
+          if constexpr (kFromTorch)
+            transpose_square<false>(to, from + r * columns + j, columns, row);
+          else
+            transpose_square<true>(to + r * columns + j, from, columns, row);
+          continue;
+        }
+        for (int64_t i = 0; i < std::min<int64_t>(4, rows - r); ++i)
+          for (int64_t k = 0; k < std::min<int64_t>(4, end - j); ++k) {
+            const int64_t torch = (r + i) * columns + j + k, engine = row(k) + i;
+            if constexpr (kFromTorch)
+              to[engine] = from[torch];
+            else
+              to[torch] = from[engine];
+          }
+      }
+  }
+}
+
 template <class T, bool kFromTorch>
-void move_tensor(const Param& p, T* engine_out, const T* in) {
-  auto put = [&](int64_t engine, int64_t torch) {
-    if constexpr (kFromTorch)
-      engine_out[engine] = in[torch];
-    else
-      engine_out[torch] = in[engine];
-  };
+void move_tensor(const Param& p, T* to, const T* from) {
   switch (p.order) {
     case Param::Order::torch:
-      std::copy(in, in + p.size, engine_out);
+      std::copy(from, from + p.size, to);
       return;
     case Param::Order::linear:
-    case Param::Order::image: {  // first dimension last
-      const int64_t first = p.dims[0], rest = p.size / first;
-      for (int64_t r = 0; r < rest; ++r)
-        for (int64_t f = 0; f < first; ++f) put(r * first + f, f * rest + r);
-      return;
-    }
+    case Param::Order::image:  // first dimension last
+      return transpose<T, kFromTorch>(to, from, p.dims[0], p.size / p.dims[0], [](int64_t j) { return j; });
     case Param::Order::conv2d: {
-      const int64_t F = p.dims[0], C = p.dims[1], taps = p.dims[2] * p.dims[3];
-      for (int64_t k = 0; k < taps; ++k)
-        for (int64_t c = 0; c < C; ++c)
-          for (int64_t f = 0; f < F; ++f) put((k * C + c) * F + f, (f * C + c) * taps + k);
-      return;
+      const int64_t C = p.dims[1], taps = p.dims[2] * p.dims[3];
+      return transpose<T, kFromTorch>(to, from, p.dims[0], C * taps, [=](int64_t j) { return j % taps * C + j / taps; });
     }
   }
 }

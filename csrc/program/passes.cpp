@@ -244,13 +244,22 @@ class BackwardWalk {
         grad_(out, net, grad),
         grad_dot_(out, net, grad_dot),
         needed_(net.values.size(), false),
-        masked_(net.values.size(), false) {
+        masked_(net.values.size(), false),
+        centered_(net.values.size(), false) {
     needed_[0] = want_input;
     for (size_t i = 0; i < net.nodes.size(); ++i) {
       const Node& node = net.nodes[i];
       bool need = node.weight >= 0 || node.bias >= 0;
       for (int v : node.inputs) need = need || needed_[v];
       needed_[i + 1] = need;
+    }
+    std::vector<int> readers(net.values.size(), 0);
+    for (const Node& node : net.nodes)
+      for (int v : node.inputs) ++readers[v];
+    for (const Node& node : net.nodes) {
+      const bool centers = (node.kind == NodeKind::batch_norm && !std::get<BatchNorm>(node.layer).frozen) ||
+                           (node.kind == NodeKind::norm_pool_act && !std::get<NormPoolAct>(node.layer).norm.frozen);
+      if (centers && readers[node.inputs[0]] == 1 && node.inputs[0] != net.output) centered_[node.inputs[0]] = true;
     }
     for (size_t i = net.nodes.size(); i-- > 0;) {
       const Node& node = net.nodes[i];
@@ -271,11 +280,11 @@ class BackwardWalk {
     size_ = tape_.examples * net_.values[in].size();
     switch (node.kind) {
       case NodeKind::linear:
-        product(node, {Op::linear_bwd_data, Op::linear_bwd_data_jvp, Op::linear_bwd_data_dual}, Op::linear_bwd_weight,
+        product(node, made, {Op::linear_bwd_data, Op::linear_bwd_data_jvp, Op::linear_bwd_data_dual}, Op::linear_bwd_weight,
                 Op::linear_bwd_weight_jvp);
         return;
       case NodeKind::conv2d:
-        product(node, {Op::conv2d_bwd_data, Op::conv2d_bwd_data_jvp, Op::conv2d_bwd_data_dual}, Op::conv2d_bwd_weight,
+        product(node, made, {Op::conv2d_bwd_data, Op::conv2d_bwd_data_jvp, Op::conv2d_bwd_data_dual}, Op::conv2d_bwd_weight,
                 Op::conv2d_bwd_weight_jvp);
         return;
       case NodeKind::batch_norm:
@@ -331,6 +340,7 @@ class BackwardWalk {
   ParamGrad grad_, grad_dot_;
   std::vector<bool> needed_;         // by value: does a parameter (or a wanted input) lie upstream?
   std::vector<bool> masked_;         // by value: has its reader gone back through the rectifier that made it?
+  std::vector<bool> centered_;       // by value: is a batch norm its only reader?
   Operand x_, x_dot_, dy_, dy_dot_;  // of the current node
   Operand d_, d_dot_;                // what it contributes to its input's gradient
   int64_t size_ = 0;                 // elements of its input
@@ -367,20 +377,22 @@ class BackwardWalk {
     contribute(in);
   }
 
-  void product(const Node& node, DataOps data, Op weight, Op weight_jvp) {
+  void product(const Node& node, int made, DataOps data, Op weight, Op weight_jvp) {
     const Operand w = part(net_, tape_.params, node.weight), w_dot = part(net_, tape_.params_dot, node.weight);
-    const int64_t w_size = net_.params[node.weight].size, b_size = node.bias < 0 ? 0 : net_.params[node.bias].size;
+    // A bias that a batch norm takes off again has no gradient: nobody writes it, and finish() makes it zero.
+    const int bias = centered_[made] ? -1 : node.bias;
+    const int64_t w_size = net_.params[node.weight].size, b_size = bias < 0 ? 0 : net_.params[bias].size;
     if (primal() && grad_.wanted()) {
-      const Operand dw = grad_.target(node.weight, w_size), db = grad_.target(node.bias, b_size);
+      const Operand dw = grad_.target(node.weight, w_size), db = grad_.target(bias, b_size);
       step(weight, node, {dw, db, x_, dy_});
       grad_.wrote(node.weight, dw);
-      grad_.wrote(node.bias, db);
+      grad_.wrote(bias, db);
     }
     if (tangent()) {
-      const Operand dw = grad_dot_.target(node.weight, w_size), db = grad_dot_.target(node.bias, b_size);
+      const Operand dw = grad_dot_.target(node.weight, w_size), db = grad_dot_.target(bias, b_size);
       step(weight_jvp, node, {dw, db, x_, x_dot_, dy_, dy_dot_});
       grad_dot_.wrote(node.weight, dw);
-      grad_dot_.wrote(node.bias, db);
+      grad_dot_.wrote(bias, db);
     }
     const int in = node.inputs[0];
     if (!needed_[in]) return;

@@ -100,6 +100,13 @@ struct Schedule {
 // The same work with an sgd_adjoint for its parts where they follow each other, where it is supported.
 Schedule fuse(Schedule schedule, const std::function<bool(Op)>& supports);
 
+// The same work with the gradients by large images made and used up a few images at a time (stream.cpp).
+struct StreamSizes {  // in numbers
+  int64_t whole;      // a gradient of at most that many stays as it is
+  int64_t chunk;      // at least one image
+};
+Schedule stream(const Schedule& schedule, const StreamSizes& sizes);
+
 std::string to_string(const Schedule& schedule);  // one line per Step, for reading and for tests
 
 }  // namespace fastmaml

@@ -40,6 +40,6 @@ inline Call with_operands(const Call& call, const View* operand) {
 FASTMAML_OPS(X)
 #undef X
 
-void tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size, uintptr_t stream);
+void tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size, int64_t stride, uintptr_t stream);
 
 }  // namespace fastmaml::reference

@@ -8,7 +8,7 @@ const OpTable& reference_ops() {
     OpTable t;
     t.backend = "reference";
     t.real_bytes = sizeof(double);
-    t.lane_layout = true;
+    t.lanes = kAnyLanes;
     t.rectifies = true;
 #define X(name, roles) t.run[static_cast<int>(Op::name)] = reference::name;
     FASTMAML_OPS(X)

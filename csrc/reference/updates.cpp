@@ -57,16 +57,16 @@ void proximal(const Call& call) {
 }
 
 // out = sum_t w[t] x[t], or the mean where w is null; neighbours first, so the order depends on the task index alone.
-void tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size, uintptr_t /* stream */) {
+void tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size, int64_t stride, uintptr_t /* stream */) {
   double* sum = static_cast<double*>(out);
-  double* leaf = static_cast<double*>(x);  // [tasks, size], overwritten by the partial sums
+  double* leaf = static_cast<double*>(x);  // [tasks, stride], overwritten by the partial sums
   const double* weight = static_cast<const double*>(w);
   if (weight)
     for (int64_t t = 0; t < tasks; ++t)
-      for (int64_t i = 0; i < size; ++i) leaf[t * size + i] *= weight[t];
-  for (int64_t stride = 1; stride < tasks; stride *= 2)
-    for (int64_t t = 0; t + stride < tasks; t += 2 * stride)
-      for (int64_t i = 0; i < size; ++i) leaf[t * size + i] += leaf[(t + stride) * size + i];
+      for (int64_t i = 0; i < size; ++i) leaf[t * stride + i] *= weight[t];
+  for (int64_t apart = 1; apart < tasks; apart *= 2)
+    for (int64_t t = 0; t + apart < tasks; t += 2 * apart)
+      for (int64_t i = 0; i < size; ++i) leaf[t * stride + i] += leaf[(t + apart) * stride + i];
   for (int64_t i = 0; i < size; ++i) sum[i] = weight ? leaf[i] : leaf[i] / static_cast<double>(tasks);
 }
 

@@ -196,7 +196,7 @@ class IMAML(Learner):
     def _mask(self, like: Tensor) -> Tensor:
         """1 on the parameters [P] that the inner problem is over."""
         layout = self.engine.layout
-        mask = layout.trainable(self.model, like)
+        mask = layout.trainable(self.model.parameters(), like)
         mask = torch.ones_like(like.reshape(-1, layout.size)[0]) if mask is None else mask
         return mask if self.adapted is None else mask * layout.matching(self.adapted, like)
 

@@ -7,7 +7,7 @@ clipping, schedulers and DistributedDataParallel work as with any module.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from fastmaml.checks import whole_number
 from fastmaml.engine import Engine, MetaGradient
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.losses import Loss
+from fastmaml.model_parameters import ModelParameters
 from fastmaml.parameters import InnerLr
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, query_y
@@ -109,11 +110,12 @@ class Learner(nn.Module):
         precision: str = "float32",
     ):
         super().__init__()
+        self._all_parameters = ModelParameters(self)
         self.engine = Engine(model, loss, backend, memory, batch_norm, label_smoothing, precision)
         self.inner_steps = whole_number("inner_steps", inner_steps, 0)
         self.model = model
         optimizer = optimizer_of(inner_lr, inner)
-        self._optimizer = replace(optimizer, lr=0.0)  # its rates live in the module
+        self._optimizer = self._with_number = replace(optimizer, lr=0.0)  # its rates live in the module
         self._keep_rates(optimizer.lr)
         self.first_order = bool(first_order)
         self.truncate = None if truncate is None else whole_number("truncate", truncate, 0)
@@ -127,6 +129,12 @@ class Learner(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are, and batches belong."""
         return next(self.parameters()).device
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As any module's, but walked again only where a module has changed: zero_grad and clipping ask every step."""
+        if recurse and self._all_parameters.model is self:  # a shallow copy has another's
+            return iter(self._all_parameters.named().values())
+        return super().parameters(recurse)
 
     # ---------------------------------------------------------------- what a trainer calls
 
@@ -167,11 +175,18 @@ class Learner(nn.Module):
     @property
     def inner(self) -> Optimizer:
         """The inner optimizer with its rates."""
-        return replace(self._optimizer, lr=self.inner_lr)
+        rates = self.inner_lr
+        if not isinstance(rates, (int, float)):
+            return replace(self._optimizer, lr=rates)
+        if self._with_number.lr is not rates:
+            self._with_number = replace(self._optimizer, lr=rates)
+        return self._with_number
 
     def learnable_rates(self) -> dict[str | None, nn.Parameter]:
         """The rates that are parameters, by the parameter they drive (None: one rate tensor for all)."""
         rates = self.inner_lr
+        if isinstance(rates, (int, float)):
+            return {}
         named = rates.items() if isinstance(rates, Mapping) else [(None, rates)]
         return {name: rate for name, rate in named if isinstance(rate, nn.Parameter)}
 
@@ -205,12 +220,14 @@ class Learner(nn.Module):
 
     def leaves(self) -> dict[str, Tensor]:
         """What the loss is differentiated by: the model's parameters as "model.NAME", learnable rates as "rate.NAME"."""
-        leaves: dict[str, Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters()}
-        return leaves | {_rate_leaf(name): rate for name, rate in self.learnable_rates().items()}
+        leaves: dict[str, Tensor] = {f"model.{n}": p for n, p in self.engine.parameters.named().items()}
+        for name, rate in self.learnable_rates().items():
+            leaves[_rate_leaf(name)] = rate
+        return leaves
 
     def start(self, support_x: Tensor, support_y: Tensor) -> Tensor:
         """Where the inner loop begins: theta [P]. A start per task [T, P] needs a meta_step of its own."""
-        return self.engine.flatten(self.model)
+        return self.engine.flatten()
 
     def sweep_options(self) -> dict[str, Any]:
         """Keyword arguments of Engine.meta_gradient that make this algorithm."""
@@ -244,7 +261,7 @@ class Learner(nn.Module):
 
     def model_grads(self, flat: Tensor) -> dict[str, Tensor]:
         """A gradient [P] by the names of the model's leaves."""
-        return {f"model.{name}": grad for name, grad in self.engine.layout.split(flat).items()}
+        return {f"model.{name}": grad for name, grad in self.engine.layout.cut(flat).items()}
 
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
         """Adapts to the support sets [T, S, ...], by default in the learner's own number of inner steps; no graph."""
@@ -270,7 +287,8 @@ class _MetaGradientNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: MetaStep, names: tuple[str, ...], *leaves: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(*(step.grads.get(name, torch.zeros_like(leaf)) for name, leaf in zip(names, leaves)))
+        grads = (step.grads.get(name) for name in names)
+        ctx.save_for_backward(*(torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves)))
         return step.loss.clone()
 
     @staticmethod
@@ -280,8 +298,9 @@ class _MetaGradientNode(torch.autograd.Function):
                 "the loss of a learner has no second derivative; call backward() without create_graph=True"
             )
         needed = ctx.needs_input_grad[2:]
-        grads = (grad * grad_output if need else None for grad, need in zip(ctx.saved_tensors, needed))
-        return (None, None, *grads)
+        grads = [grad if need else None for grad, need in zip(ctx.saved_tensors, needed)]
+        scaled = iter(torch._foreach_mul([grad for grad in grads if grad is not None], grad_output))
+        return (None, None, *(None if grad is None else next(scaled) for grad in grads))
 
 
 def _rate_leaf(name: str | None) -> str:

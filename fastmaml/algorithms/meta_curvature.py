@@ -86,7 +86,7 @@ class MetaCurvature(Learner):
 
     def _rule(self, theta: Tensor, steps: int, tasks: int, task_weights: Tensor | None = None) -> CurvatureRule:
         layout = self.engine.layout
-        mask = layout.trainable(self.model, theta)
+        mask = layout.trainable(self.model.parameters(), theta)
         if self.adapted is not None:
             chosen = layout.matching(self.adapted, theta)
             mask = chosen if mask is None else mask * chosen

@@ -73,6 +73,16 @@ class HvpCase:
         """Whether torch.compile, which takes half a minute a case, is measured by default."""
         return self.width is not None and self.examples == 32 and self.tasks in (16, 64)
 
+    @property
+    def repeated(self) -> bool:
+        """Whether several directions at fixed parameters are measured too."""
+        return self.width is not None and self.examples == 32 and self.tasks == 16
+
+    @property
+    def common(self) -> bool:
+        """Whether peers whose vmapped convolutions take seconds are measured by default."""
+        return self.width is not None or self.tasks * self.examples < 100
+
 
 # W5. Left out because the parameters of all tasks would not fit: widths 512 and 2,048 with more tasks.
 HVP = {

@@ -24,7 +24,7 @@ from fastmaml.benchmark.hvp_peers import PEERS as PEERS
 from fastmaml.benchmark.hvp_peers import REPEATED, Product
 from fastmaml.benchmark.meta import OURS
 from fastmaml.benchmark.problem import forward_flops, random_model
-from fastmaml.benchmark.text import share, table
+from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import Clock, Times, interleaved, sgemm
 from fastmaml.engine import Engine
 from fastmaml.losses import Loss
@@ -237,7 +237,7 @@ def show(result: Result) -> str:
         rate = result.gflop * row.products / row.times.median
         ratio = _ratio(row, result)
         rows.append([
-            row.name, f"{1e3 * row.times.median:.4g}", share(row.times.spread), f"{row.per_second(result.tasks):.4g}",
+            row.name, number(1e3 * row.times.median), share(row.times.spread), number(row.per_second(result.tasks)),
             f"{rate:.1f}", share(rate / result.sgemm_gflops), "" if row.error64 is None else f"{row.error64:.0e}",
             f"{row.error32:.0e}", share(row.times.others), "" if ratio is None else f"{ratio:.2f}",
         ])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -140,7 +141,9 @@ def func_linearize(p: HvpProblem, directions: Tensor) -> Product:
     slope = vmap(_slope(p))
 
     def call() -> Tensor:
-        _, product = linearize(lambda params: slope(params, p.x, p.y), p.params)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")  # of torch.fx to itself
+            _, product = linearize(lambda params: slope(params, p.x, p.y), p.params)
         return torch.stack([product(v) for v in directions])
 
     return call

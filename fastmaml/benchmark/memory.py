@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fastmaml.benchmark import peak
 from fastmaml.benchmark.baselines import Implementation, Missing
 from fastmaml.benchmark.meta import OURS
-from fastmaml.benchmark.text import table
+from fastmaml.benchmark.text import number, table
 
 MIB = 2**20
 MODES = ("low", "stash", "auto")  # fastmaml's, each a row
@@ -82,6 +82,6 @@ def show(points: Sequence[Point]) -> str:
 
     head = [f"K={k}" for k in steps]
     memory = table(["MiB", *head], [[n, *cells(n, lambda p: f"{p.bytes / MIB:.1f}")] for n in names])
-    times = table(["ms", *head], [[n, *cells(n, lambda p: f"{1e3 * p.seconds:.4g}")] for n in names])
+    times = table(["ms", *head], [[n, *cells(n, lambda p: number(1e3 * p.seconds))] for n in names])
     notes = [f"{p.name}, K = {p.inner_steps}: not measured, {p.why}" for p in points if p.peak is None]
     return "\n".join([memory, "", times, *notes])

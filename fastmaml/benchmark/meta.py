@@ -22,7 +22,7 @@ from fastmaml.benchmark.baselines import (
 )
 from fastmaml.benchmark.exact import Call, disagreement, error, exact
 from fastmaml.benchmark.problem import Case, Problem, arithmetic
-from fastmaml.benchmark.text import share, table
+from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import Clock, Times, interleaved, sgemm
 from fastmaml.engine import Engine
 
@@ -168,7 +168,7 @@ def show(result: Result) -> str:
     for row in result.rows:
         rate = result.gflop / row.times.median
         rows.append([
-            row.name, f"{1e3 * row.times.median:.4g}", share(row.times.spread), f"{case.tasks / row.times.median:.4g}",
+            row.name, number(1e3 * row.times.median), share(row.times.spread), number(case.tasks / row.times.median),
             f"{rate:.1f}", share(rate / result.sgemm_gflops), mib(row.peak_bytes), f"{row.error64:.0e}",
             f"{row.error32:.0e}", share(row.times.others), f"{row.times.median / ours:.2f}" if ours else "",
         ])  # fmt: skip

@@ -22,6 +22,13 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def number(value: float | None, digits: int = 4) -> str:
+    """So many significant digits without an exponent for large ones: 0.7584, 24.73, 15770; nothing where it is not known."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
 def share(value: float | None) -> str:
     """0.123 as "12 %", nothing where it is not known."""
     return "" if value is None else f"{100 * value:.0f} %"

@@ -57,7 +57,7 @@ class Intent:
     def moved_mask(self, model: nn.Module) -> Tensor | None:
         """[P]: 1 on what the inner loop moves; None: all."""
         layout, like = ParameterLayout(model), next(model.parameters())
-        mask = layout.trainable(model, like)
+        mask = layout.trainable(model.parameters(), like)
         if self.adapted is None:
             return mask
         chosen = layout.matching(self.adapted, like)

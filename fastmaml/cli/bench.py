@@ -59,7 +59,9 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("kind", choices=list(RUNS), metavar="hvp|meta|memory", help="what to measure")
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="built-in cases; --list shows them (default: a few)")
+    parser.add_argument(
+        "--cases", nargs="+", default=[], metavar="CASE", help="built-in; --list shows them (default: a few)"
+    )
     parser.add_argument("--list", action="store_true", help="show the built-in cases and the peers, measure nothing")
     parser.add_argument("--model", metavar="FILE.py:FUNCTION", help="your own model, in place of built-in cases")
     parser.add_argument("--backend", default="auto", choices=BACKENDS, metavar="NAME", help=f"{', '.join(BACKENDS)}")

@@ -451,7 +451,7 @@ void trees() {
         T* weights = static_cast<T*>(emu::allocate(w.size() * sizeof(T)));
         std::copy(tree.begin(), tree.end(), x);
         std::copy(w.begin(), w.end(), weights);
-        cuda_emulated_ops(sizeof(T)).tree_reduce(out, x, weighted ? weights : nullptr, tasks, size, 0);
+        cuda_emulated_ops(sizeof(T)).tree_reduce(out, x, weighted ? weights : nullptr, tasks, size, size, 0);
         if (weighted)
           for (size_t i = 0; i < tree.size(); ++i) tree[i] *= w[i / size_t(size)];
         for (int64_t stride = 1; stride < tasks; stride *= 2)

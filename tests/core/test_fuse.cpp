@@ -1,4 +1,5 @@
-// Which layers fuse() joins, and whether the fused network computes what its parts do: in every pass, on the float64 reference.
+// Which layers fuse() joins, and whether the fused network computes what its parts do: in every pass, in float64, on the reference and,
+// with what the cpu joins, on each of its instruction sets.
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -6,7 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "networks.h"
+#include "cpu/isa/choose_isa.h"
+#include "same_numbers.h"
 
 namespace fastmaml {
 namespace {
@@ -128,40 +130,29 @@ void rectifiers() {
 
 // ---------------------------------------------------------------- the same numbers
 
-using Results = std::vector<std::vector<double>>;
-
-Results results(const Schedule& schedule) {  // on the reference
-  constexpr int64_t kTasks = 2;
-  Arguments<double> arguments(schedule, kTasks, 3);
-  for (double& v : arguments.real[static_cast<int>(Arg::buffers)]) v = std::fabs(v) + 0.1;
-  for (double& v : arguments.real[static_cast<int>(Arg::cg_settings)]) v = 2;
-  Arenas arenas;
-  run_layered({reference_ops(), schedule, plan_workspace(schedule, reference_ops()), arguments.views, kTasks}, arenas);
-  return {arguments.real.begin() + static_cast<int>(Arg::loss), arguments.real.end()};
+void expect_error(const std::string& what, double error, double limit) {
+  char text[80];
+  std::snprintf(text, sizeof text, "%.1e of the largest", error);
+  report(error <= limit, what, text);
 }
 
-// 1e-12 of the largest: the same formulas in float64, sums in another order.
+// 1e-12 of the largest: the same formulas in float64, sums in another order. On the cpu also other formulas: 1e-10, as in test_walks.
 // `part`: what the names of the ops that are fused begin with.
 void same(const std::string& what, const Program& net, const std::function<Schedule(const Program&)>& schedule_of,
           const std::string& part = "batch_norm_fwd") {
   const Program fused = fuse(net, {everything, true});
   const Schedule parts_schedule = schedule_of(net), fused_schedule = schedule_of(fused);
   const std::string listing = to_string(fused_schedule);
-  const Results want = results(parts_schedule), got = results(fused_schedule);
-  double worst = 0, largest = 0;
-  for (size_t a = 0; a < want.size(); ++a) {
-    double scale = 0;
-    for (double v : want[a]) scale = std::max(scale, std::fabs(v));
-    largest = std::max(largest, scale);
-    for (size_t i = 0; i < want[a].size(); ++i) {
-      const double error = std::fabs(got[a][i] - want[a][i]) / (scale > 0 ? scale : 1);
-      worst = std::isnan(error) ? INFINITY : std::max(worst, error);
-    }
-  }
-  char text[80];
-  std::snprintf(text, sizeof text, "%.1e of the largest", worst);
-  report(worst <= 1e-12 && largest > 0, what, text);
+  const Results want = results(parts_schedule);
+  expect_error(what, apart(want, results(fused_schedule)), 1e-12);
   report(to_string(parts_schedule).find(part) != std::string::npos && listing.find(part) == std::string::npos, what + ": is fused");
+  for (const std::string& isa : available_cpu_isas()) {
+    set_cpu_isa(isa);
+    const OpTable& cpu = cpu_ops(8);
+    const Schedule schedule = schedule_of(fuse(net, {[&](Op op) { return cpu.supports(op); }, cpu.rectifies}));
+    expect_error(what + ": cpu " + isa, apart(want, results(schedule, cpu)), 1e-10);
+  }
+  set_cpu_isa("");
 }
 
 // Of the sweep's steps: exactly the same numbers, for nothing is added up in another order.

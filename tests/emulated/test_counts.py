@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # bench is no installed package
 
-from bench.cases import CASES, problem  # noqa: E402
+from bench.cases import CASES  # noqa: E402
 from bench.kernels import workloads  # noqa: E402
+from fastmaml.benchmark.problem import problem  # noqa: E402
 
 pytestmark = [pytest.mark.race, pytest.mark.slow]
 

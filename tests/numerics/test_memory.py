@@ -13,16 +13,25 @@ import fastmaml as fm
 CASES = [MLP, CONV4, LAYER_NORM, RESIDUAL]
 
 
-def arena_bytes(
-    program: str, inner_steps: int, backend: str = "cpu", real_bytes: int = 4, memory: str = "low", **how
+def planned(
+    what: str, program: str, inner_steps: int, backend: str = "cpu", real_bytes: int = 4, memory: str = "low", **how
 ) -> int:
     from fastmaml import _C
 
     loop = f"steps={inner_steps}" + (" rate_grad=1" if how.pop("rate_grad", False) else "")
     how = {"support_examples": 5, "query_examples": 15, **how}
-    return _C.arena_bytes(
-        program, "meta_gradient", backend=backend, real_bytes=real_bytes, loop=loop, memory=memory, **how
-    )
+    function = getattr(_C, what)
+    return function(program, "meta_gradient", backend=backend, real_bytes=real_bytes, loop=loop, memory=memory, **how)
+
+
+def arena_bytes(program: str, inner_steps: int, *args, **how) -> int:
+    """Of one worker."""
+    return planned("arena_bytes", program, inner_steps, *args, **how)
+
+
+def tasks_in_flight(program: str, *args, **how) -> int:
+    """Of one worker: small networks of the CPU go side by side."""
+    return planned("lanes", program, 1, *args, **how)
 
 
 def slot(elements: int, real_bytes: int) -> int:
@@ -37,10 +46,11 @@ def test_low_memory_grows_by_phi_alone(case, real_bytes, compiled):
     if compiled.name == "reference":
         real_bytes = 8
     sizes = {K: arena_bytes(program, K, compiled.name, real_bytes) for K in (1, 2, 5, 20)}
+    phi = slot(P, real_bytes) * tasks_in_flight(program, compiled.name, real_bytes)
     # A tiny network's K = 1 leaves a gap that the second phi can partly use, so "at most" there; from then on to the byte.
-    assert sizes[2] - sizes[1] <= slot(P, real_bytes), sizes
+    assert sizes[2] - sizes[1] <= phi, sizes
     for K in (5, 20):
-        assert sizes[K] - sizes[2] == (K - 2) * slot(P, real_bytes), sizes
+        assert sizes[K] - sizes[2] == (K - 2) * phi, sizes
 
 
 def test_the_papers_conv4_grows_by_phi_alone(cpu):
@@ -57,7 +67,8 @@ def test_the_papers_conv4_grows_by_phi_alone(cpu):
 def test_the_exact_rate_gradient_costs_no_memory_per_step(case, cpu):
     # "low" computes g_k again in the sweep instead of keeping K of them.
     program, P = program_of(engine(case, cpu), case), setup(case).P
-    assert arena_bytes(program, 20, rate_grad=True) - arena_bytes(program, 2, rate_grad=True) == 18 * slot(P, 4)
+    grown = arena_bytes(program, 20, rate_grad=True) - arena_bytes(program, 2, rate_grad=True)
+    assert grown == 18 * slot(P, 4) * tasks_in_flight(program)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

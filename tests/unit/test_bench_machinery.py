@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -16,10 +17,18 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # bench is no installed package
 
 import fastmaml as fm  # noqa: E402
-from bench import divergence, memory, run, sinusoid  # noqa: E402
-from bench.baselines import Missing, fetch, learn2learn_maml, torch_func, torch_loop  # noqa: E402
-from bench.cases import CASES, Case, arithmetic, problem  # noqa: E402
-from bench.measure import error, exact, interleaved, summarise, table  # noqa: E402
+from bench import divergence, measure, memory, run, sinusoid  # noqa: E402
+from bench.baselines import Missing, fetch, jax_network, learn2learn_maml  # noqa: E402
+from bench.cases import CASES, WORKLOADS  # noqa: E402
+from fastmaml.benchmark import meta, timing  # noqa: E402
+from fastmaml.benchmark.baselines import torch_func  # noqa: E402
+from fastmaml.benchmark.disturbance import Disturbance, Watch  # noqa: E402
+from fastmaml.benchmark.exact import FLOAT64_LIMIT, disagreement, error, exact  # noqa: E402
+from fastmaml.benchmark.problem import Case, arithmetic, problem  # noqa: E402
+from fastmaml.benchmark.results import Results  # noqa: E402
+from fastmaml.benchmark.text import number, table  # noqa: E402
+from fastmaml.benchmark.timing import interleaved, summarise  # noqa: E402
+from tests import oracle  # noqa: E402
 
 SINE = replace(CASES["sinusoid-k1"], name="tiny-sine", tasks=3, support=4, query=5, inner_steps=2)
 CONV = Case(
@@ -43,6 +52,19 @@ def one_thread(threads):
 # ---------------------------------------------------------------- cases
 
 
+def peers(*names):
+    return {name: run.PEERS[name] for name in names}
+
+
+def measured(case, *names, rounds=1):
+    return meta.measure(problem(case), peers(*names), meta.How(rounds))
+
+
+def test_every_workload_has_cases():
+    assert [len(WORKLOADS[f"W{i}"]) for i in range(1, 5)] == [3, 2, 8, 8] and len(CASES) == 21
+    assert all(WORKLOADS[f"W{i}"] for i in range(5, 9))
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
 def test_a_case_makes_the_tasks_it_names(case):
     made = problem(replace(case, tasks=2))
@@ -60,7 +82,7 @@ def test_arithmetic_counts_the_matrix_products():
     F, F1 = 3360, 80
     assert arithmetic(problem(SINE)) == 3 * (2 * 4 * (9 * F - 5 * F1) + 5 * (3 * F - F1))
     # ALGORITHMS section 8: a forward pass of Conv4-64 on a 28x28 image is 19.6 MFLOP.
-    case = replace(CASES["omniglot-k1"], tasks=1, support=5, query=75, inner_steps=0)
+    case = replace(CASES["omniglot-t8-k1"], tasks=1, support=5, query=75, inner_steps=0)
     F, F1 = 19.6e6, 2 * 9 * 64 * 784
     assert arithmetic(problem(case)) == pytest.approx(75 * (3 * F - F1), rel=5e-3)
 
@@ -69,24 +91,56 @@ def test_arithmetic_counts_the_matrix_products():
 
 
 @pytest.mark.parametrize("case", [SINE, CONV], ids=str)
-@pytest.mark.parametrize("peer", ["torch_loop", "torch_func", "learn2learn"])
+@pytest.mark.parametrize("peer", ["torch_loop", "torch_func", "fo_rev_torch", "fo_rev_torch_loop", "learn2learn"])
 def test_peers_agree_with_the_exact_result(case, peer):
-    module = {"torch_loop": torch_loop, "torch_func": torch_func}.get(peer) or learn2learn()
+    module = learn2learn() if peer == "learn2learn" else run.PEERS[peer]
     made = problem(case)
     answer = exact(made)
-    assert error(module.prepare(made.double())(), answer) <= run.FLOAT64_LIMIT
+    assert error(module.prepare(made.double())(), answer) <= FLOAT64_LIMIT
     call = module.prepare(made)
     first, second = error(call(), answer), error(call(), answer)
     assert first == second and 0 < first < 1e-2, "a second call must not add to the gradients of the first"
 
 
+@pytest.mark.parametrize("peer", ["higher", "torchopt", "jax", "jax_map", "jax_fo_rev", "jax_fo_rev_map"])
+def test_installed_libraries_agree_too(peer):
+    if importlib.util.find_spec(peer.split("_")[0]) is None:
+        pytest.skip(f"{peer.split('_')[0]} is not installed")
+    made = problem(SINE)
+    assert error(run.PEERS[peer].prepare(made.double())(), exact(made)) <= FLOAT64_LIMIT
+
+
+def test_jax_pools_and_normalises_as_torch_does():
+    if importlib.util.find_spec("jax") is None:
+        pytest.skip("jax is not installed")
+    made = problem(replace(CONV, tasks=1)).double()
+    loss = jax_network.loss_of(made.model, "cross_entropy")
+    x, y = made.batch.query_x[0], made.batch.query_y[0]
+    found = loss([jax_network.array(p) for p in made.model.parameters()], jax_network.array(x), jax_network.array(y))
+    wanted = torch.nn.functional.cross_entropy(made.model(x), y)
+    assert float(found) == pytest.approx(wanted.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("case", [SINE, CONV], ids=str)
+def test_the_exact_result_is_that_of_the_tests_oracle(case):
+    double = problem(case).double()
+    theta = torch.cat([p.detach().reshape(-1) for p in double.model.parameters()])
+    other = oracle.meta_gradient(
+        oracle.network(double.model), theta, double.batch, oracle.loss_function(case.loss),
+        torch.full_like(theta, case.inner_lr), case.inner_steps,
+    )  # fmt: skip
+    loss, grad = exact(problem(case))
+    assert loss == pytest.approx(float(other.loss.mean()), rel=1e-12)
+    torch.testing.assert_close(grad, other.grad, rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("case", [SINE, CONV], ids=str)
 def test_measure_gives_a_row_to_all_who_agree(case):
-    result = run.measure(case, ["torch_loop", "torch_func"], rounds=2)
+    result = measured(case, "torch_loop", "torch_func", rounds=2)
     assert [row.name for row in result.rows] == ["fastmaml", "torch_loop", "torch_func"] and not result.absent
-    text = run.show(result)
+    text = meta.show(result)
     assert all(row.name in text for row in result.rows) and "K = " in text
-    value = json.loads(json.dumps(run.to_json(result)))
+    value = json.loads(json.dumps(meta.to_json(result)))
     assert value["rows"][0]["ratio_to_fastmaml"] == 1.0 and value["rows"][1]["rounds"] == 2
 
 
@@ -104,10 +158,10 @@ def test_a_first_order_method_gets_no_row(monkeypatch):
         return call
 
     monkeypatch.setattr(torch_func, "prepare", prepare)
-    result = run.measure(SINE, ["torch_func"], rounds=1)
+    result = measured(SINE, "torch_func")
     assert [row.name for row in result.rows] == ["fastmaml"]
     assert "disagrees with the exact result in float64" in result.absent["torch_func"]
-    assert "torch_func: not measured, disagrees" in run.show(result)
+    assert "torch_func: not measured, disagrees" in meta.show(result)
 
 
 def test_a_peer_that_breaks_does_not_end_the_run(monkeypatch):
@@ -115,16 +169,16 @@ def test_a_peer_that_breaks_does_not_end_the_run(monkeypatch):
         raise RuntimeError("no kernel for this\ndetails")
 
     monkeypatch.setattr(torch_func, "prepare", prepare)
-    result = run.measure(SINE, ["torch_func", "torch_loop"], rounds=1)
+    result = measured(SINE, "torch_func", "torch_loop")
     assert result.absent == {"torch_func": "RuntimeError: no kernel for this"}
     assert [row.name for row in result.rows] == ["fastmaml", "torch_loop"]
 
 
 def test_float32_alone_can_disagree():
-    assert run.disagreement(1e-12, 5e-3, 1e-6) == ""
-    assert "in float32, relative error 5.0e-02 (limit 1.0e-02)" in run.disagreement(1e-12, 5e-2, 1e-6)
-    assert run.disagreement(1e-12, 5e-2, 2e-2) == "", "plain torch is as far off: masks fall the other way"
-    assert run.disagreement(math.inf, 0.0, 0.0)
+    assert disagreement(1e-12, 5e-3, 1e-6) == ""
+    assert "in float32, relative error 5.0e-02 (limit 1.0e-02)" in disagreement(1e-12, 5e-2, 1e-6)
+    assert disagreement(1e-12, 5e-2, 2e-2) == "", "plain torch is as far off: masks fall the other way"
+    assert disagreement(math.inf, 0.0, 0.0)
 
 
 def test_a_peer_that_cannot_be_had_is_named_with_the_reason(monkeypatch, tmp_path, capsys):
@@ -134,13 +188,23 @@ def test_a_peer_that_cannot_be_had_is_named_with_the_reason(monkeypatch, tmp_pat
     monkeypatch.setattr(run.PEERS["higher"], "version", version)
     monkeypatch.setitem(run.CASES, SINE.name, SINE)
     out = tmp_path / "meta.json"
-    assert (
-        run.main([SINE.name, "--peers", "higher", "torch_loop", "--rounds", "1", "--threads", "1", "--out", str(out)])
-        == 0
-    )
+    order = [
+        SINE.name,
+        "--peers",
+        "higher",
+        "torch_loop",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+        "--no-peak",
+        "--out",
+        str(out),
+    ]
+    assert run.main(order) == 0
     assert "higher: not measured, pip could not fetch" in capsys.readouterr().out
     value = json.loads(out.read_text())
-    assert value["cases"][0]["absent"] == {"higher": "pip could not fetch higher==0.2.1 (no network)"}
+    assert value["entries"][SINE.name]["absent"] == {"higher": "pip could not fetch higher==0.2.1 (no network)"}
     assert value["threads"] == 1 and value["machine"] and value["versions"]["torch_loop"] == torch.__version__
     assert value["instruction_set"] and "commit" in value
 
@@ -148,7 +212,7 @@ def test_a_peer_that_cannot_be_had_is_named_with_the_reason(monkeypatch, tmp_pat
 def test_an_unknown_case_is_refused(capsys):
     with pytest.raises(SystemExit):
         run.main(["sinusoid-k7"])
-    assert "there is no case 'sinusoid-k7'; there are sinusoid-k1" in capsys.readouterr().err
+    assert "there is no case 'sinusoid-k7'; there are W1 to W4 and sinusoid-k1" in capsys.readouterr().err
 
 
 def test_the_help_explains_the_columns(capsys):
@@ -158,20 +222,94 @@ def test_the_help_explains_the_columns(capsys):
     assert all(word in text for word in ("median over the rounds", "learn2learn", "float64", "sgemm"))
 
 
+# ---------------------------------------------------------------- result files
+
+
+IDENTITY = {"sources": "abc", "rounds": 3}
+
+
+def test_a_result_file_is_continued_by_the_same_run_alone(tmp_path):
+    path = tmp_path / "r.json"
+    Results(path, "what", IDENTITY, {"date": "today"}).save("one", {"ms": 1})
+    again = Results(path, "what", IDENTITY, {"date": "tomorrow"})
+    assert again.entries == {"one": {"ms": 1}}
+    again.save("two", {"ms": 2})
+    again.finish()
+    content = json.loads(path.read_text())
+    assert list(content["entries"]) == ["one", "two"] and content["complete"] and content["date"] == "tomorrow"
+    with pytest.raises(
+        ValueError, match="was measured with rounds 3, not 5: --again starts it anew, --out names another"
+    ):
+        Results(path, "what", {**IDENTITY, "rounds": 5}, {})
+    assert not Results(path, "what", {**IDENTITY, "rounds": 5}, {}, again=True).entries
+
+
+def test_a_case_that_is_done_is_not_measured_again(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(run.CASES, SINE.name, SINE)
+    order = [SINE.name, "--peers", "torch_loop", "--threads", "1", "--no-peak", "--out", str(tmp_path / "meta.json")]
+    assert run.main([*order, "--rounds", "1"]) == 0
+    monkeypatch.setattr(run, "_measure", lambda *_: pytest.fail("measured again"))
+    assert run.main([*order, "--rounds", "1"]) == 0
+    assert f"{SINE.name}: done before" in capsys.readouterr().out
+    assert run.main([*order, "--rounds", "2"]) == 2
+    assert "was measured with rounds 1, not 2" in capsys.readouterr().err
+
+
+def test_sources_tell_a_benchmarks_own_file():
+    assert measure.sources() == measure.sources() != measure.sources(str(measure.ROOT / "bench" / "policy.py"))
+
+
 # ---------------------------------------------------------------- timing
 
 
 def test_calls_take_turns():
     order = []
     times = interleaved({name: lambda name=name: order.append(name) for name in "abc"}, rounds=3, least_s=0.0)
-    assert order[3:] == list("abc" + "bca" + "cab")
+    turns = [
+        name for i, name in enumerate(order[3:]) if i == 0 or order[3:][i - 1] != name
+    ]  # a disturbed sample comes again
+    assert "".join(turns) == "abcbcacab"
     assert times["a"].rounds == 3 and times["a"].calls == 1
+
+
+def test_slow_calls_get_fewer_rounds_spread_over_all():
+    turns = []
+
+    def clock(call, repeats):
+        turns.append(call)
+        return 10.0 if call == "slow" else 0.01
+
+    times = interleaved({"slow": "slow", "quick": "quick"}, rounds=9, least_s=0.0, clock=clock)
+    assert times["slow"].rounds == timing.SLOW_ROUNDS and times["quick"].rounds == 9
+    cheap = interleaved({"quick": "quick"}, rounds=9, least_s=0.0, clock=clock, budget_s=0.05)
+    assert cheap["quick"].rounds == 5
+
+
+def test_a_disturbed_sample_is_taken_again_a_bounded_number_of_times(monkeypatch):
+    class Busy:
+        def stop(self):
+            return Disturbance(0.5, 0.0, 0.0, 0.01)
+
+    monkeypatch.setattr(timing, "Watch", Busy)
+    times = interleaved({"a": lambda: None}, rounds=4, least_s=0.0, clock=lambda call, repeats: 1.0)
+    assert times["a"].rounds == 4 and times["a"].retaken == 4 and times["a"].disturbed == 4 and times["a"].others == 0.5
+
+
+def test_own_work_is_no_disturbance():
+    if Watch().stop() is None:
+        pytest.skip("this system has no /proc/stat")
+    assert not Disturbance(0.2, 0.0, 0.0, known_to=0.1).disturbed, "two ticks may be feigned"
+    assert Disturbance(0.2, 0.0, 0.0, known_to=0.01).disturbed and Disturbance(0.0, 0.2, 0.0, 0.01).disturbed
 
 
 def test_summarise_gives_median_and_spread():
     times = summarise([1.0, 2.0, 3.0, 4.0, 100.0])
     assert times.median == 3.0 and times.fastest == 1.0 and times.spread == pytest.approx((4 - 2) / 2 / 3)
     assert summarise([2.0]).spread == 0.0
+
+
+def test_numbers_have_no_exponent():
+    assert [number(v) for v in (0.75842, 24.731, 15771.2, None)] == ["0.7584", "24.73", "15771", ""]
 
 
 def test_table_aligns_columns():
@@ -190,6 +328,15 @@ def test_sinusoid_loops_are_the_same_loop(tmp_path, monkeypatch, capsys):
     value = json.loads(out.read_text())
     assert value["loss_agreement_float64"] <= 1e-8 and value["iterations"] == 4
     assert [row["name"] for row in value["rows"]] == ["fastmaml", "learn2learn"]
+
+
+def test_the_paper_run_prints_wall_time_and_slowdown(tmp_path, capsys):
+    out = tmp_path / "paper.json"
+    assert sinusoid.main(["--paper", "--paper-iterations", "200", "--threads", "1", "--paper-out", str(out)]) == 0
+    assert "200 iterations in " in capsys.readouterr().out
+    value = json.loads(out.read_text())
+    assert value["iterations"] == 200 and value["wall_s"] > 0 and len(value["blocks_ms"]) == 100
+    assert value["loss_last"] < value["loss_first"]
 
 
 def test_sinusoid_refuses_loops_that_differ(monkeypatch, capsys):

@@ -1,7 +1,8 @@
 // The two register-blocked products that linear and conv2d are made of.
 //   row_product    out[i, :] (+)= bias + sum over terms of a_i[term] (one row) times b[term]        rows come from anywhere
 //   outer_product  out (+)= sum over pixels of a_p (a column of `m` numbers) times b_p (a row)      the weight gradient
-// A tile is 6 rows by 2 vectors: 12 accumulators, 2 vectors of b and one broadcast fill the 16 registers of AVX2.
+// A tile is 6 rows by 2 vectors: 12 accumulators, 2 vectors of b and one broadcast fill the 16 registers of AVX2. Where there are 32
+// registers, tiles of 12 and 8 rows spread the loads of b and the ends of a tile over more products.
 #pragma once
 
 #include "cpu/vec.h"
@@ -10,6 +11,11 @@ FASTMAML_CPU_BEGIN
 
 inline constexpr int kTileRows = 6;
 inline constexpr int kTileVecs = 2;
+#ifdef __AVX512F__
+inline constexpr int kTallRows = 12, kOuterRows = 8;
+#else
+inline constexpr int kTallRows = kTileRows, kOuterRows = kTileRows;
+#endif
 inline constexpr int64_t kBlockRows = 384;    // rows that share one pass over b: their a stays in L2
 inline constexpr int64_t kBlockK = 256;       // depth of one pass: its slice of b (16 KB) stays in L1
 inline constexpr int64_t kBlockPixels = 128;  // outer_product: a and b of a block stay in L1 and L2
@@ -82,6 +88,7 @@ inline __attribute__((always_inline)) void row_tile(const RowProduct<T>& p, cons
 template <class T, int NV>
 inline void row_panel(const RowProduct<T>& p, const Term<T>* terms, int n_terms, int64_t from, int64_t to, int64_t j0, bool first) {
   int64_t i = from;
+  for (; i + kTallRows <= to; i += kTallRows) row_tile<T, kTallRows, NV>(p, terms, n_terms, i, j0, first);
   for (; i + kTileRows <= to; i += kTileRows) row_tile<T, kTileRows, NV>(p, terms, n_terms, i, j0, first);
   switch (to - i) {
     case 5:
@@ -181,13 +188,20 @@ inline void outer_panel(T* out, int64_t ldo, int64_t valid, int64_t m, const Out
                         int64_t ldb, int64_t pixels, bool first) {
   constexpr int kMaxTerms = 2;
   OuterTerm<T> shifted[kMaxTerms];
-  for (int64_t i = 0; i < m; i += kTileRows) {
+  int64_t rows = kOuterRows;
+  for (int64_t i = 0; i < m; i += rows) {
     for (int t = 0; t < n_terms; ++t) shifted[t] = {terms[t].a + i, terms[t].b};
     T* to = out + i * ldo;
-    switch (m - i < kTileRows ? m - i : kTileRows) {
-      case 6:
-        outer_tile<T, 6, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+    rows = m - i >= kOuterRows ? kOuterRows : m - i >= kTileRows ? kTileRows : m - i;
+    switch (rows) {
+      case kOuterRows:
+        outer_tile<T, kOuterRows, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
         break;
+#ifdef __AVX512F__
+      case kTileRows:
+        outer_tile<T, kTileRows, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        break;
+#endif
       case 5:
         outer_tile<T, 5, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
         break;

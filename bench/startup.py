@@ -1,0 +1,92 @@
+"""What the first second costs: import of fastmaml beyond torch's own, and the first meta-gradient against later ones.
+
+Medians over several fresh processes. The compiled module is built beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from bench.cases import CASES
+from bench.measure import RESULTS, facts, write_json
+from fastmaml.benchmark.text import table
+
+IMPORTED = """
+import time
+a = time.perf_counter()
+import torch
+b = time.perf_counter()
+import fastmaml
+c = time.perf_counter()
+print([b - a, c - b])
+"""
+FIRST_CALL = """
+import sys, time
+from fastmaml.benchmark.baselines import fastmaml_maml
+from fastmaml.benchmark.cases import META
+from fastmaml.benchmark.problem import problem
+import torch
+torch.set_num_threads(int(sys.argv[2]))
+given = problem(META[sys.argv[1]])
+torch.mm(torch.ones(64, 64), torch.ones(64, 64))
+times = []
+start = time.perf_counter()
+call = fastmaml_maml.prepare(given)
+for _ in range(6):
+    call()
+    times.append(time.perf_counter() - start)
+    start = time.perf_counter()
+print([times[0], sorted(times[1:])[2]])
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, measure, print, write."""
+    args = _parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch_s, ours_s = _medians(IMPORTED, [], args.processes)
+    print(f"import torch {torch_s:.2f} s, import fastmaml beyond it {ours_s:.3f} s ({args.processes} processes)")
+    rows = []
+    for name in args.cases:
+        first, later = _medians(FIRST_CALL, [name, str(args.threads)], args.processes)
+        rows.append({"case": name, "first_ms": 1e3 * first, "later_ms": 1e3 * later, "extra_ms": 1e3 * (first - later)})
+    print(table(["first call", "ms", "later, ms", "more, ms"],
+                [[r["case"], *(f"{r[key]:.4g}" for key in ("first_ms", "later_ms", "extra_ms"))] for r in rows]))  # fmt: skip
+    print("the first call includes making the learner: tracing the module, planning, allocating")
+    if args.out:
+        what = (__doc__ or "").split("\n")[0]
+        imports = {"import_torch_s": torch_s, "import_fastmaml_s": ours_s, "processes": args.processes}
+        write_json(args.out, {"what": what, **facts(), **imports, "rows": rows})
+    return 0
+
+
+def _medians(program: str, arguments: list[str], processes: int) -> list[float]:
+    """Of the numbers that a program prints as a list, over so many processes."""
+    found = []
+    for _ in range(processes):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout.strip().split("\n")[-1]))
+    return [statistics.median(column) for column in zip(*found)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.startup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", default=["sinusoid-k1", "mlp-k1", "omniglot-t8-k1"], choices=list(CASES),
+                        metavar="CASE", help="for the first call (default sinusoid-k1 mlp-k1 omniglot-t8-k1)")  # fmt: skip
+    parser.add_argument("--processes", type=int, default=7, help="fresh processes of each measurement (default 7)")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
+    parser.add_argument("--out", default=str(RESULTS / "startup.json"), help='JSON file; "" writes none')
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

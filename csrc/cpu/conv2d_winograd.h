@@ -1,0 +1,34 @@
+// The 3x3 layers of conv2d by Winograd's F(2x2, 3x3) (kernels/winograd.h), and what both ways of conv2d share.
+#pragma once
+
+#include "cpu/cpu.h"
+
+FASTMAML_CPU_BEGIN
+
+enum class ConvKind { forward, data, weight };
+
+// One product: y from (x, w), or y_dot from (x_dot, w) and (x, w_dot).
+template <class T>
+struct ConvOutput {
+  T* y;
+  const T* bias;
+  const T* w_for_x;  // null: no such term
+  const T* w_for_x_dot;
+};
+
+// A 3x3 layer of stride 1 with whole vectors of channels, whose output has few pixels beyond its last whole tile.
+bool takes_winograd(const Conv2d& s);
+
+template <class T>
+size_t winograd_scratch(const Conv2d& s, ConvKind kind);
+// As conv2d.cpp's functions of these names.
+template <class T>
+void winograd_forward(const Conv2d& s, int64_t N, void* scratch, const T* x, const T* x_dot, const T* const* w,
+                      const ConvOutput<T>* outputs, int n_outputs);
+template <class T>
+void winograd_backward_data(const Conv2d& s, int64_t N, void* scratch, T* dx, T* dx_dot, const T* dy, const T* dy_dot, const T* w,
+                            const T* w_dot);
+template <class T>
+void winograd_backward_weight(const Conv2d& s, int64_t N, void* scratch, T* dw, const T* const* x, const T* const* dy, int n_terms);
+
+FASTMAML_CPU_END
