@@ -46,5 +46,5 @@ def test_every_kind_has_a_profile_of_an_own_model(kind: str, tmp_path: Any, caps
     ],
 )
 def test_bad_arguments_cost_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "meta", "sinusoid-k1", "--profile", *arguments]) == 1
+    assert main(["bench", "meta", "--cases", "sinusoid-k1", "--profile", *arguments]) == 1
     assert capsys.readouterr().err.strip() == f"fastmaml: {words}"
