@@ -70,6 +70,7 @@ SAMPLES = (
     Sample(lambda: models.mlp([600, 300, 150, 75, 10]), (600,), 10, 10, 60, tasks=4),
     Sample(lambda: models.mlp([1000, 360, 90, 6]), (1000,), 6, 6, 90, tasks=4),
     Sample(lambda: models.mlp([24, 24, 24, 24]), (24,), 0, 40, 24, tasks=4),
+    Sample(lambda: models.mlp([48, 48, 48, 48]), (48,), 0, 40, 24, tasks=4),
     Sample(lambda: models.mlp([160, 160, 160, 160]), (160,), 0, 40, 12, tasks=4),
     Sample(lambda: models.mlp([640, 640, 640, 640]), (640,), 0, 40, 6),
     Sample(lambda: models.conv4(filters=64, image_size=24), (1, 24, 24), 5, 5, 30),
