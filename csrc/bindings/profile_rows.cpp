@@ -25,7 +25,7 @@ pybind11::dict row(const Plan& plan, const Step& step) {
 pybind11::dict facts(const Plan& plan) {
   pybind11::dict facts;
   facts["memory"] = plan.memory == Memory::stash ? "stash" : "low";
-  facts["lanes"] = 1;
+  facts["lanes"] = plan.lanes();
   facts["arena_bytes"] = plan.arena_bytes();
   return facts;
 }

@@ -50,6 +50,7 @@ Schedule lane_schedule(Schedule schedule) {
   const auto copy = [&](int to, int from) { schedule.step(Op::copy, Vector{schedule.slots[from].size}, 1, {{to, 0}, {from, 0}}); };
   for (size_t s = 0; s < steps.size(); ++s) {
     Step step = steps[s];
+    schedule.phase = step.phase;
     std::vector<int> results;
     for (Operand& operand : step.operand) {
       if (!operand || !moved[operand.slot]) continue;

@@ -136,6 +136,7 @@ class Streaming {
     for (int i : {0, 1})
       if (whole[i]) step.operand[i] = share_of(whole[i], sizes[i]);
     out_.steps.push_back(step);
+    out_.phase = step.phase;
     for (int i : {0, 1})
       if (whole[i]) out_.step(Op::add, Vector{sizes[i]}, 1, {whole[i], whole[i], step.operand[i]});
   }

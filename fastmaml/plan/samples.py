@@ -29,11 +29,18 @@ class Sample:
     inner: inner.Optimizer = field(default_factory=lambda: inner.SGD(0.01))
 
     @property
+    def steps(self) -> int:
+        """Two where they are cheap: what ends one step of the sweep and begins the next may be one operation."""
+        return 2 if self.tasks > 1 else 1
+
+    @property
     def loss(self) -> str:
         return "cross_entropy" if self.classes else "mse"
 
     def make(self, memory: str) -> MAML:
-        return MAML(self.model(), inner=self.inner, inner_steps=1, loss=self.loss, backend="cpu", memory=memory)
+        return MAML(
+            self.model(), inner=self.inner, inner_steps=self.steps, loss=self.loss, backend="cpu", memory=memory
+        )
 
     def batch(self, tasks: int, engine: Engine) -> tuple[Any, ...]:
         """Random examples; targets near the network's own outputs keep a regression in range."""
@@ -63,6 +70,7 @@ SAMPLES = (
     Sample(lambda: models.mlp([600, 300, 150, 75, 10]), (600,), 10, 10, 60, tasks=4),
     Sample(lambda: models.mlp([1000, 360, 90, 6]), (1000,), 6, 6, 90, tasks=4),
     Sample(lambda: models.mlp([24, 24, 24, 24]), (24,), 0, 40, 24, tasks=4),
+    Sample(lambda: models.mlp([48, 48, 48, 48]), (48,), 0, 40, 24, tasks=4),
     Sample(lambda: models.mlp([160, 160, 160, 160]), (160,), 0, 40, 12, tasks=4),
     Sample(lambda: models.mlp([640, 640, 640, 640]), (640,), 0, 40, 6),
     Sample(lambda: models.conv4(filters=64, image_size=24), (1, 24, 24), 5, 5, 30),
