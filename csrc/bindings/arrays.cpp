@@ -140,6 +140,14 @@ void Arrays::move_params(Arg arg, const Params& params, const Tensor& from, int6
   kept_.push_back(from);
 }
 
+void Arrays::move_params_of_tasks(Arg arg, const Tensor& from, int64_t vectors) {
+  const int64_t size = vectors * program_->param_count;
+  void* to = take(tasks_ * size);
+  space_->reorder_tasks(program_->params, to, data_of(from), tasks_, vectors, element_bytes());
+  bind(arg, to, size);
+  kept_.push_back(from);
+}
+
 void Arrays::shared_params(Arg arg, const char* name, const Tensor& params) {
   expect_sizes(name, params, {program_->param_count});
   move_params(arg, program_->params, real(name, params), 1, 0);
@@ -147,7 +155,7 @@ void Arrays::shared_params(Arg arg, const char* name, const Tensor& params) {
 
 void Arrays::params_of_tasks(Arg arg, const char* name, const Tensor& params) {
   expect_sizes(name, params, {tasks_, program_->param_count});
-  move_params(arg, program_->params, real(name, params), tasks_, program_->param_count);
+  move_params_of_tasks(arg, real(name, params), 1);
 }
 
 void Arrays::params(Arg arg, const char* name, const Tensor& params) {
@@ -180,7 +188,7 @@ void Arrays::step_rows(const std::optional<Tensor>& rows, const InnerLoop& loop)
 bool Arrays::state(const std::optional<Tensor>& state, int64_t vectors) {
   if (!state) return false;
   expect_sizes("state", *state, {tasks_, vectors * program_->param_count});
-  move_params(Arg::state, program_->params, real("state", *state), tasks_ * vectors, vectors * program_->param_count);
+  move_params_of_tasks(Arg::state, real("state", *state), vectors);
   return vectors > 0;
 }
 

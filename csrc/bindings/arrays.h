@@ -68,6 +68,7 @@ class Arrays {
   using Params = Space::Params;
   void* take(int64_t numbers) { return space_->take(size_t(numbers) * element_bytes()); }
   void move_params(Arg arg, const Params& params, const Tensor& from, int64_t count, int64_t task_stride);
+  void move_params_of_tasks(Arg arg, const Tensor& from, int64_t vectors);
   using Sizes = std::vector<int64_t>;
   Tensor to_torch(const Params& params, const void* engine, int64_t count, const Sizes& sizes) const;  // `count` vectors
   void* reduced(Arg arg, int64_t size, const std::optional<Tensor>& task_weights);

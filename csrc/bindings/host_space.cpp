@@ -11,17 +11,22 @@
 namespace fastmaml {
 namespace {
 
+// `count` vectors, from number `first` on
 template <class T>
-void reorder_as(const Space::Params& params, bool from_torch, void* to, const void* from, int64_t count) {
-  const int64_t size = size_of(params);
-  in_parallel(count, [&](int64_t i) {
-    T* target = static_cast<T*>(to) + i * size;
-    const T* source = static_cast<const T*>(from) + i * size;
-    if (from_torch)
-      params_from_torch(params, target, source, 1);
-    else
-      params_to_torch(params, target, source, 1);
-  });
+void reorder_as(const Space::Params& params, bool from_torch, void* to, const void* from, int64_t first, int64_t count) {
+  const int64_t at = first * size_of(params);
+  if (from_torch)
+    params_from_torch(params, static_cast<T*>(to) + at, static_cast<const T*>(from) + at, count);
+  else
+    params_to_torch(params, static_cast<T*>(to) + at, static_cast<const T*>(from) + at, count);
+}
+
+void reorder_some(const Space::Params& params, bool from_torch, void* to, const void* from, int64_t first, int64_t count,
+                  size_t real_bytes) {
+  if (real_bytes == sizeof(float))
+    reorder_as<float>(params, from_torch, to, from, first, count);
+  else
+    reorder_as<double>(params, from_torch, to, from, first, count);
 }
 
 // Memory outlives the call in a Workplace: after the first call nothing is allocated.
@@ -52,10 +57,12 @@ class HostSpace : public Space {
   }
 
   void reorder(const Params& params, bool from_torch, void* to, const void* from, int64_t count, size_t real_bytes) override {
-    if (real_bytes == sizeof(float))
-      reorder_as<float>(params, from_torch, to, from, count);
-    else
-      reorder_as<double>(params, from_torch, to, from, count);
+    in_parallel(count, [&](int64_t i) { reorder_some(params, from_torch, to, from, i, 1, real_bytes); });
+  }
+
+  // By the worker that walks a task, just before: then they are in its cache.
+  void reorder_tasks(const Params& params, void* to, const void* from, int64_t, int64_t count, size_t real_bytes) override {
+    moves_.push_back({&params, to, from, count, real_bytes});
   }
 
   void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) override {
@@ -63,12 +70,18 @@ class HostSpace : public Space {
     const int workers = static_cast<int>(std::min<int64_t>(tasks, thread_count()));
     WalkClocks clocks(plan, workers, tasks);
     run.clocks = clocks.get();
+    const auto move = [this](int64_t first, int64_t count) {
+      for (const Move& m : moves_) reorder_some(*m.params, true, m.to, m.from, first * m.count, count * m.count, m.real_bytes);
+    };
     if (plan->program->loss.kind == Loss::Kind::caller) {
       run.caller = loss;
+      in_parallel(tasks, [&](int64_t task) { move(task, 1); });
       run_segments(run, place_->arenas, workers, in_parallel);
     } else {
+      if (!moves_.empty()) run.before = move;
       run_resident(run, place_->arenas, workers, in_parallel);
     }
+    moves_.clear();
   }
 
   void reduce(const OpTable& table, void* out, void* x, const void* w, int64_t tasks, int64_t size) override {
@@ -84,7 +97,15 @@ class HostSpace : public Space {
   }
 
  private:
+  struct Move {
+    const Params* params;
+    void* to;
+    const void* from;
+    int64_t count;  // vectors of a task
+    size_t real_bytes;
+  };
   LentWorkplace place_;
+  std::vector<Move> moves_;
 };
 
 }  // namespace

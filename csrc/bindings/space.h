@@ -27,6 +27,10 @@ class Space {
   virtual void numbers(void* to, const double* values, size_t count, size_t real_bytes) = 0;
   // `count` vectors from torch's order to the engine's, or back; to and from do not overlap
   virtual void reorder(const Params& params, bool from_torch, void* to, const void* from, int64_t count, size_t real_bytes) = 0;
+  // The same from torch's order for `count` vectors of each task, before run() needs them. All three must last until then.
+  virtual void reorder_tasks(const Params& params, void* to, const void* from, int64_t tasks, int64_t count, size_t real_bytes) {
+    reorder(params, true, to, from, tasks * count, real_bytes);
+  }
   // Args are inputs and places for results; results may be elsewhere afterwards, which `args` says then.
   virtual void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) = 0;
   // table.tree_reduce of x [tasks, size]

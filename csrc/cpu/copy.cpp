@@ -1,30 +1,11 @@
 // copy, also from one layout of tasks to the other: the only op of a lane walk that sees task-major operands which are not shared.
 #include <array>
-#include <utility>
 
+#include "cpu/kernels/transpose.h"
 #include "cpu/layout.h"
 
 FASTMAML_CPU_BEGIN
 namespace {
-
-// Of two rows, h apart, of a matrix: their blocks of h numbers that lie across the diagonal change places.
-template <int kHalf, class V, size_t... kI>
-inline __attribute__((always_inline)) void swap_blocks(V& a, V& b, std::index_sequence<kI...>) {
-  constexpr size_t n = sizeof...(kI);
-  const V upper = __builtin_shufflevector(a, b, int(kI & kHalf ? n + kI - kHalf : kI)...);
-  const V lower = __builtin_shufflevector(a, b, int(kI & kHalf ? n + kI : kI + kHalf)...);
-  a = upper;
-  b = lower;
-}
-
-template <int kHalf, class V, size_t n>
-inline __attribute__((always_inline)) void transpose_blocks(std::array<V, n>& rows) {
-  if constexpr (kHalf > 0) {
-    for (size_t r = 0; r < n; ++r)
-      if (!(r & kHalf)) swap_blocks<kHalf>(rows[r], rows[r + kHalf], std::make_index_sequence<n>());
-    transpose_blocks<kHalf / 2>(rows);
-  }
-}
 
 // One group: kLanes rows of `size` numbers, a task in each, and the same in lanes.
 template <class T>

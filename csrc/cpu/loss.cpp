@@ -69,6 +69,13 @@ void cross_entropy_jvp(const Call& call) {
   }
 }
 
+// f(weight of a number, from, count) for all examples at once, or one after the other where each has a weight of its own.
+template <class T, class F>
+void for_examples(const T* weights, int64_t N, int64_t size, F f) {
+  if (!weights) return f(1.0 / double(N * size), 0, N * size);
+  for (int64_t n = 0; n < N; ++n) f(weight(weights, n, N) / double(size), n * size, size);
+}
+
 // loss = sum w mean((z - target)^2);  dz = 2 w (z - target) / size
 template <class T>
 void mse(const Call& call) {
@@ -78,14 +85,15 @@ void mse(const Call& call) {
     T *loss = at<T>(call, 0, t), *dz = at<T>(call, 1, t);
     const T *z = at<T>(call, 2, t), *target = at<T>(call, 3, t), *weights = at<T>(call, 4, t);
     double sum = 0;
-    for (int64_t n = 0; n < N; ++n) {
-      const double w = weight(weights, n, N) / double(s.size);
-      for (int64_t i = n * s.size; i < (n + 1) * s.size; ++i) {
-        const double error = double(z[i]) - double(target[i]);
-        sum += w * error * error;
-        if (dz) dz[i] = T(2 * w * error);
-      }
-    }
+    for_examples(weights, N, s.size, [&](double w, int64_t from, int64_t count) {
+      const T twice = T(2 * w);
+      sum += w * block_sum<T>(count, [&](auto lane, int64_t i) {
+               using V = decltype(lane);
+               const V error = load<V>(z + from + i) - load<V>(target + from + i);
+               if (dz) store(dz + from + i, twice * error);
+               return error * error;
+             });
+    });
     loss[0] = T(sum);
   }
 }
@@ -97,10 +105,10 @@ void mse_jvp(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     T* dz_dot = at<T>(call, 0, t);
     const T *z_dot = at<T>(call, 2, t), *weights = at<T>(call, 4, t);
-    for (int64_t n = 0; n < N; ++n) {
-      const double w = 2 * weight(weights, n, N) / double(s.size);
-      for (int64_t i = n * s.size; i < (n + 1) * s.size; ++i) dz_dot[i] = T(w * double(z_dot[i]));
-    }
+    for_examples(weights, N, s.size, [&](double w, int64_t from, int64_t count) {
+      const T twice = T(2 * w);
+      for_lanes<T>(count, [&](auto lane, int64_t i) { store(dz_dot + from + i, twice * load<decltype(lane)>(z_dot + from + i)); });
+    });
   }
 }
 

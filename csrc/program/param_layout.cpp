@@ -23,32 +23,33 @@ inline __attribute__((always_inline)) void transpose_square(T* to, const T* from
   for (int i = 0; i < 4; ++i) std::memcpy(kBack ? to + i * columns : to + row(i), &c[i], sizeof(V));
 }
 
-// A matrix [rows, columns] on torch's side, transposed on the engine's, where column j is row place(j).
+// A matrix [rows, columns] on torch's side, transposed on the engine's, where column j is row place(j). Four rows of what is read are read
+// from end to end; what is written is up to kOpen lines at a time, which stay in L1 until they are full.
 template <class T, bool kFromTorch, class Place>
 void transpose(T* to, const T* from, int64_t rows, int64_t columns, const Place& place) {
-  constexpr int64_t kColumns = 16;  // whose places on the engine's side are written, or read, at the same time
-  for (int64_t begin = 0; begin < columns; begin += kColumns) {
-    const int64_t end = std::min(columns, begin + kColumns);
-    for (int64_t r = 0; r < rows; r += 4)
-      for (int64_t j = begin; j < end; j += 4) {
-        const auto row = [&](int64_t i) { return place(j + i) * rows + r; };
-        if (r + 4 <= rows && j + 4 <= end) {
-          if constexpr (kFromTorch)
-            transpose_square<false>(to, from + r * columns + j, columns, row);
-          else
-            transpose_square<true>(to + r * columns + j, from, columns, row);
-          continue;
-        }
-        for (int64_t i = 0; i < std::min<int64_t>(4, rows - r); ++i)
-          for (int64_t k = 0; k < std::min<int64_t>(4, end - j); ++k) {
-            const int64_t torch = (r + i) * columns + j + k, engine = row(k) + i;
-            if constexpr (kFromTorch)
-              to[engine] = from[torch];
-            else
-              to[torch] = from[engine];
-          }
+  constexpr int64_t kOpen = 128;
+  const auto square = [&](int64_t r, int64_t j) {
+    const auto row = [&](int64_t i) { return place(j + i) * rows + r; };
+    if (r + 4 <= rows && j + 4 <= columns) {
+      if constexpr (kFromTorch)
+        transpose_square<false>(to, from + r * columns + j, columns, row);
+      else
+        transpose_square<true>(to + r * columns + j, from, columns, row);
+      return;
+    }
+    for (int64_t i = 0; i < std::min<int64_t>(4, rows - r); ++i)
+      for (int64_t k = 0; k < std::min<int64_t>(4, columns - j); ++k) {
+        const int64_t torch = (r + i) * columns + j + k, engine = row(k) + i;
+        if constexpr (kFromTorch)
+          to[engine] = from[torch];
+        else
+          to[torch] = from[engine];
       }
-  }
+  };
+  const int64_t read = kFromTorch ? rows : columns, written = kFromTorch ? columns : rows;
+  for (int64_t begin = 0; begin < written; begin += kOpen)
+    for (int64_t i = 0; i < read; i += 4)
+      for (int64_t k = begin; k < std::min(written, begin + kOpen); k += 4) kFromTorch ? square(i, k) : square(k, i);
 }
 
 template <class T, bool kFromTorch>

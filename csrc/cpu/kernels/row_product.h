@@ -5,6 +5,7 @@
 // registers, tiles of 12 and 8 rows spread the loads of b and the ends of a tile over more products.
 #pragma once
 
+#include "cpu/kernels/transpose.h"
 #include "cpu/vec.h"
 
 FASTMAML_CPU_BEGIN
@@ -243,16 +244,6 @@ inline void pad_rows(T* to, const T* from, int64_t rows, int64_t cols, int64_t l
     std::memcpy(to + r * ld, from + r * cols, size_t(cols) * sizeof(T));
     for (int64_t c = cols; c < ld; ++c) to[r * ld + c] = T(0);
   }
-}
-
-// to [cols, ld] = from [rows, cols] transposed, ld = rows in whole vectors, the rest zero.
-template <class T>
-inline void transpose(T* to, const T* from, int64_t rows, int64_t cols, int64_t ld) {
-  constexpr int64_t kTile = 16;
-  for (int64_t r0 = 0; r0 < ld; r0 += kTile)
-    for (int64_t c0 = 0; c0 < cols; c0 += kTile)
-      for (int64_t c = c0; c < cols && c < c0 + kTile; ++c)
-        for (int64_t r = r0; r < ld && r < r0 + kTile; ++r) to[c * ld + r] = r < rows ? from[r * cols + c] : T(0);
 }
 
 FASTMAML_CPU_END
