@@ -358,6 +358,7 @@ OP_CASES: list[OpCase] = [
     # past the blocks of the cpu kernels: 384 rows, 256 deep, 128 pixels, 256 KB of images
     linear(300, 5, examples=400, tasks=1),
     linear(5, 300, examples=150, tasks=1),
+    linear(301, 70, examples=150, tasks=1),  # weight gradients by way of copies, in two blocks of examples
     conv2d((64, 26, 26), 8, examples=2, tasks=1),
     conv2d((100, 9, 8), 5, stride=(2, 2), tasks=1),
     batch_norm((4, 5, 6)),

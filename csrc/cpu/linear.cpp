@@ -11,6 +11,7 @@ struct Work {  // scratch of one Step, laid out the same when it is measured and
   T *first, *second;  // weights in whole vectors, or transposed
   Term<T>* terms;
   T* rows[2];  // dy, dy_dot in whole vectors
+  OuterPack<T> pack;
   double* sums;
 
   Work(Scratch& scratch, const Linear& s, int64_t N) {
@@ -21,6 +22,11 @@ struct Work {  // scratch of one Step, laid out the same when it is measured and
     second = scratch.take<T>(most);
     terms = scratch.take<Term<T>>(2 * term_count<T>(s.in > s.out ? s.in : s.out));
     for (T*& r : rows) r = scratch.take<T>(kBlockPixels * padded_cols<T>(s.out));
+    const int64_t pixels = N < kBlockPixels ? N : kBlockPixels;
+    const bool packs = OuterPack<T>::pays(s.in, s.out, pixels);
+    for (T*& a : pack.a) a = packs ? scratch.take<T>(OuterPack<T>::a_size(pixels)) : nullptr;
+    for (T*& b : pack.b) b = packs ? scratch.take<T>(OuterPack<T>::b_size(s.out, pixels)) : nullptr;
+    pack.at = packs ? scratch.take<int32_t>(pixels) : nullptr;
     sums = scratch.take<double>(s.out);
   }
 };
@@ -145,6 +151,11 @@ void weight_gradient(Task<T>& task, T* dw, const T* const* x, const T* const* dy
   task.row_starts(s.in);
   for (int64_t from = 0; from < task.N; from += kBlockPixels) {
     const int64_t count = task.N - from < kBlockPixels ? task.N - from : kBlockPixels;
+    if (OuterPack<T>::pays(s.in, s.out, count)) {
+      for (int i = 0; i < n_terms; ++i) terms[i] = {x[i], dy[i] + from * s.out};
+      packed_outer_product(dw, s.in, s.out, terms, n_terms, task.work.a_at + from, count, from == 0, task.work.pack);
+      continue;
+    }
     for (int i = 0; i < n_terms; ++i) {
       const T* rows = dy[i] + from * s.out;
       if (ld != s.out) {

@@ -237,6 +237,57 @@ inline void outer_product(T* out, int64_t m, int64_t cols, const OuterTerm<T>* t
   }
 }
 
+// Room for copies of a and b. Where the columns of a lie far apart, a tile finds a cache line for each pixel that it uses half of, and
+// every panel finds them again.
+template <class T>
+struct OuterPack {
+  T *a[2], *b[2];
+  int32_t* at;
+  static int64_t a_size(int64_t pixels) { return kOuterRows * pixels; }
+  static int64_t b_size(int64_t cols, int64_t pixels) { return padded_cols<T>(cols) * pixels; }
+  static bool pays(int64_t m, int64_t cols, int64_t pixels) {
+    constexpr int64_t kBytes = 32 * 1024;  // of a, as much as L1
+    return cols > kTileVecs * kLanes<T> && m * pixels * int64_t(sizeof(T)) > kBytes;
+  }
+};
+
+// outer_product by way of copies; b's rows are cols numbers long. A few rows of `out` are written from end to end before the next.
+template <class T>
+inline void packed_outer_product(T* out, int64_t m, int64_t cols, const OuterTerm<T>* terms, int n_terms, const int32_t* a_at,
+                                 int64_t pixels, bool first, const OuterPack<T>& room) {
+  constexpr int64_t L = kLanes<T>, kPanel = kTileVecs * L;
+  const int64_t ldb = padded_cols<T>(cols);
+  for (int64_t p = 0; p < pixels; ++p) room.at[p] = int32_t(p * kOuterRows);
+  for (int t = 0; t < n_terms; ++t) {
+    T* to = room.b[t];
+    for (int64_t j = 0; j < ldb; j += kPanel) {
+      const int64_t ld = ldb - j < kPanel ? ldb - j : kPanel, valid = cols - j < ld ? cols - j : ld;
+      for (int64_t p = 0; p < pixels; ++p, to += ld) {
+        std::memcpy(to, terms[t].b + p * cols + j, size_t(valid) * sizeof(T));
+        for (int64_t c = valid; c < ld; ++c) to[c] = T(0);
+      }
+    }
+  }
+  for (int64_t i = 0; i < m; i += kOuterRows) {
+    const int64_t rows = m - i < kOuterRows ? m - i : kOuterRows;
+    for (int t = 0; t < n_terms; ++t)
+      for (int64_t p = 0; p < pixels; ++p)
+        if (rows == kOuterRows)
+          std::memcpy(room.a[t] + p * kOuterRows, terms[t].a + a_at[p] + i, kOuterRows * sizeof(T));
+        else
+          std::memcpy(room.a[t] + p * kOuterRows, terms[t].a + a_at[p] + i, size_t(rows) * sizeof(T));
+    OuterTerm<T> packed[2];
+    for (int64_t j = 0; j < ldb; j += kPanel) {
+      for (int t = 0; t < n_terms; ++t) packed[t] = {room.a[t], room.b[t] + j * pixels};
+      T* to = out + i * cols + j;
+      if (j + kPanel <= ldb)
+        outer_panel<T, kTileVecs>(to, cols, cols - j, rows, packed, n_terms, room.at, kPanel, pixels, first);
+      else
+        outer_panel<T, 1>(to, cols, cols - j, rows, packed, n_terms, room.at, L, pixels, first);
+    }
+  }
+}
+
 // Copies rows of `cols` numbers into rows of whole vectors, the rest zero.
 template <class T>
 inline void pad_rows(T* to, const T* from, int64_t rows, int64_t cols, int64_t ld) {
