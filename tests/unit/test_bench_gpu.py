@@ -63,7 +63,7 @@ def test_all_parts_run_and_leave_their_results(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "tools").read_text().split() == list(gpu.SANITIZERS)
     assert "passed" in found["parts"]["tests"]["summary"]
     (case,) = found["parts"]["meta-gradients"]["cases"]
-    assert [row["name"] for row in case["rows"]] == ["fastmaml", "torch_loop", "torch_func"]
+    assert [row["name"] for row in case["rows"]] == ["fastmaml", "fastmaml engine", "torch_loop", "torch_func"]
     assert all(row["error_float64"] < 1e-8 and row["median_ms"] > 0 for row in case["rows"])
     (case,) = found["parts"]["hvps"]["cases"]
     assert {"fastmaml", "fastmaml tf32", "double_backward", "func_jvp"} <= {row["name"] for row in case["rows"]}
