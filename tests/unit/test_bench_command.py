@@ -74,7 +74,9 @@ def test_own_model_is_measured_beside_plain_torch(file, capsys, tmp_path):
     assert code == 0 and not err
     assert "5 tasks, 4 support, 4 query, K = 2" in text and "fo_rev_torch_loop" in text
     (entry,) = json.loads(out.read_text())["entries"].values()
-    assert [row["name"] for row in entry["rows"]][:3] == ["fastmaml", "fastmaml engine", "torch_loop"] and not entry["absent"]
+    assert [row["name"] for row in entry["rows"]][:3] == ["fastmaml", "fastmaml engine", "torch_loop"] and not entry[
+        "absent"
+    ]
     assert all(row["error_float64"] < 1e-12 for row in entry["rows"]) and entry["memory"] == "stash"
 
 

@@ -137,7 +137,12 @@ def test_the_exact_result_is_that_of_the_tests_oracle(case):
 @pytest.mark.parametrize("case", [SINE, CONV], ids=str)
 def test_measure_gives_a_row_to_all_who_agree(case):
     result = measured(case, "torch_loop", "torch_func", rounds=2)
-    assert [row.name for row in result.rows] == ["fastmaml", "torch_loop", "torch_func"] and not result.absent
+    assert [row.name for row in result.rows] == [
+        "fastmaml",
+        "fastmaml engine",
+        "torch_loop",
+        "torch_func",
+    ] and not result.absent
     text = meta.show(result)
     assert all(row.name in text for row in result.rows) and "K = " in text
     value = json.loads(json.dumps(meta.to_json(result)))
@@ -159,7 +164,7 @@ def test_a_first_order_method_gets_no_row(monkeypatch):
 
     monkeypatch.setattr(torch_func, "prepare", prepare)
     result = measured(SINE, "torch_func")
-    assert [row.name for row in result.rows] == ["fastmaml"]
+    assert [row.name for row in result.rows] == ["fastmaml", "fastmaml engine"]
     assert "disagrees with the exact result in float64" in result.absent["torch_func"]
     assert "torch_func: not measured, disagrees" in meta.show(result)
 
@@ -171,7 +176,7 @@ def test_a_peer_that_breaks_does_not_end_the_run(monkeypatch):
     monkeypatch.setattr(torch_func, "prepare", prepare)
     result = measured(SINE, "torch_func", "torch_loop")
     assert result.absent == {"torch_func": "RuntimeError: no kernel for this"}
-    assert [row.name for row in result.rows] == ["fastmaml", "torch_loop"]
+    assert [row.name for row in result.rows] == ["fastmaml", "fastmaml engine", "torch_loop"]
 
 
 def test_float32_alone_can_disagree():

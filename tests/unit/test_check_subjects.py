@@ -160,7 +160,7 @@ def test_a_learner_of_ones_own_is_compared_with_finite_differences():
     report = check(learner, classes(), directions=1)
     assert not report.ok
     assert report.sentences[0].startswith(
-        "Wrong: finite differences of its loss differ from the gradient along 6 of 6 directions, by up to "
+        "Wrong: finite differences of its loss differ from the gradient along 6 of 7 directions, by up to "
     )
     assert verdicts(report)["3.weight"] == "wrong"
 

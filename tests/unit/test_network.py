@@ -90,7 +90,7 @@ def expect_same(model, input_shape):
             p.add_(0.1 * torch.randn_like(p))
     x = torch.randn(6, *input_shape, dtype=torch.float64)
     made = program(model, input_shape)
-    result = interpret(made.text, ParameterLayout(model).flatten(model), x)
+    result = interpret(made.text, ParameterLayout(model).flatten(dict(model.named_parameters())), x)
     expected = model.train()(x.clone()).detach()
     assert tuple(result.shape[1:]) == made.output_shape
     assert torch.allclose(result, expected, rtol=1e-12, atol=1e-12)
@@ -261,7 +261,7 @@ def test_frozen_batch_norm_refers_to_the_running_statistics():
         norm.running_var.uniform_(0.5, 2)
     made = program(model, (1, 5, 5), norm_mode="frozen")
     x = torch.randn(4, 1, 5, 5, dtype=torch.float64)
-    theta = ParameterLayout(model).flatten(model)
+    theta = ParameterLayout(model).flatten(dict(model.named_parameters()))
     result = interpret(made.text, theta, x, made.gather_buffers(model, theta))
     assert torch.allclose(result, model.eval()(x), rtol=1e-12, atol=1e-12)
     assert made.buffers == ("1.running_mean", "1.running_var", "4.running_mean", "4.running_var")
