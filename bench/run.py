@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"there is no case {name!r}; there are W1 to W4 and {', '.join(CASES)}")
     torch.set_num_threads(args.threads)
     settings = {key: getattr(args, key) for key in ("rounds", "seed", "backend", "memory", "budget")}
-    settings |= {"peers": args.peers or "by default", "peak_memory": not args.no_peak}
+    settings |= {"peers": args.peers or "by default", "peak_memory": not args.no_peak, "quick": args.quick}
     try:
         results = open_results(args.out, __doc__ or "", settings, args.again)
     except ValueError as error:
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(case: Case, args: argparse.Namespace, how: meta.How, missing: dict[str, str]) -> meta.Result:
     chosen = {name: PEERS[name] for name in args.peers or PEERS}
-    left_out = {} if args.peers else {name: reason for name in PEERS if (reason := why_not(case, name))}
+    left_out = {} if args.peers else {name: reason for name in PEERS if (reason := why_not(case, name, args.quick))}
     source = Source("fastmaml.benchmark.peak:built_in", {"case": case.name, "seed": args.seed})
     say = progress(case.name)
     result = meta.measure(problem(case, args.seed), chosen, how, {**left_out, **missing}, say, source)
@@ -114,8 +114,10 @@ def _measure(case: Case, args: argparse.Namespace, how: meta.How, missing: dict[
     return result
 
 
-def why_not(case: Case, peer: str) -> str:
+def why_not(case: Case, peer: str, quick: bool = False) -> str:
     """Why a peer is not measured on a case unless --peers names it; "" where it is."""
+    if quick and peer in {m.NAME for m in _JAX} and case.workload not in ("W1", "W2"):
+        return "left out by --quick: minutes of compilation and calls of 10 to 30 s"
     if peer == "torch_func+compile" and case.workload not in ("W1", "W2"):
         return "minutes to compile; --peers torch_func+compile measures it"
     if peer in {m.NAME for m in _JAX} and not case.common:
@@ -140,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--backend", default="cpu", help="fastmaml's backend (default cpu)")
     parser.add_argument("--memory", default="auto", choices=("auto", "low", "stash"), help="fastmaml's memory mode")
+    parser.add_argument("--quick", action="store_true", help="leave JAX out of all convolutions")
     parser.add_argument("--no-peak", action="store_true", help="leave out peak memory, a process for each row")
     parser.add_argument("--seed", type=int, default=0, help="of weights and tasks")
     parser.add_argument("--again", action="store_true", help="forget what an earlier run has measured")
