@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = subprocess.run([sys.executable, "-m", *words, *more], cwd=ROOT, check=False).returncode
         except KeyboardInterrupt:
-            print("stopped; the same command goes on with the next case", file=sys.stderr)
+            print("stopped; the same command without --again goes on with the next case", file=sys.stderr)
             return 130
         print(
             f"== {part}: {'done' if code == 0 else f'FAILED, exit code {code}'} in {(time.monotonic() - started) / 60:.1f} min"

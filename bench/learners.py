@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastmaml as fm
 from bench.cases import LEARNERS, LearnerCase
-from bench.measure import RESULTS, open_results
+from bench.measure import RESULTS, known, open_results
 from fastmaml.benchmark.exact import disagreement, distance, flat, mean_loss, network
 from fastmaml.benchmark.problem import Problem, problem
 from fastmaml.benchmark.text import number, share, table
@@ -54,7 +54,7 @@ def learner_step(case: LearnerCase, of: Problem, backend: str = "cpu") -> Step:
 
 def loop_step(case: LearnerCase, of: Problem) -> Step:
     """The same in plain torch, a task at a time."""
-    apply, loss, rate = network(of.model), mean_loss(of.case.loss), case.on.inner_lr
+    apply, loss, rate = network(of.model, written_norms=False), mean_loss(of.case.loss), case.on.inner_lr
     theta = flat(of.model)
 
     def inner(at: Tensor, x: Tensor, y: Tensor, create_graph: bool, proximal: float = 0.0) -> list[Tensor]:
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     good = True
-    for name in args.cases or LEARNERS:
+    for name in known(args.cases, LEARNERS):
         if name in results.entries:
             print(f"{name}: done before, in {args.out}")
             continue

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,12 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """Writes a result file and says so."""
     results.write(path, value)
     print(f"wrote {path}")
+
+
+def known(chosen: Sequence[str], names: Mapping[str, object]) -> list[str]:
+    """The chosen names, or all of them; ends the program with one sentence where one is not known."""
+    for name in chosen:
+        if name not in names:
+            print(f"there is no {name!r}; there are {', '.join(names)}", file=sys.stderr)
+            raise SystemExit(2)
+    return list(chosen or names)

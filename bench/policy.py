@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fastmaml as fm
 from bench.cases import POLICY, PolicyCase
-from bench.measure import RESULTS, open_results
+from bench.measure import RESULTS, known, open_results
 from fastmaml.benchmark.exact import disagreement, distance, flat
 from fastmaml.benchmark.problem import forward_flops, random_model
 from fastmaml.benchmark.text import number, share, table
@@ -323,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     good = True
-    for name in args.cases or POLICY:
+    for name in known(args.cases, POLICY):
         if name in results.entries:
             print(f"{name}: done before, in {args.out}")
             continue

@@ -1,13 +1,14 @@
 """Cost beyond this machine, on paper: tasks x ranks x network sizes, from the measured time of a task and the bytes that ranks exchange.
 
-One outer step of R ranks with t tasks each takes
+One outer step of R ranks, each with the tasks of a measured case, takes
 
-    t c  +  2 (R - 1) / R  P b / B  +  2 ceil(log2 R) L
+    C  +  2 (R - 1) / R  P b / B  +  2 ceil(log2 R) L
 
-c: measured seconds of a task on one machine of bench/results/meta.json (two threads); P parameters of b = 4 bytes; every rank sends
-and receives 2 (R - 1) / R of the gradient, by halving and doubling, which adds the blocks of tasks in the order of the tree over the
-global task index (csrc/README.md), so that a power of two of ranks gives the bits of one; L: time of a message. Nothing overlaps: the
-gradient is ready when the sweep ends. Assumed of the network: B and L below.
+C: the measured seconds of the case's batch on one machine of bench/results/meta.json (two threads); P parameters of b = 4 bytes; every
+rank sends and receives 2 (R - 1) / R of the gradient, by halving and doubling; L: time of a message. Nothing overlaps: the gradient is
+ready when the sweep ends. Assumed of the network: B and L below. A batch is what a rank is given: fewer tasks would not take less time in
+proportion, because a task is not divided among threads and small networks' tasks share lanes. Halving and doubling adds blocks of tasks in
+the order of the tree over the global task index (csrc/README.md) where the ranks and their tasks are powers of two.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from bench.cases import CASES
 from fastmaml.benchmark.text import markdown, number, share
 
 RANKS = (1, 8, 64, 1024)
-TASKS_PER_RANK = (1, 8)
 MODELLED = ("sinusoid-k5", "mlp-k5", "omniglot-t8-k5", "mini-s5-t2-k1")
 NETWORKS = {"10 Gbit/s Ethernet": (1.25e9, 30e-6), "200 Gbit/s InfiniBand": (25e9, 2e-6)}  # bytes and seconds
 
@@ -50,15 +50,14 @@ def table(content: Mapping[str, Any]) -> str:
         ours = next((row for row in entry["rows"] if row["name"] == "fastmaml engine"), None)
         if ours is None:
             continue
-        task, size = ours["median_ms"] / 1e3 / entry["tasks"], parameters_of(name)
+        seconds, tasks, size = ours["median_ms"] / 1e3, entry["tasks"], parameters_of(name)
         for network in NETWORKS:
-            for tasks in TASKS_PER_RANK:
-                cells = []
-                for ranks in RANKS:
-                    seconds = tasks * task + exchange_s(ranks, size, network)
-                    cells.append(f"{number(ranks * tasks / seconds, 3)} ({share(tasks * task / seconds)})")
-                lines.append([name, f"{size:,}", f"{1e3 * task:.3g}", network, str(tasks), *cells])
-    head = ["case", "P", "ms a task", "network", "tasks a rank", *(f"{r:,} ranks" for r in RANKS)]
+            cells = []
+            for ranks in RANKS:
+                alone = seconds / (seconds + exchange_s(ranks, size, network))
+                cells.append(f"{number(ranks * tasks / seconds * alone, 3)} ({share(alone)})")
+            lines.append([name, f"{size:,}", str(tasks), f"{1e3 * seconds:.3g}", network, *cells])
+    head = ["case", "P", "tasks a rank", "ms", "network", *(f"{r:,} ranks" for r in RANKS)]
     return f"{markdown(head, lines)}\n\n{adapter()}"
 
 
@@ -84,7 +83,8 @@ def adapter() -> str:
         f"forward F = {forward / 1e12:.0f} TFLOP; the frozen matrices have neither weight gradients nor tangents of their own, "
         f"so a gradient is 2F, "
         f"an inner step's Hessian product with recomputation 4F, a task {task / 1e15:.2f} PFLOP, {seconds:.1f} s at {RATE / 1e12:.0f} "
-        f'TFLOP/s. `memory="low"` holds {FROZEN * 2 / 1e9:.0f} GB of frozen weights in bfloat16, {STEPS + 1} adapters phi[k] '
+        f"TFLOP/s (the quadratic part of attention is left out). An engine that left the frozen matrices out of its vectors, as this one "
+        f"does not yet, would hold {FROZEN * 2 / 1e9:.0f} GB of frozen weights in bfloat16, {STEPS + 1} adapters phi[k] "
         f"({(STEPS + 1) * 4 * ADAPTER / 1e9:.1f} GB) and one step's activations; unrolled autograd holds {STEPS}. One task a rank:"
     )
     names = list(NETWORKS)

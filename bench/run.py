@@ -119,7 +119,7 @@ def why_not(case: Case, peer: str, quick: bool = False) -> str:
     if quick and peer in {m.NAME for m in _JAX} and case.workload not in ("W1", "W2"):
         return "left out by --quick: minutes of compilation and calls of 10 to 30 s"
     if peer == "torch_func+compile" and case.workload not in ("W1", "W2"):
-        return "minutes to compile; --peers torch_func+compile measures it"
+        return "minutes to compile; --peers torch_func+compile --out FILE measures it"
     if peer in {m.NAME for m in _JAX} and not case.common:
         measured = [name for name, other in CASES.items() if other.common and other.workload == case.workload]
         return f"slow on convolutions, measured on {' and '.join(measured)}"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bench.cases import CASES
-from bench.measure import RESULTS, open_results
+from bench.measure import RESULTS, known, open_results
 from fastmaml import models
 from fastmaml.benchmark.baselines import fastmaml_maml
 from fastmaml.benchmark.problem import Case, problem
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    for name in args.curves or CURVES:
+    for name in known(args.curves, CURVES):
         if name not in results.entries:
             results.save(name, measure(CURVES[name], args.rounds, args.threads, args.limit))
         entry = results.entries[name]

@@ -67,7 +67,8 @@ class HostSpace : public Space {
 
   void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) override {
     Run run{*plan->table, plan->schedule, plan->workspace, args, tasks, plan->lanes()};
-    const int workers = static_cast<int>(std::min<int64_t>(tasks, thread_count()));
+    const int64_t groups = (tasks + plan->lanes() - 1) / plan->lanes();
+    const int workers = static_cast<int>(std::min<int64_t>(groups, thread_count()));
     WalkClocks clocks(plan, workers, tasks);
     run.clocks = clocks.get();
     const auto move = [this](int64_t first, int64_t count) {
@@ -75,7 +76,7 @@ class HostSpace : public Space {
     };
     if (plan->program->loss.kind == Loss::Kind::caller) {
       run.caller = loss;
-      in_parallel(tasks, [&](int64_t task) { move(task, 1); });
+      if (!moves_.empty()) in_parallel(tasks, [&](int64_t task) { move(task, 1); });
       run_segments(run, place_->arenas, workers, in_parallel);
     } else {
       if (!moves_.empty()) run.before = move;

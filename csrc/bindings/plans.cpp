@@ -113,8 +113,10 @@ Plan make_plan(const std::string& text, const OpTable& backend, Work work) {
     if (plan.lanes() > 1) plan.schedule = lane_schedule(std::move(plan.schedule));
     plan.workspace = plan_workspace(plan.schedule, table);
   };
-  write();
-  if (table.resident) plan.resident = table.resident->encode(plan.schedule, table.resident->fast_bytes());
+  if (table.resident) {
+    write();
+    plan.resident = table.resident->encode(plan.schedule, table.resident->fast_bytes());
+  }
   if (!table.resident || !plan.resident.declines.empty()) {  // fused layers spare memory traffic, which a resident walk has none of
     plan.program = std::make_shared<const Program>(fuse(*plan.program, {supports, table.rectifies}));
     write();

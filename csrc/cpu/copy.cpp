@@ -1,4 +1,5 @@
-// copy, also from one layout of tasks to the other: the only op of a lane walk that sees task-major operands which are not shared.
+// copy, also from one layout of tasks to the other: in a lane walk the only op, beside losses' labels, that sees
+// task-major operands which are not shared.
 #include <array>
 
 #include "cpu/kernels/transpose.h"

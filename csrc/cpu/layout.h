@@ -28,10 +28,6 @@ struct TaskMajor {
     // element i, alone
     Number number(int64_t i) const { return double(data[i]); }
     void put_number(int64_t i, Number x) const { data[i] = T(x); }
-    template <class V>
-    V everywhere(int64_t i) const {
-      return broadcast<V>(data[i]);
-    }
   };
   using Shared = Operand;
 
@@ -89,10 +85,6 @@ struct LaneMajor {
     }
     Number number(int64_t i) const { return load<Number>(data + i * L); }
     void put_number(int64_t i, Number x) const { store(data + i * L, x); }
-    template <class V>
-    V everywhere(int64_t i) const {
-      return get<V>(i);
-    }
   };
   struct Shared {
     const T* data;
@@ -102,10 +94,6 @@ struct LaneMajor {
       return broadcast<V>(data[i]);
     }
     Number number(int64_t i) const { return get<Number>(i); }
-    template <class V>
-    V everywhere(int64_t i) const {
-      return get<V>(i);
-    }
   };
 
   static int64_t groups(const Call& call) { return (call.tasks + L - 1) / L; }

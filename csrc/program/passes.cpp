@@ -340,7 +340,7 @@ class BackwardWalk {
   ParamGrad grad_, grad_dot_;
   std::vector<bool> needed_;         // by value: does a parameter (or a wanted input) lie upstream?
   std::vector<bool> masked_;         // by value: has its reader gone back through the rectifier that made it?
-  std::vector<bool> centered_;       // by value: is a batch norm its only reader?
+  std::vector<bool> centered_;       // by value: does a batch norm alone read it, and take its mean off?
   Operand x_, x_dot_, dy_, dy_dot_;  // of the current node
   Operand d_, d_dot_;                // what it contributes to its input's gradient
   int64_t size_ = 0;                 // elements of its input

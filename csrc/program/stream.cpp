@@ -73,7 +73,8 @@ std::optional<Group> group_at(const Schedule& schedule, size_t first) {
     const Step& step = all[i];
     const bool reads = std::any_of(group.steps.begin(), group.steps.end(),
                                    [&](const Step& maker) { return makes_gradient(maker.op) && touches(step, maker.operand[0].slot); });
-    const bool same = makes_gradient(step.op) && step.examples == head.examples && step.stat_examples == step.examples && !used;
+    const bool same = makes_gradient(step.op) && step.examples == head.examples && step.stat_examples == step.examples && !used &&
+                      size_of(schedule.layers[step.layer], Extent::input) == size_of(schedule.layers[head.layer], Extent::input);
     if (extents().count(step.op) && (same || (reads && !makes_gradient(step.op) && step.examples == head.examples))) {
       used = used || reads;
       group.steps.push_back(step);

@@ -220,14 +220,19 @@ class Learner(nn.Module):
 
     def leaves(self) -> dict[str, Tensor]:
         """What the loss is differentiated by: the model's parameters as "model.NAME", learnable rates as "rate.NAME"."""
-        leaves: dict[str, Tensor] = {f"model.{n}": p for n, p in self.engine.parameters.named().items()}
+        leaves: dict[str, Tensor] = {f"model.{n}": p for n, p in self._model_parameters().items()}
         for name, rate in self.learnable_rates().items():
             leaves[_rate_leaf(name)] = rate
         return leaves
 
     def start(self, support_x: Tensor, support_y: Tensor) -> Tensor:
         """Where the inner loop begins: theta [P]. A start per task [T, P] needs a meta_step of its own."""
-        return self.engine.flatten()
+        return self.engine.layout.flatten(self._model_parameters())
+
+    def _model_parameters(self) -> Mapping[str, nn.Parameter]:
+        if self.model is self.engine.model:
+            return self.engine.parameters.named()
+        return dict(self.model.named_parameters())  # somebody put another model of the same layout here
 
     def sweep_options(self) -> dict[str, Any]:
         """Keyword arguments of Engine.meta_gradient that make this algorithm."""

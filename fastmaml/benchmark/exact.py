@@ -85,14 +85,15 @@ def mean_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
     return nn.functional.cross_entropy
 
 
-def network(model: nn.Module) -> Apply:
+def network(model: nn.Module, written_norms: bool = True) -> Apply:
     """The model as a function of a flat parameter vector, with batch norm written out of elementary operations.
 
-    torch 2.13's own batch norm is differentiated wrongly, without a message, by vmap of reverse over reverse (relative
-    error 1.7e-2 on a small Conv4).
+    torch 2.13's own batch norm, which is faster, is differentiated wrongly, without a message, by vmap of reverse over
+    reverse (relative error 1.7e-2 on a small Conv4); a plain loop of reverse over reverse may keep it.
     """
     model = copy.deepcopy(model)
-    Norms(model)
+    if written_norms:
+        Norms(model)
     names, shapes = zip(*((name, p.shape) for name, p in model.named_parameters()))
     sizes = [shape.numel() for shape in shapes]
 

@@ -22,7 +22,7 @@ Product = Callable[[], Tensor]
 
 def double_backward(p: HvpProblem) -> Product:
     """Reverse over reverse, a task at a time."""
-    apply, loss = network(p.model), mean_loss(p.loss)
+    apply, loss = network(p.model, written_norms=False), mean_loss(p.loss)
 
     def call() -> Tensor:
         found = []
@@ -111,7 +111,7 @@ def func_jvp_loop(p: HvpProblem) -> Product:
 
 def retained_graph(p: HvpProblem, directions: Tensor) -> Product:
     """Double backward, a task at a time, through one graph of the gradient that is kept for all directions."""
-    apply, loss = network(p.model), mean_loss(p.loss)
+    apply, loss = network(p.model, written_norms=False), mean_loss(p.loss)
 
     def call() -> Tensor:
         found = []

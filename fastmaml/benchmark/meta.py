@@ -124,7 +124,7 @@ def measure(
             peaks[name] = _peak(name, implementations[name], reload, how, absent)
     rows = [Row(name, *checked[name], times[name], peaks.get(name)) for name in calls]
     gflops = operations / times["sgemm"].median / 1e9
-    kept = memory_mode(problem, how.backend, how.memory)
+    kept = memory_mode(single, how.backend, how.memory)
     return Result(problem.case, arithmetic(problem) / 1e9, gflops, yardstick, kept, rows, absent)
 
 

@@ -45,7 +45,9 @@ def problem_of(target: str, seed: int = 0, tasks: int | None = None, inner_steps
     """
     given, where = _given(target, seed)
     batch = _batch(given, where, seed, tasks)
-    steps = int(given.get("inner_steps", 1)) if inner_steps is None else inner_steps
+    steps = given.get("inner_steps", 1) if inner_steps is None else inner_steps
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{where}() returned inner_steps {steps!r}; the benchmark takes a whole number from 1 on")
     rate = given.get("inner_lr", 0.01)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate):
         raise ValueError(f"{where}() returned inner_lr {rate!r}; the benchmark takes one number")

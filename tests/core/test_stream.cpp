@@ -71,6 +71,26 @@ void networks() {
   }
 }
 
+// Gradients of images of two sizes that wait for nothing of each other: each is streamed alone, in a slot of its own size.
+void branches() {
+  const Program net = Program::parse(
+      "fastmaml 1\ninput 2 8 8\nparam 0 2 2 3 3\nparam 36 2 2 3 3\nparam 72 3 32\n"
+      "conv2d 0 weight=0 bias=-1 stride=1,1 padding=1,1\nconv2d 0 weight=1 bias=-1 stride=2,2 padding=1,1\n"
+      "batch_norm 1 weight=-1 bias=-1 eps=1e-3 mode=batch\nrelu 3\nmax_pool2d 4 kernel=2,2 stride=2,2 padding=0,0\n"
+      "batch_norm 2 weight=-1 bias=-1 eps=1e-3 mode=batch\nrelu 6\nadd 5,7\nflatten 8\nlinear 9 weight=2 bias=-1\n"
+      "output 10\nloss cross_entropy smoothing=0.1\n");
+  const Schedule whole = gradient_schedule(fuse(net, {[](Op) { return true; }, false}), 4, false);
+  const Schedule parts = stream(whole, {0, 4 * 4 * 2});
+  bool fits = true;
+  for (const Step& step : parts.steps) {
+    if (step.op != Op::norm_pool_act_bwd_data) continue;
+    const Pool2d& pool = std::get<NormPoolAct>(parts.layers[step.layer]).pool;
+    fits = fits && step.operand[0].offset + step.examples * pool.H * pool.W * pool.C <= parts.slots[step.operand[0].slot].size;
+  }
+  report(fits, "branches: every gradient fits its slot");
+  report(apart(results(whole), results(parts)) <= 1e-12 && parts.steps.size() > whole.steps.size(), "branches: the same numbers");
+}
+
 // The gradient by the first layer's output is all that a chunk holds of it.
 void memory() {
   const Program net = fuse(Program::parse(network("batch")), {[](Op) { return true; }, false});
@@ -86,6 +106,7 @@ void memory() {
 int main() {
   using namespace fastmaml;
   networks();
+  branches();
   memory();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;

@@ -35,19 +35,11 @@ struct Ieee {
 };
 
 template <class V>
-using IntOf = std::conditional_t<std::is_arithmetic_v<V>, typename Ieee<typename Scalar<V>::type>::Int, decltype(V{} < V{})>;
+using BitsOf = std::conditional_t<std::is_arithmetic_v<V>, typename Ieee<typename Scalar<V>::type>::Int, decltype(V{} < V{})>;
 
 template <class V>
-inline __attribute__((always_inline)) IntOf<V> bits_of(V x) {
-  return std::bit_cast<IntOf<V>>(x);
-}
-
-template <class V>
-inline __attribute__((always_inline)) IntOf<V> to_integer(V x) {
-  if constexpr (std::is_arithmetic_v<V>)
-    return IntOf<V>(x);
-  else
-    return __builtin_convertvector(x, IntOf<V>);
+inline __attribute__((always_inline)) BitsOf<V> bits_of(V x) {
+  return std::bit_cast<BitsOf<V>>(x);
 }
 
 template <class V>
@@ -66,7 +58,7 @@ inline __attribute__((always_inline)) Reduced<V> reduce(V x) {
   V sum = V{} + T(1);
   for (int k = I::kExpTerms; k > 2; --k) sum = (sum * r) * (T(1) / T(k)) + T(1);
   const V rest = (r * r) * (T(0.5) * sum) + r;
-  const IntOf<V> power = (bits_of(rounded) - std::bit_cast<typename I::Int>(I::kRound) + I::kBias) << I::kBits;
+  const BitsOf<V> power = (bits_of(rounded) - std::bit_cast<typename I::Int>(I::kRound) + I::kBias) << I::kBits;
   return {std::bit_cast<V>(power), rest};
 }
 
@@ -95,7 +87,7 @@ inline __attribute__((always_inline)) V log_positive(V x) {
   using I = Ieee<T>;
   using Int = typename I::Int;
   constexpr Int kHalf = std::bit_cast<Int>(T(0.70710678118654752440));
-  const IntOf<V> n = (bits_of(x) - kHalf) >> I::kBits;  // x = 2^n m,  m from sqrt(1/2) to sqrt(2)
+  const BitsOf<V> n = (bits_of(x) - kHalf) >> I::kBits;  // x = 2^n m,  m from sqrt(1/2) to sqrt(2)
   const V m = std::bit_cast<V>(bits_of(x) - (n << I::kBits));
   const V f = (m - T(1)) / (m + T(1)), f2 = f * f;  // log m = 2 (f + f^3/3 + f^5/5 + ...)
   V sum = V{} + T(1) / T(2 * I::kLogTerms + 1);

@@ -133,14 +133,14 @@ template <class T>
 inline void winograd_filter(T* u, const T* w, int64_t size, bool flipped) {
   using V = Vec<T>;
   const V half = broadcast<V>(T(0.5));
-  const int turn = flipped ? 15 : 0;  // G's outer rows swap, its inner ones are symmetric
   const auto spread = [&](V g0, V g1, V g2, V* t) {
     t[0] = g0;
     t[1] = half * (g0 + g1 + g2);
     t[2] = half * (g0 - g1 + g2);
     t[3] = g2;
   };
-  const auto turned = [&](int i) { return i == 0 || i == 3 ? (turn ? 3 - i : i) : i; };
+  // The points' outer rows and columns swap, the inner ones are symmetric.
+  const auto turned = [&](int i) { return flipped && (i == 0 || i == 3) ? 3 - i : i; };
   for (int64_t i = 0; i < size; i += kLanes<T>) {
     V g[9], t[3][4];
     for (int k = 0; k < 9; ++k) g[k] = load<V>(w + k * size + i);
