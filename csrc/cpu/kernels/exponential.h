@@ -62,11 +62,18 @@ inline __attribute__((always_inline)) Reduced<V> reduce(V x) {
   return {std::bit_cast<V>(power), rest};
 }
 
+// What is below kLeast has a result of its own, and its n would not fit an exponent.
+template <class V>
+inline __attribute__((always_inline)) V at_least(V x) {
+  const V least = V{} + Ieee<typename Scalar<V>::type>::kLeast;
+  return x < least ? least : x;
+}
+
 // e^x for x <= 0
 template <class V>
 inline __attribute__((always_inline)) V exp_negative(V x) {
   using T = typename Scalar<V>::type;
-  const Reduced<V> e = reduce(x);
+  const Reduced<V> e = reduce(at_least(x));
   const V value = e.power * e.rest + e.power;
   return x < V{} + Ieee<T>::kLeast ? V{} : value;
 }
@@ -75,7 +82,7 @@ inline __attribute__((always_inline)) V exp_negative(V x) {
 template <class V>
 inline __attribute__((always_inline)) V expm1_negative(V x) {
   using T = typename Scalar<V>::type;
-  const Reduced<V> e = reduce(x);
+  const Reduced<V> e = reduce(at_least(x));
   const V value = e.power * e.rest + (e.power - T(1));
   return x < V{} + Ieee<T>::kLeast ? V{} - T(1) : value;
 }
