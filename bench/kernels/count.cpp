@@ -189,7 +189,7 @@ struct Buffer {
 Asked tree_reduce(const OpTable& of, int64_t tasks, int64_t size) {
   const Buffer x(tasks * size), out(size);
   return around("tree_reduce", (tasks + 1) * size * int64_t(sizeof(float)),
-                [&] { of.tree_reduce(out.data, x.data, nullptr, tasks, size, 0); });
+                [&] { of.tree_reduce(out.data, x.data, nullptr, tasks, size, size, 0); });
 }
 
 // A vector of parameters in another order.
