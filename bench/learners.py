@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastmaml as fm
 from bench.cases import LEARNERS, LearnerCase
+from bench.conjugate_gradients import conjugate_gradients
 from bench.measure import RESULTS, known, open_results
 from fastmaml.benchmark.exact import disagreement, distance, flat, mean_loss, network
 from fastmaml.benchmark.problem import Problem, problem
@@ -87,22 +88,10 @@ def loop_step(case: LearnerCase, of: Problem) -> Step:
             (g,) = torch.autograd.grad(loss(apply(last, x), y), last, create_graph=True)
             return v + torch.autograd.grad(g, last, v)[0] / case.lam
 
-        return _conjugate_gradients(system, b, case.cg_steps)
+        return conjugate_gradients(system, b, case.cg_steps)
 
     of_task = {"fomaml": fomaml, "reptile": reptile, "maml++": mamlpp, "imaml": imaml}[case.algorithm]
     return lambda: torch.stack([of_task(task) for task in zip(*of.batch)]).mean(0)
-
-
-def _conjugate_gradients(system: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
-    solution, residual, direction = torch.zeros_like(b), b, b
-    size = residual @ residual
-    for _ in range(steps):
-        image = system(direction)
-        length = size / (direction @ image)
-        solution, residual = solution + length * direction, residual - length * image
-        before, size = size, residual @ residual
-        direction = residual + size / before * direction
-    return solution
 
 
 def measure(case: LearnerCase, rounds: int, seed: int, budget: float) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastmaml.benchmark.meta import OURS
 from fastmaml.report import plots
 from fastmaml.report.style import LIGHT
 
-OURS = "fastmaml"
 MIB = 2**20
 # Colours tell what kind of implementation it is, markers which one of the kind.
 FAMILIES = (("jax", "early"), ("torch_func", "plain"), ("fo_rev", "plain"), ("", "random"))

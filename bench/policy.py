@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 
 import fastmaml as fm
 from bench.cases import POLICY, PolicyCase
+from bench.conjugate_gradients import conjugate_gradients
 from bench.measure import RESULTS, known, open_results
 from fastmaml.benchmark.exact import disagreement, distance, flat
+from fastmaml.benchmark.meta import OURS
 from fastmaml.benchmark.problem import forward_flops, random_model
 from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import interleaved, sgemm
@@ -29,7 +32,7 @@ from fastmaml.benchmark.timing import interleaved, sgemm
 DAMPING = 1e-5
 SHRINK = 0.8  # of the line search's steps
 PARTS = ("meta-gradient", "fisher products", "line search")
-OURS, BATCHED, LOOP = "fastmaml", "batched autograd", "loop over tasks"
+BATCHED, LOOP = "batched autograd", "loop over tasks"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def gflop(case: PolicyCase) -> dict[str, float]:
     }
 
 
-class Parts:
+class Parts(ABC):
     """One implementation: the three parts as calls. `gradient` [P]; `product` [P] of a direction; `judged` [2]."""
 
     def __init__(self, batch: Batch):
@@ -87,29 +90,23 @@ class Parts:
         self.theta = flat(batch.model)
         self.direction = torch.randn(self.theta.shape, generator=torch.Generator().manual_seed(2)).to(self.theta)
 
-    def gradient(self) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def gradient(self) -> Tensor: ...
 
+    @abstractmethod
     def fisher(self) -> Callable[[Tensor], Tensor]:
         """Prepares what all products of one outer step share."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def judged(self, theta: Tensor) -> Tensor:
         """(surrogate, divergence from the policies that sampled the query phase) after adapting from theta."""
-        raise NotImplementedError
+        ...
 
     def solved(self) -> Tensor:
         """[P] after so many steps of conjugate gradients on the damped Fisher matrix."""
-        product, b = self.fisher(), self.direction
-        solution, residual, direction = torch.zeros_like(b), b, b
-        size = residual @ residual
-        for _ in range(self.case.products):
-            image = product(direction) + DAMPING * direction
-            length = size / (direction @ image)
-            solution, residual = solution + length * direction, residual - length * image
-            before, size = size, residual @ residual
-            direction = residual + size / before * direction
-        return solution
+        product = self.fisher()
+        return conjugate_gradients(lambda v: product(v) + DAMPING * v, self.direction, self.case.products)
 
     def searched(self) -> Tensor:
         """[candidates, 2]: every step of the line search is looked at, as if none but the last were accepted."""

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.cases import CASES
+from fastmaml.benchmark.baselines.fastmaml_engine import NAME as ENGINE
 from fastmaml.benchmark.text import markdown, number, share
 
 RANKS = (1, 8, 64, 1024)
@@ -47,7 +48,7 @@ def table(content: Mapping[str, Any]) -> str:
     lines = []
     for name in (name for name in MODELLED if name in content["entries"]):
         entry = content["entries"][name]
-        ours = next((row for row in entry["rows"] if row["name"] == "fastmaml engine"), None)
+        ours = next((row for row in entry["rows"] if row["name"] == ENGINE), None)
         if ours is None:
             continue
         seconds, tasks, size = ours["median_ms"] / 1e3, entry["tasks"], parameters_of(name)

@@ -19,9 +19,10 @@ from bench.cases import CASES
 from bench.measure import RESULTS, ROOT
 from bench.plots import PLOTS
 from bench.run import PEERS
+from fastmaml.benchmark.baselines.fastmaml_engine import NAME as ENGINE
+from fastmaml.benchmark.meta import OURS
 from fastmaml.benchmark.text import markdown, number, share
 
-OURS, ENGINE = "fastmaml", "fastmaml engine"
 PAGES = {"README.md": "bench/results/", "bench/README.md": "results/"}  # from each to its pictures
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 # What the first table of README.md shows; the others are on bench/README.md's pages.

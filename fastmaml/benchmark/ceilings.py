@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from fastmaml.benchmark.timing import threads as set_threads
 
 SGEMM = 1024
 LARGE_COPY = 128 * 2**20  # bytes of each array: more than a process' share of any last-level cache
@@ -53,7 +54,7 @@ def measure() -> Ceilings:
     small = torch.ones(2, threads, l2 // 16)
     rates = []
     for used in (1, threads):
-        with _threads(used):
+        with set_threads(used):
             to, from_ = small[0, :used], small[1, :used]
             rates.append((
                 2.0 * SGEMM**3 / _fastest(partial(torch.mm, a, a, out=product)),
@@ -84,13 +85,3 @@ def _fastest(call: Callable[[], object]) -> float:
         call()
         best = min(best, time.perf_counter() - start)
     return best
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

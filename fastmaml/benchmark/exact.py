@@ -33,6 +33,11 @@ def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
+def in_a_line(failure: Exception) -> str:
+    """What another library raised, for the row that it does not get."""
+    return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}"
+
+
 def flat(model: nn.Module) -> Tensor:
     """The parameters as one vector [P] without a graph."""
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastmaml import models
 from fastmaml.benchmark.baselines import Missing
 from fastmaml.benchmark.cases import HvpCase
-from fastmaml.benchmark.exact import disagreement, distance, flat, mean_loss, network
+from fastmaml.benchmark.exact import disagreement, distance, flat, in_a_line, mean_loss, network
 from fastmaml.benchmark.hvp_peers import PEERS as PEERS
 from fastmaml.benchmark.hvp_peers import REPEATED, Product
 from fastmaml.benchmark.meta import OURS
@@ -187,7 +187,7 @@ def measure(
         except Exception as failure:  # another library's; ours ends the run
             if name in ours:
                 raise
-            absent[name] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}"
+            absent[name] = in_a_line(failure)
             continue
         complaint = disagreement(found or 0.0, found32, 0.0)
         if complaint:

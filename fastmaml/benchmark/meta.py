@@ -21,7 +21,7 @@ from fastmaml.benchmark.baselines import (
     torch_func_compiled,
     torch_loop,
 )
-from fastmaml.benchmark.exact import Call, disagreement, error, exact
+from fastmaml.benchmark.exact import Call, disagreement, error, exact, in_a_line
 from fastmaml.benchmark.problem import Case, Problem, arithmetic
 from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import Clock, Times, interleaved, sgemm
@@ -107,7 +107,7 @@ def measure(
         except Exception as failure:  # another library's; ours ends the run
             if name in _OURS:
                 raise
-            absent[name] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}"
+            absent[name] = in_a_line(failure)
             continue
         complaint = disagreement(found, found32, yardstick)
         if complaint:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastmaml.benchmark.baselines import Implementation, Missing
+from fastmaml.benchmark.exact import in_a_line
 from fastmaml.benchmark.problem import Case, problem
 
 FEW_CALLS_S = 2.0  # so long are calls repeated for their time
@@ -112,7 +113,7 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
     except Missing as reason:
         return {ERROR_KEY: str(reason)}
     except Exception as failure:
-        return {ERROR_KEY: f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}"}
+        return {ERROR_KEY: in_a_line(failure)}
 
 
 def built_in(case: str, seed: int = 0, **changes: Any) -> Any:

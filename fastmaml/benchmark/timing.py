@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,3 +147,14 @@ def sgemm(device: str = "cpu", size: int = 1024) -> tuple[Callable[[], Any], flo
     out = torch.empty_like(a)
     torch.mm(a, a, out=out)
     return lambda: torch.mm(a, a, out=out), 2.0 * size**3
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within the block torch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

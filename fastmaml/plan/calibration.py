@@ -10,13 +10,13 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from fastmaml.benchmark.timing import threads
 from fastmaml.checkpoint import write_durably
 from fastmaml.experiment import machine
 from fastmaml.plan import outside, rates, samples
@@ -132,13 +132,3 @@ def repeats() -> Iterator[None]:
     for done in range(MOST_REPEATS):
         if done < LEAST_REPEATS or time.process_time() < until:
             yield
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,21 @@
+"""Plain conjugate gradients from zero, without a stopping rule: what the implementations of W7 and W8 share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def conjugate_gradients(system: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
+    """[P] near the solution of system(x) = b, b [P]."""
+    solution, residual, direction = torch.zeros_like(b), b, b
+    size = residual @ residual
+    for _ in range(steps):
+        image = system(direction)
+        length = size / (direction @ image)
+        solution, residual = solution + length * direction, residual - length * image
+        before, size = size, residual @ residual
+        direction = residual + size / before * direction
+    return solution
