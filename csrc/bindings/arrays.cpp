@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
 #include <stdexcept>
 
 #include "bindings/backends.h"
@@ -38,6 +40,8 @@ Sizes joined(Sizes head, const Sizes& tail) {
 void expect_sizes(const char* name, const Tensor& x, const Sizes& expected) {
   if (sizes_of(x) != expected) throw std::invalid_argument(described(name, x) + " must be " + to_string(expected));
 }
+
+int64_t numbers_in(const Sizes& sizes) { return std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<int64_t>()); }
 
 void* data_of(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
 
@@ -133,29 +137,14 @@ bool Arrays::weights(Arg arg, const char* name, const std::optional<Tensor>& w, 
   return true;
 }
 
-void Arrays::move_params(Arg arg, const Params& params, const Tensor& from, int64_t count, int64_t task_stride) {
-  void* to = take(count * size_of(params));
-  space_->reorder(params, true, to, data_of(from), count, element_bytes());
-  bind(arg, to, task_stride);
-  kept_.push_back(from);
-}
-
-void Arrays::move_params_of_tasks(Arg arg, const Tensor& from, int64_t vectors) {
-  const int64_t size = vectors * program_->param_count;
-  void* to = take(tasks_ * size);
-  space_->reorder_tasks(program_->params, to, data_of(from), tasks_, vectors, element_bytes());
-  bind(arg, to, size);
-  kept_.push_back(from);
-}
-
 void Arrays::shared_params(Arg arg, const char* name, const Tensor& params) {
   expect_sizes(name, params, {program_->param_count});
-  move_params(arg, program_->params, real(name, params), 1, 0);
+  vectors_.push_back({arg, real(name, params), 1, false});
 }
 
 void Arrays::params_of_tasks(Arg arg, const char* name, const Tensor& params) {
   expect_sizes(name, params, {tasks_, program_->param_count});
-  move_params_of_tasks(arg, real(name, params), 1);
+  vectors_.push_back({arg, real(name, params), 1, true});
 }
 
 void Arrays::params(Arg arg, const char* name, const Tensor& params) {
@@ -170,7 +159,7 @@ int64_t Arrays::rates(const Tensor& rates, int64_t inner_steps) {
   if (rows < 1 || (rows != 1 && rows != inner_steps) || rates.size(1) != program_->param_count)
     throw std::invalid_argument(described("rates", rates) + " must be " + to_string({1, program_->param_count}) + " or " +
                                 to_string({inner_steps, program_->param_count}));
-  move_params(Arg::rates, program_->params, real("rates", rates), rows, 0);
+  vectors_.push_back({Arg::rates, real("rates", rates), rows, false});
   return rows;
 }
 
@@ -182,13 +171,17 @@ void Arrays::step_rows(const std::optional<Tensor>& rows, const InnerLoop& loop)
   }
   if (!rows) throw std::invalid_argument("step_rows are missing: the inner loop is \"" + loop.text + "\"");
   expect_sizes("step_rows", *rows, {loop.steps, size_of(params)});
-  move_params(Arg::step_rows, params, real("step_rows", *rows), loop.steps, 0);
+  const Tensor from = real("step_rows", *rows);
+  void* to = take(loop.steps * size_of(params));
+  space_->reorder(params, true, to, data_of(from), loop.steps, element_bytes());
+  bind(Arg::step_rows, to, 0);
+  kept_.push_back(from);
 }
 
 bool Arrays::state(const std::optional<Tensor>& state, int64_t vectors) {
   if (!state) return false;
   expect_sizes("state", *state, {tasks_, vectors * program_->param_count});
-  move_params_of_tasks(Arg::state, real("state", *state), vectors);
+  vectors_.push_back({Arg::state, real("state", *state), vectors, true});
   return vectors > 0;
 }
 
@@ -214,8 +207,31 @@ void Arrays::numbers(Arg arg, std::initializer_list<double> values) {
 
 void Arrays::result(Arg arg, int64_t size) { bind(arg, take(tasks_ * size), size); }
 
+void Arrays::params_result(Arg arg, std::optional<int64_t> rows) {
+  made_.push_back({arg, rows ? Sizes{tasks_, *rows, program_->param_count} : Sizes{tasks_, program_->param_count}, {}});
+}
+
 void Arrays::run(const Work& work) {
-  space_->run(plan_for(text_, *table_, work), args_.data(), tasks_,
+  plan_ = plan_for(text_, *table_, work);
+  for (const Vectors& v : vectors_) {
+    const int64_t size = v.count * program_->param_count;
+    if (as_torch()) {
+      bind(v.arg, data_of(v.tensor), v.of_tasks ? size : 0);
+      continue;
+    }
+    void* to = take((v.of_tasks ? tasks_ : 1) * size);
+    if (v.of_tasks)
+      space_->reorder_tasks(params(), to, data_of(v.tensor), tasks_, v.count, element_bytes());
+    else
+      space_->reorder(params(), true, to, data_of(v.tensor), v.count, element_bytes());
+    bind(v.arg, to, v.of_tasks ? size : 0);
+  }
+  for (Made& made : made_) {
+    const int64_t size = numbers_in(made.sizes) / tasks_;
+    if (as_torch()) made.tensor = space_->empty(made.sizes, type());
+    bind(made.arg, made.tensor ? made.tensor->mutable_data_ptr() : take(tasks_ * size), size);
+  }
+  space_->run(plan_, args_.data(), tasks_,
               [this](const Call& call) { call_callers_loss(call, element_bytes(), table_->device ? table_->backend : ""); });
 }
 
@@ -244,50 +260,57 @@ Tensor Arrays::outputs(Arg arg, int64_t examples) const { return from_images(arg
 
 Tensor Arrays::inputs(Arg arg, int64_t examples) const { return from_images(arg, examples, program_->input_shape()); }
 
-Tensor Arrays::to_torch(const Params& params, const void* engine, int64_t count, const Sizes& sizes) const {
+Tensor Arrays::to_torch(const Params& params, const void* engine, const Sizes& sizes) const {
   const Tensor x = space_->empty(sizes, type());
-  space_->reorder(params, false, x.mutable_data_ptr(), engine, count, element_bytes());
+  space_->reorder(params, false, x.mutable_data_ptr(), engine, numbers_in(sizes) / size_of(params), element_bytes());
   return in_callers_type(x);
 }
 
-Tensor Arrays::params(Arg arg) const {
-  return to_torch(program_->params, args_[static_cast<int>(arg)].data, tasks_, {tasks_, program_->param_count});
-}
+// A plan that runs on the host on parameters as torch has them reads the caller's memory, and writes into what is handed out.
+bool Arrays::as_torch() const { return !table_->device && in_torch_order(params()); }
 
-Tensor Arrays::params(Arg arg, int64_t rows) const {
-  return to_torch(program_->params, args_[static_cast<int>(arg)].data, tasks_ * rows, {tasks_, rows, program_->param_count});
+Tensor Arrays::params(Arg arg) const {
+  const auto made = std::find_if(made_.begin(), made_.end(), [arg](const Made& m) { return m.arg == arg; });
+  return made->tensor ? in_callers_type(*made->tensor) : to_torch(params(), args_[static_cast<int>(arg)].data, made->sizes);
 }
 
 Tensor Arrays::step_rows(Arg arg, const InnerLoop& loop) const {
   const Params params = step_row_params(*program_, loop);
-  return to_torch(params, args_[static_cast<int>(arg)].data, tasks_ * loop.steps, {tasks_, loop.steps, size_of(params)});
+  return to_torch(params, args_[static_cast<int>(arg)].data, {tasks_, loop.steps, size_of(params)});
 }
 
-void* Arrays::reduced(Arg arg, int64_t size, const std::optional<Tensor>& task_weights) {
+void Arrays::reduce(void* sum, Arg arg, int64_t size, const std::optional<Tensor>& task_weights) {
   std::optional<Tensor> weights;
   if (task_weights) {
     expect_sizes("task_weights", *task_weights, {tasks_});
     kept_.push_back(*(weights = real("task_weights", *task_weights)));
   }
-  void* sum = take(size);
   space_->reduce(*table_, sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size);
-  return sum;
+}
+
+Tensor Arrays::reduced(const Params& params, bool as_torch, Arg arg, const Sizes& sizes, const std::optional<Tensor>& task_weights) {
+  const int64_t size = numbers_in(sizes);
+  if (as_torch) {
+    const Tensor sum = space_->empty(sizes, type());
+    reduce(sum.mutable_data_ptr(), arg, size, task_weights);
+    return in_callers_type(sum);
+  }
+  void* sum = take(size);
+  reduce(sum, arg, size, task_weights);
+  return to_torch(params, sum, sizes);
 }
 
 Tensor Arrays::reduced_params(Arg arg, const std::optional<Tensor>& task_weights) {
-  const int64_t P = program_->param_count;
-  return to_torch(program_->params, reduced(arg, P, task_weights), 1, {P});
+  return reduced(params(), as_torch(), arg, {program_->param_count}, task_weights);
 }
 
 Tensor Arrays::reduced_params(Arg arg, int64_t rows, const std::optional<Tensor>& task_weights) {
-  const int64_t P = program_->param_count;
-  return to_torch(program_->params, reduced(arg, rows * P, task_weights), rows, {rows, P});
+  return reduced(params(), as_torch(), arg, {rows, program_->param_count}, task_weights);
 }
 
 Tensor Arrays::reduced_step_rows(Arg arg, const InnerLoop& loop, const std::optional<Tensor>& task_weights) {
   const Params params = step_row_params(*program_, loop);
-  const int64_t R = size_of(params);
-  return to_torch(params, reduced(arg, loop.steps * R, task_weights), loop.steps, {loop.steps, R});
+  return reduced(params, false, arg, {loop.steps, size_of(params)}, task_weights);
 }
 
 }  // namespace fastmaml

@@ -37,7 +37,8 @@ class Arrays {
   void numbers(Arg arg, std::initializer_list<double> values);                                // for all tasks
 
   // Where the results will be. They live in this object until a function below hands them out.
-  void result(Arg arg, int64_t size);  // [size] a task
+  void result(Arg arg, int64_t size);                                   // [size] a task
+  void params_result(Arg arg, std::optional<int64_t> rows = {});  // [P] or [rows, P] a task, for params() below
 
   void run(const Work& work);
 
@@ -46,9 +47,8 @@ class Arrays {
   Tensor values(Arg arg, int64_t size) const;       // [T, size]
   Tensor outputs(Arg arg, int64_t examples) const;  // [T, N, *output]
   Tensor inputs(Arg arg, int64_t examples) const;   // [T, N, *input]
-  Tensor params(Arg arg) const;                     // [T, P]
+  Tensor params(Arg arg) const;                     // [T, P] or [T, rows, P], of a params_result
   // Results of rows x P a task, or with a loop's step rows of K x R.
-  Tensor params(Arg arg, int64_t rows) const;              // [T, rows, P]
   Tensor step_rows(Arg arg, const InnerLoop& loop) const;  // [T, K, R]
   // Their weighted sum over the tasks (their mean without weights), which uses the result up.
   Tensor reduced_params(Arg arg, const std::optional<Tensor>& task_weights);                            // [P]
@@ -67,11 +67,12 @@ class Arrays {
   Tensor from_images(Arg arg, int64_t examples, const Shape& shape) const;
   using Params = Space::Params;
   void* take(int64_t numbers) { return space_->take(size_t(numbers) * element_bytes()); }
-  void move_params(Arg arg, const Params& params, const Tensor& from, int64_t count, int64_t task_stride);
-  void move_params_of_tasks(Arg arg, const Tensor& from, int64_t vectors);
   using Sizes = std::vector<int64_t>;
-  Tensor to_torch(const Params& params, const void* engine, int64_t count, const Sizes& sizes) const;  // `count` vectors
-  void* reduced(Arg arg, int64_t size, const std::optional<Tensor>& task_weights);
+  const Params& params() const { return plan_->program->params; }  // in the plan's order
+  bool as_torch() const;
+  Tensor to_torch(const Params& params, const void* engine, const Sizes& sizes) const;  // sizes: [..., numbers in `params`]
+  void reduce(void* sum, Arg arg, int64_t size, const std::optional<Tensor>& task_weights);
+  Tensor reduced(const Params& params, bool as_torch, Arg arg, const Sizes& sizes, const std::optional<Tensor>& task_weights);
   Tensor copy_of(Arg arg, const Sizes& sizes) const;
   Tensor in_callers_type(Tensor x) const;
 
@@ -83,6 +84,20 @@ class Arrays {
   int64_t tasks_ = -1;
   std::array<View, kArgs> args_{};
   std::vector<Tensor> kept_;  // what the Views point into
+  struct Vectors {            // over the parameters, until the plan tells in which order it reads them
+    Arg arg;
+    Tensor tensor;
+    int64_t count;  // of them, for all tasks or of each
+    bool of_tasks;
+  };
+  std::vector<Vectors> vectors_;
+  struct Made {
+    Arg arg;
+    Sizes sizes;                   // with the tasks
+    std::optional<Tensor> tensor;  // where the plan writes it, if that needs no move
+  };
+  std::vector<Made> made_;
+  std::shared_ptr<const Plan> plan_;
   std::unique_ptr<Space> space_;
 };
 

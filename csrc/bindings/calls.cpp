@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> grad_call(const std::string& program, const std::stri
   arrays.params(Arg::params, "params", params);
   arrays.buffers(buffers);
   arrays.result(Arg::loss, 1);
-  arrays.result(Arg::grad, arrays.program().param_count);
+  arrays.params_result(Arg::grad);
   arrays.run(work);
   return {arrays.values(Arg::loss), arrays.params(Arg::grad)};
 }
@@ -69,7 +69,7 @@ Tensor hvp_call(const std::string& program, const std::string& backend, const Te
   arrays.params(Arg::params, "params", params);
   arrays.params_of_tasks(Arg::params_dot, "v", v);
   arrays.buffers(buffers);
-  arrays.result(Arg::grad_dot, arrays.program().param_count);
+  arrays.params_result(Arg::grad_dot);
   arrays.run(work);
   return arrays.params(Arg::grad_dot);
 }
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> vjp_call(const std::string& program, const std::strin
   arrays.params(Arg::params, "params", params);
   arrays.buffers(buffers);
   arrays.result(Arg::output, N * arrays.program().output_shape().size());
-  arrays.result(Arg::grad, arrays.program().param_count);
+  arrays.params_result(Arg::grad);
   arrays.run(work);
   return {arrays.outputs(Arg::output, N), arrays.params(Arg::grad)};
 }
@@ -104,12 +104,12 @@ std::tuple<Tensor, Tensor, Tensor> adapt_call(const std::string& program, const 
   arrays.params(Arg::params, "params", params);
   arrays.buffers(buffers);
   const int64_t P = arrays.program().param_count;
-  arrays.result(Arg::adapted, P);
+  arrays.params_result(Arg::adapted);
   arrays.result(Arg::support_losses, K);
-  arrays.result(Arg::state_next, S * P);
+  S ? arrays.params_result(Arg::state_next, S) : arrays.result(Arg::state_next, 0);
   arrays.run(work);
   return {arrays.params(Arg::adapted), arrays.values(Arg::support_losses, K),
-          S ? torch::stable::view(arrays.params(Arg::state_next, S), {arrays.tasks(), S * P}) : arrays.values(Arg::state_next, 0)};
+          S ? torch::stable::view(arrays.params(Arg::state_next), {arrays.tasks(), S * P}) : arrays.values(Arg::state_next, 0)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(
@@ -141,11 +141,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient
   arrays.buffers(buffers);
   const bool rate_grad = loop.rate_grad && K > 0, rows_grad = !loop.rows.empty() && K > 0;
   arrays.result(Arg::loss, 1);
-  arrays.result(Arg::grad, P);
+  loop.per_task ? arrays.params_result(Arg::grad) : arrays.result(Arg::grad, P);
   arrays.result(Arg::output, how.query_examples * arrays.program().output_shape().size());
   arrays.result(Arg::support_losses, K);
   if (how.loss_weights) arrays.result(Arg::query_losses, queries);
-  if (rate_grad) arrays.result(Arg::rate_grad, rate_rows * P);
+  if (rate_grad && loop.per_task) arrays.params_result(Arg::rate_grad, rate_rows);
+  if (rate_grad && !loop.per_task) arrays.result(Arg::rate_grad, rate_rows * P);
   if (rows_grad) arrays.result(Arg::step_rows_grad, step_rows->numel());
   arrays.run(work);
 
@@ -155,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient
   Tensor by_rates = arrays.nothing(), by_rows = arrays.nothing();
   if (loop.per_task) {
     if (loop.rate_grad && !rate_grad) by_rates = torch::stable::new_zeros(theta, {arrays.tasks(), rate_rows, P});
-    if (rate_grad) by_rates = arrays.params(Arg::rate_grad, rate_rows);
+    if (rate_grad) by_rates = arrays.params(Arg::rate_grad);
     if (rows_grad) by_rows = arrays.step_rows(Arg::step_rows_grad, loop);
     return {loss, arrays.params(Arg::grad), output, support_losses, by_rates, by_rows, query_losses};
   }
@@ -180,7 +181,7 @@ std::tuple<Tensor, Tensor> solve_call(const std::string& program, const std::str
   arrays.params_of_tasks(Arg::params_dot, "v", v);
   arrays.buffers(buffers);
   arrays.numbers(Arg::cg_settings, {lam, damping});
-  arrays.result(Arg::solution, arrays.program().param_count);
+  arrays.params_result(Arg::solution);
   arrays.result(Arg::residual, 1);
   arrays.run(work);
   return {arrays.params(Arg::solution), arrays.values(Arg::residual)};
@@ -205,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> passes_call(const std
   const int64_t in = N * arrays.program().input_shape().size(), out = N * arrays.program().output_shape().size();
   for (Arg arg : {Arg::output, Arg::output_dot}) arrays.result(arg, out);
   for (Arg arg : {Arg::input_grad, Arg::input_grad_dot}) arrays.result(arg, in);
-  for (Arg arg : {Arg::grad, Arg::grad_dot}) arrays.result(arg, arrays.program().param_count);
+  for (Arg arg : {Arg::grad, Arg::grad_dot}) arrays.params_result(arg);
   arrays.run(work);
   return {arrays.outputs(Arg::output, N),        arrays.outputs(Arg::output_dot, N), arrays.inputs(Arg::input_grad, N),
           arrays.inputs(Arg::input_grad_dot, N), arrays.params(Arg::grad),           arrays.params(Arg::grad_dot)};

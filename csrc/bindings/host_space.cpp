@@ -6,6 +6,7 @@
 #include "bindings/profile.h"
 #include "bindings/space.h"
 #include "bindings/threads.h"
+#include "ops/huge_pages.h"
 #include "program/param_layout.h"
 
 namespace fastmaml {
@@ -42,7 +43,9 @@ class HostSpace : public Space {
     AtenTensorHandle made = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
-    return Tensor(made);
+    const Tensor x(made);
+    ask_for_huge_pages(x.mutable_data_ptr(), size_t(x.numel()) * (type == Type::Float ? sizeof(float) : sizeof(double)));
+    return x;
   }
 
   void copy(void* to, const void* from, size_t bytes) override {

@@ -10,6 +10,7 @@
 
 #include "bindings/named.h"
 #include "bindings/stash_budget.h"
+#include "ops/huge_pages.h"
 #include "ops/lane_schedule.h"
 
 namespace fastmaml {
@@ -118,7 +119,7 @@ Plan make_plan(const std::string& text, const OpTable& backend, Work work) {
     plan.resident = table.resident->encode(plan.schedule, table.resident->fast_bytes());
   }
   if (!table.resident || !plan.resident.declines.empty()) {  // fused layers spare memory traffic, which a resident walk has none of
-    plan.program = std::make_shared<const Program>(fuse(*plan.program, {supports, table.rectifies}));
+    plan.program = std::make_shared<const Program>(fuse(*plan.program, {supports, table.rectifies, table.out_in}));
     write();
   }
   if (work.memory == Memory::automatic && plan.arena_bytes() > stash_budget(table, plan.program->loss.kind == Loss::Kind::caller)) {
@@ -211,6 +212,7 @@ void* Workplace::take(size_t bytes) {
     block.data.reset();
     block.data.reset(std::aligned_alloc(64, bytes));
     if (!block.data) throw std::bad_alloc();
+    ask_for_huge_pages(block.data.get(), bytes);
     block.bytes = bytes;
     ++block_allocations_;
   }

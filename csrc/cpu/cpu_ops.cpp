@@ -36,6 +36,7 @@ OpTable task_table() {
   static const LaneOps in_lanes{&lanes, lanes_run, lanes_pay};
   OpTable table = elementwise_table<TaskMajor<T>>();
   table.in_lanes = &in_lanes;
+  table.out_in = true;
   add_linear_ops<T>(table);
   add_conv2d_ops<T>(table);
   add_batch_norm_ops<T>(table);

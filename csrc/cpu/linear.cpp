@@ -1,31 +1,28 @@
-// linear: y = x w + b with w [in, out], and its tangents; see ALGORITHMS section 6.
+// linear: y = x w^T + b with w [out, in] as torch has it (Linear::out_in), and its tangents; see ALGORITHMS section 6.
 #include "cpu/cpu.h"
-#include "cpu/kernels/row_product.h"
+#include "cpu/kernels/dot_product.h"
+#include "cpu/kernels/panel_product.h"
 
 FASTMAML_CPU_BEGIN
 namespace {
 
 template <class T>
 struct Work {  // scratch of one Step, laid out the same when it is measured and when it is used
-  int32_t* a_at;
-  T *first, *second;  // weights in whole vectors, or transposed
-  Term<T>* terms;
-  T* rows[2];  // dy, dy_dot in whole vectors
+  int32_t *x_at, *y_at;  // where rows of x and of y start
+  T* packed[2];          // slices of w and w_dot
+  T* rows[2];            // x, x_dot in whole vectors
   OuterPack<T> pack;
   double* sums;
 
   Work(Scratch& scratch, const Linear& s, int64_t N) {
-    const int64_t forward = s.in * padded_cols<T>(s.out), backward = s.out * padded_cols<T>(s.in),
-                  most = forward > backward ? forward : backward;
-    a_at = scratch.take<int32_t>(N);
-    first = scratch.take<T>(most);
-    second = scratch.take<T>(most);
-    terms = scratch.take<Term<T>>(2 * term_count<T>(s.in > s.out ? s.in : s.out));
-    for (T*& r : rows) r = scratch.take<T>(kBlockPixels * padded_cols<T>(s.out));
+    x_at = scratch.take<int32_t>(N);
+    y_at = scratch.take<int32_t>(N);
+    for (T*& p : packed) p = scratch.take<T>(panel_room<T>());
     const int64_t pixels = N < kBlockPixels ? N : kBlockPixels;
-    const bool packs = OuterPack<T>::pays(s.in, s.out, pixels);
+    for (T*& r : rows) r = scratch.take<T>(pixels * padded_cols<T>(s.in));
+    const bool packs = OuterPack<T>::pays(s.out, s.in, pixels);
     for (T*& a : pack.a) a = packs ? scratch.take<T>(OuterPack<T>::a_size(pixels)) : nullptr;
-    for (T*& b : pack.b) b = packs ? scratch.take<T>(OuterPack<T>::b_size(s.out, pixels)) : nullptr;
+    for (T*& b : pack.b) b = packs ? scratch.take<T>(OuterPack<T>::b_size(s.in, pixels)) : nullptr;
     pack.at = packs ? scratch.take<int32_t>(pixels) : nullptr;
     sums = scratch.take<double>(s.out);
   }
@@ -46,125 +43,107 @@ struct Task {
   Work<T> work;
 
   explicit Task(const Call& call)
-      : s(*std::get_if<Linear>(&call.layer)), N(call.step.examples), scratch(call.scratch), work(scratch, s, N) {}
+      : s(*std::get_if<Linear>(&call.layer)), N(call.step.examples), scratch(call.scratch), work(scratch, s, N) {
+    for (int64_t n = 0; n < N; ++n) {
+      work.x_at[n] = int32_t(n * s.in);
+      work.y_at[n] = int32_t(n * s.out);
+    }
+  }
 
-  void row_starts(int64_t length) {
-    for (int64_t n = 0; n < N; ++n) work.a_at[n] = int32_t(n * length);
+  // y = x w^T + b and y_dot = x_dot w^T + x w_dot^T + b_dot; either may be missing, as may x_dot.
+  void forward(T* y, T* y_dot, const T* x, const T* x_dot, const T* w, const T* w_dot, const T* b, const T* b_dot) {
+    if (dots_pay(N, s.in)) {
+      const DotTerm<T> terms[] = {{x, w}, {x, w_dot}, {x_dot, w}};
+      if (y) dot_product(y, b, terms, 1, N, s.out, s.in);
+      if (y_dot) dot_product(y_dot, b_dot, terms + 1, x_dot ? 2 : 1, N, s.out, s.in);
+      return;
+    }
+    PanelSum<T> sums[2] = {};
+    int count = 0;
+    if (y) sums[count++] = {y, b, 1, {x}, {0}};
+    if (y_dot) sums[count++] = {y_dot, b_dot, x_dot ? 2 : 1, {x, x_dot}, {1, 0}};
+    panels<true>(sums, count, y || x_dot ? w : nullptr, w_dot, s.out, s.in, work.x_at, work.y_at);
   }
-  const T* whole_vectors(T* buffer, const T* w) const {
-    const int64_t ld = padded_cols<T>(s.out);
-    if (ld == s.out) return w;
-    pad_rows(buffer, w, s.in, s.out, ld);
-    return buffer;
+
+  // dx = dy w and dx_dot = dy_dot w + dy w_dot; either may be missing.
+  void backward(T* dx, T* dx_dot, const T* dy, const T* dy_dot, const T* w, const T* w_dot) {
+    PanelSum<T> sums[2] = {};
+    int count = 0;
+    if (dx) sums[count++] = {dx, nullptr, 1, {dy}, {0}};
+    if (dx_dot) sums[count++] = {dx_dot, nullptr, 2, {dy_dot, dy}, {0, 1}};
+    panels<false>(sums, count, w, w_dot, s.in, s.out, work.y_at, work.x_at);
   }
-  const T* transposed(T* buffer, const T* w) const {
-    transpose(buffer, w, s.in, s.out, padded_cols<T>(s.in));
-    return buffer;
-  }
-  // out [N, cols] = bias + a b (+ c d): a, c are [N, depth]; b, d [depth, cols in whole vectors]
-  void product(T* out, int64_t cols, int64_t depth, const T* a, const T* b, const T* c, const T* d, const T* bias) {
-    const int64_t ldb = padded_cols<T>(cols);
-    int n = split_term(work.terms, 0, b, depth, ldb);
-    if (c) n += split_term(work.terms + n, c - a, d, depth, ldb);
-    row_product(RowProduct<T>{out, nullptr, a, work.a_at, N, cols, ldb, bias}, work.terms, n);
+
+ private:
+  template <bool kTransposed>
+  void panels(const PanelSum<T>* sums, int count, const T* w, const T* w_dot, int64_t cols, int64_t depth, const int32_t* a_at,
+              const int32_t* out_at) {
+    const PanelMatrix<T> matrices[] = {{w, work.packed[0]}, {w_dot, work.packed[1]}};
+    panel_product<T, kTransposed>(sums, count, matrices, N, cols, depth, a_at, out_at);
   }
 };
 
 template <class T>
 void linear_fwd(const Call& call) {
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    Task<T> task(call);
-    task.row_starts(task.s.in);
-    const T* w = task.whole_vectors(task.work.first, at<T>(call, 2, t));
-    task.product(at<T>(call, 0, t), task.s.out, task.s.in, at<T>(call, 1, t), w, nullptr, nullptr, at<T>(call, 3, t));
-  }
-}
-
-template <class T>
-void tangent(Task<T>& task, T* y_dot, const T* x, const T* x_dot, const T* w, const T* w_dot, const T* b_dot) {
-  task.product(y_dot, task.s.out, task.s.in, x, w_dot, x_dot, w, b_dot);
+  for (int64_t t = 0; t < call.tasks; ++t)
+    Task<T>(call).forward(at<T>(call, 0, t), nullptr, at<T>(call, 1, t), nullptr, at<T>(call, 2, t), nullptr, at<T>(call, 3, t), nullptr);
 }
 
 template <class T>
 void linear_fwd_jvp(const Call& call) {
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    Task<T> task(call);
-    task.row_starts(task.s.in);
-    const T* x_dot = at<T>(call, 2, t);
-    const T* w = x_dot ? task.whole_vectors(task.work.first, at<T>(call, 3, t)) : nullptr;
-    const T* w_dot = task.whole_vectors(task.work.second, at<T>(call, 4, t));
-    tangent<T>(task, at<T>(call, 0, t), at<T>(call, 1, t), x_dot, w, w_dot, at<T>(call, 5, t));
-  }
+  for (int64_t t = 0; t < call.tasks; ++t)
+    Task<T>(call).forward(nullptr, at<T>(call, 0, t), at<T>(call, 1, t), at<T>(call, 2, t), at<T>(call, 3, t), at<T>(call, 4, t), nullptr,
+                          at<T>(call, 5, t));
 }
 
 template <class T>
 void linear_fwd_dual(const Call& call) {
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    Task<T> task(call);
-    task.row_starts(task.s.in);
-    const T *x = at<T>(call, 2, t), *x_dot = at<T>(call, 3, t);
-    const T* w = task.whole_vectors(task.work.first, at<T>(call, 4, t));
-    const T* w_dot = task.whole_vectors(task.work.second, at<T>(call, 5, t));
-    task.product(at<T>(call, 0, t), task.s.out, task.s.in, x, w, nullptr, nullptr, at<T>(call, 6, t));
-    tangent<T>(task, at<T>(call, 1, t), x, x_dot, w, w_dot, at<T>(call, 7, t));
-  }
+  for (int64_t t = 0; t < call.tasks; ++t)
+    Task<T>(call).forward(at<T>(call, 0, t), at<T>(call, 1, t), at<T>(call, 2, t), at<T>(call, 3, t), at<T>(call, 4, t), at<T>(call, 5, t),
+                          at<T>(call, 6, t), at<T>(call, 7, t));
 }
 
 template <class T>
 void linear_bwd_data(const Call& call) {
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    Task<T> task(call);
-    task.row_starts(task.s.out);
-    const T* w = task.transposed(task.work.first, at<T>(call, 2, t));
-    task.product(at<T>(call, 0, t), task.s.in, task.s.out, at<T>(call, 1, t), w, nullptr, nullptr, nullptr);
-  }
+  for (int64_t t = 0; t < call.tasks; ++t)
+    Task<T>(call).backward(at<T>(call, 0, t), nullptr, at<T>(call, 1, t), nullptr, at<T>(call, 2, t), nullptr);
 }
 
 template <class T>
 void linear_bwd_data_jvp(const Call& call) {
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    Task<T> task(call);
-    task.row_starts(task.s.out);
-    const T *w = task.transposed(task.work.first, at<T>(call, 3, t)), *w_dot = task.transposed(task.work.second, at<T>(call, 4, t));
-    task.product(at<T>(call, 0, t), task.s.in, task.s.out, at<T>(call, 2, t), w, at<T>(call, 1, t), w_dot, nullptr);
-  }
+  for (int64_t t = 0; t < call.tasks; ++t)
+    Task<T>(call).backward(nullptr, at<T>(call, 0, t), at<T>(call, 1, t), at<T>(call, 2, t), at<T>(call, 3, t), at<T>(call, 4, t));
 }
 
 template <class T>
 void linear_bwd_data_dual(const Call& call) {
-  for (int64_t t = 0; t < call.tasks; ++t) {
-    Task<T> task(call);
-    task.row_starts(task.s.out);
-    const T *dy = at<T>(call, 2, t), *dy_dot = at<T>(call, 3, t);
-    const T *w = task.transposed(task.work.first, at<T>(call, 4, t)), *w_dot = task.transposed(task.work.second, at<T>(call, 5, t));
-    task.product(at<T>(call, 0, t), task.s.in, task.s.out, dy, w, nullptr, nullptr, nullptr);
-    task.product(at<T>(call, 1, t), task.s.in, task.s.out, dy_dot, w, dy, w_dot, nullptr);
-  }
+  for (int64_t t = 0; t < call.tasks; ++t)
+    Task<T>(call).backward(at<T>(call, 0, t), at<T>(call, 1, t), at<T>(call, 2, t), at<T>(call, 3, t), at<T>(call, 4, t),
+                           at<T>(call, 5, t));
 }
 
-// dw = sum over terms of x^T dy; at most two terms.
+// dw [out, in] = sum over terms of dy^T x; at most two terms.
 template <class T>
-void weight_gradient(Task<T>& task, T* dw, const T* const* x, const T* const* dy, int n_terms) {
+void weight_gradient(Task<T>& task, T* dw, const T* const* dy, const T* const* x, int n_terms) {
   const Linear& s = task.s;
-  const int64_t ld = padded_cols<T>(s.out);
+  const int64_t ld = padded_cols<T>(s.in);
   OuterTerm<T> terms[2];
-  task.row_starts(s.in);
   for (int64_t from = 0; from < task.N; from += kBlockPixels) {
     const int64_t count = task.N - from < kBlockPixels ? task.N - from : kBlockPixels;
-    if (OuterPack<T>::pays(s.in, s.out, count)) {
-      for (int i = 0; i < n_terms; ++i) terms[i] = {x[i], dy[i] + from * s.out};
-      packed_outer_product(dw, s.in, s.out, terms, n_terms, task.work.a_at + from, count, from == 0, task.work.pack);
+    if (OuterPack<T>::pays(s.out, s.in, count)) {
+      for (int i = 0; i < n_terms; ++i) terms[i] = {dy[i], x[i] + from * s.in};
+      packed_outer_product(dw, s.out, s.in, terms, n_terms, task.work.y_at + from, count, from == 0, task.work.pack);
       continue;
     }
     for (int i = 0; i < n_terms; ++i) {
-      const T* rows = dy[i] + from * s.out;
-      if (ld != s.out) {
-        pad_rows(task.work.rows[i], rows, count, s.out, ld);
+      const T* rows = x[i] + from * s.in;
+      if (ld != s.in) {
+        pad_rows(task.work.rows[i], rows, count, s.in, ld);
         rows = task.work.rows[i];
       }
-      terms[i] = {x[i], rows};
+      terms[i] = {dy[i], rows};
     }
-    outer_product(dw, s.in, s.out, terms, n_terms, task.work.a_at + from, ld, count, from == 0);
+    outer_product(dw, s.out, s.in, terms, n_terms, task.work.y_at + from, ld, count, from == 0);
   }
 }
 
@@ -182,7 +161,7 @@ void linear_bwd_weight(const Call& call) {
   for (int64_t t = 0; t < call.tasks; ++t) {
     Task<T> task(call);
     const T *x = at<T>(call, 2, t), *dy = at<T>(call, 3, t);
-    weight_gradient<T>(task, at<T>(call, 0, t), &x, &dy, 1);
+    weight_gradient<T>(task, at<T>(call, 0, t), &dy, &x, 1);
     bias_gradient<T>(task, at<T>(call, 1, t), dy);
   }
 }
@@ -194,7 +173,7 @@ void linear_bwd_weight_jvp(const Call& call) {
     const T *dy = at<T>(call, 4, t), *dy_dot = at<T>(call, 5, t);
     const T* x[2] = {at<T>(call, 2, t), at<T>(call, 3, t)};
     const T* d[2] = {dy_dot, dy};
-    weight_gradient<T>(task, at<T>(call, 0, t), x, d, x[1] ? 2 : 1);
+    weight_gradient<T>(task, at<T>(call, 0, t), d, x, x[1] ? 2 : 1);
     bias_gradient<T>(task, at<T>(call, 1, t), dy_dot);
   }
 }

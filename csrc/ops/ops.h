@@ -116,6 +116,7 @@ struct OpTable {
   size_t real_bytes = 4;                   // 4: float, 8: double
   int lanes = 1;                           // tasks side by side in its Views; kAnyLanes: as many as one likes
   bool rectifies = false;                  // its linear, conv2d and group_norm heed layers.h's Rectified
+  bool out_in = false;                     // its linear ops read weights as [out, in] (Linear::out_in), and in no other order
   const Device* device = nullptr;          // null: the host, where a task alone is the fast way; else all tasks at once
   OpFn run[kOps] = {};                     // null: this backend lacks the op
   ScratchFn scratch[kOps] = {};            // null: no scratch

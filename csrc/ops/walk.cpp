@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "ops/huge_pages.h"
 #include "ops/ops.h"
 #include "ops/step_clock.h"
 
@@ -148,6 +149,7 @@ void Arenas::reserve(int workers, size_t bytes) {
       block.bytes = 0;
       throw std::bad_alloc();
     }
+    ask_for_huge_pages(block.data, bytes);
     ++allocations_;
   }
   high_water_ = std::max(high_water_, bytes);

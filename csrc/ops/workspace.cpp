@@ -76,6 +76,10 @@ Workspace plan_workspace(const Schedule& schedule, const OpTable& table) {
     const Layer& layer = schedule.layers[size_t(step.layer)];
     if (!table.rectifies && (rectified_output(layer).on || rectified_input(layer).on))
       throw std::invalid_argument(std::string("backend ") + table.backend + " takes no rectifier into " + op_name(step.op));
+    const Linear* linear = std::get_if<Linear>(&layer);
+    if (linear && linear->out_in != table.out_in && table.lanes != kAnyLanes)
+      throw std::invalid_argument(std::string("backend ") + table.backend + " reads weights of " + op_name(step.op) + " as " +
+                                  (table.out_in ? "[out, in]" : "[in, out]"));
     if (ScratchFn scratch = table.scratch[static_cast<int>(step.op)])
       plan.scratch_bytes = std::max(plan.scratch_bytes, round_up(scratch(step, layer)));
   }

@@ -118,8 +118,18 @@ Program join_rectifiers(const Program& net) {
 
 }  // namespace
 
-Program fuse(const Program& net, const Abilities& backend) {
+Program with_torch_weights(const Program& net) {
   Program out = net;
+  for (Node& node : out.nodes)
+    if (auto* s = std::get_if<Linear>(&node.layer)) {
+      s->out_in = true;
+      out.params[size_t(node.weight)].order = Param::Order::torch;
+    }
+  return out;
+}
+
+Program fuse(const Program& net, const Abilities& backend) {
+  Program out = backend.out_in ? with_torch_weights(net) : net;
   if (std::all_of(std::begin(kNormPoolActOps), std::end(kNormPoolActOps), backend.supports)) out = join_norm_pool_act(out);
   if (backend.rectifies) out = join_rectifiers(out);
   return out;

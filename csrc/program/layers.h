@@ -16,6 +16,7 @@ struct Linear {
   int64_t in, out;
   Rectified y = {};  // what the layer makes is rectified
   Rectified x = {};  // x comes out of a rectifier, and the layer's backward pass goes on through it
+  bool out_in = false;  // w and its gradient are [out, in], as torch has them, and not [in, out]
 };
 
 struct Conv2d {

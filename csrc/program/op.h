@@ -8,7 +8,8 @@
 namespace fastmaml {
 
 // Letters: N examples, C channels, H W image, F filters, P parameters, G groups. Images are stored [N, H, W, C], vectors [N, D].
-// Weights: linear [in, out], conv2d [KH, KW, C, F] (program/param_layout.h moves parameters from and to torch's order).
+// Weights: linear [in, out] or, with Linear::out_in, [out, in]; conv2d [KH, KW, C, F] (program/param_layout.h moves parameters from and to
+// torch's order).
 // `x_dot` is the tangent of x, `dx` the gradient of the loss by x, `dx_dot` the tangent of that gradient (ALGORITHMS section 6).
 // An op whose name ends in _jvp computes the tangent of the op before it; _dual computes value and tangent in one pass.
 #define FASTMAML_OPS(X)                                                                                                            \

@@ -82,6 +82,10 @@ void move_all(const std::vector<Param>& params, T* to, const T* from, int64_t co
 
 int64_t size_of(const std::vector<Param>& params) { return params.empty() ? 0 : params.back().offset + params.back().size; }
 
+bool in_torch_order(const std::vector<Param>& params) {
+  return std::all_of(params.begin(), params.end(), [](const Param& p) { return p.order == Param::Order::torch; });
+}
+
 template <class T>
 void params_from_torch(const std::vector<Param>& params, T* to, const T* from, int64_t count) {
   move_all<T, true>(params, to, from, count);

@@ -1,9 +1,12 @@
-// linear: y = x w + b.     x [N, in]   w [in, out]   b [out]   y [N, out]
+// linear: y = x w + b.     x [N, in]   w [in, out], or [out, in] where so it is said   b [out]   y [N, out]
 #include "reference/reference.h"
 
 namespace fastmaml::reference {
 
 namespace {
+
+// where w[i, o] lies
+int64_t place(const Linear& shape, int64_t i, int64_t o) { return shape.out_in ? o * shape.in + i : i * shape.out + o; }
 
 // y = b in every row
 void set_rows(Real y, Real b, int64_t N, const Linear& shape) {
@@ -15,21 +18,21 @@ void set_rows(Real y, Real b, int64_t N, const Linear& shape) {
 void add_product(Real y, Real x, Real w, int64_t N, const Linear& shape) {
   for (int64_t n = 0; n < N; ++n)
     for (int64_t i = 0; i < shape.in; ++i)
-      for (int64_t o = 0; o < shape.out; ++o) y[n * shape.out + o] += x[n * shape.in + i] * w[i * shape.out + o];
+      for (int64_t o = 0; o < shape.out; ++o) y[n * shape.out + o] += x[n * shape.in + i] * w[place(shape, i, o)];
 }
 
 // dx += dy w^T
 void add_data_gradient(Real dx, Real dy, Real w, int64_t N, const Linear& shape) {
   for (int64_t n = 0; n < N; ++n)
     for (int64_t i = 0; i < shape.in; ++i)
-      for (int64_t o = 0; o < shape.out; ++o) dx[n * shape.in + i] += dy[n * shape.out + o] * w[i * shape.out + o];
+      for (int64_t o = 0; o < shape.out; ++o) dx[n * shape.in + i] += dy[n * shape.out + o] * w[place(shape, i, o)];
 }
 
 // dw += x^T dy
 void add_weight_gradient(Real dw, Real x, Real dy, int64_t N, const Linear& shape) {
   for (int64_t n = 0; n < N; ++n)
     for (int64_t i = 0; i < shape.in; ++i)
-      for (int64_t o = 0; o < shape.out; ++o) dw[i * shape.out + o] += x[n * shape.in + i] * dy[n * shape.out + o];
+      for (int64_t o = 0; o < shape.out; ++o) dw[place(shape, i, o)] += x[n * shape.in + i] * dy[n * shape.out + o];
 }
 
 // db = sum over n of dy

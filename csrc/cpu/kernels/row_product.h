@@ -13,9 +13,9 @@ FASTMAML_CPU_BEGIN
 inline constexpr int kTileRows = 6;
 inline constexpr int kTileVecs = 2;
 #ifdef __AVX512F__
-inline constexpr int kTallRows = 12, kOuterRows = 8;
+inline constexpr int kTallRows = 12, kMiddleRows = 8, kOuterRows = 8;
 #else
-inline constexpr int kTallRows = kTileRows, kOuterRows = kTileRows;
+inline constexpr int kTallRows = kTileRows, kMiddleRows = kTileRows, kOuterRows = kTileRows;
 #endif
 inline constexpr int64_t kBlockRows = 384;    // rows that share one pass over b: their a stays in L2
 inline constexpr int64_t kBlockK = 256;       // depth of one pass: its slice of b (16 KB) stays in L1
@@ -90,6 +90,8 @@ template <class T, int NV>
 inline void row_panel(const RowProduct<T>& p, const Term<T>* terms, int n_terms, int64_t from, int64_t to, int64_t j0, bool first) {
   int64_t i = from;
   for (; i + kTallRows <= to; i += kTallRows) row_tile<T, kTallRows, NV>(p, terms, n_terms, i, j0, first);
+  if constexpr (kMiddleRows < kTallRows)
+    for (; i + kMiddleRows <= to; i += kMiddleRows) row_tile<T, kMiddleRows, NV>(p, terms, n_terms, i, j0, first);
   for (; i + kTileRows <= to; i += kTileRows) row_tile<T, kTileRows, NV>(p, terms, n_terms, i, j0, first);
   switch (to - i) {
     case 5:
