@@ -98,12 +98,13 @@ def expand_rates(
 
     inner_lr is a number, a tensor [] or [1] (one rate), [P] (one per entry), [K, 1] or [K, P] (a row per step), or a
     dict from each parameter's name to a number, a tensor [] or of the parameter's shape, or one with a dimension for
-    the steps in front: [K, *shape] or [K, 1, ..., 1]. Steps beyond the rows reuse the last row.
+    the steps in front: [K, *shape] or [K, 1, ..., 1]. Steps beyond the rows reuse the last row. One rate for all
+    parameters comes as a view that repeats it, by which the engine knows it.
     """
     if isinstance(inner_lr, (int, float)) and mask is None:
-        return like.new_full((1, layout.size), _number_rate("inner_lr", inner_lr))
+        return like.new_full((1, 1), _number_rate("inner_lr", inner_lr)).expand(1, layout.size)
     rates = _rows(_checked_rates(inner_lr, layout, mask, like), layout, steps, like)
-    return (rates if mask is None else rates * mask).contiguous()
+    return rates if mask is None else rates * mask
 
 
 def collapse_rates(grad: Tensor, inner_lr: InnerLr, layout: ParameterLayout, mask: Tensor | None, like: Tensor) -> Any:

@@ -75,11 +75,16 @@ void Arrays::expect_place(const char* name, const Tensor& x) const {
   if (x.device() != callers_device_) throw std::invalid_argument(described(name, x) + " is not on the device of the parameters");
 }
 
-Tensor Arrays::real(const char* name, const Tensor& x) {
+const Tensor& Arrays::of_callers_type(const char* name, const Tensor& x) const {
   expect_place(name, x);
   if (x.scalar_type() != callers_type_)
     throw std::invalid_argument(described(name, x) + " must have the type of the parameters, " +
                                 (callers_type_ == ScalarType::Float ? "float32" : "float64"));
+  return x;
+}
+
+Tensor Arrays::real(const char* name, const Tensor& x) {
+  of_callers_type(name, x);
   return without_gaps(type() == callers_type_ ? x : stable::to(x, type()));
 }
 
@@ -154,13 +159,17 @@ void Arrays::params(Arg arg, const char* name, const Tensor& params) {
     params_of_tasks(arg, name, params);
 }
 
-int64_t Arrays::rates(const Tensor& rates, int64_t inner_steps) {
-  const int64_t rows = rates.dim() == 2 ? rates.size(0) : 0;
-  if (rows < 1 || (rows != 1 && rows != inner_steps) || rates.size(1) != program_->param_count)
-    throw std::invalid_argument(described("rates", rates) + " must be " + to_string({1, program_->param_count}) + " or " +
-                                to_string({inner_steps, program_->param_count}));
+Arrays::Rates Arrays::rates(const Tensor& rates, const InnerLoop& loop) {
+  const int64_t P = program_->param_count, rows = rates.dim() == 2 ? rates.size(0) : 0;
+  if (rows < 1 || (rows != 1 && rows != loop.steps) || rates.size(1) != P)
+    throw std::invalid_argument(described("rates", rates) + " must be " + to_string({1, P}) + " or " + to_string({loop.steps, P}));
+  const bool one = rates.stride(1) == 0 && (rows == 1 || rates.stride(0) == 1) && type() == callers_type_;
+  if (P > 1 && one && loop.plain() && table_->supports(Op::uniform_update)) {
+    bind(Arg::rates, of_callers_type("rates", rates), 0);
+    return {rows, true};
+  }
   vectors_.push_back({Arg::rates, real("rates", rates), rows, false});
-  return rows;
+  return {rows, false};
 }
 
 void Arrays::step_rows(const std::optional<Tensor>& rows, const InnerLoop& loop) {

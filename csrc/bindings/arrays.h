@@ -29,7 +29,11 @@ class Arrays {
   void shared_params(Arg arg, const char* name, const Tensor& params);                        // [P] for all tasks
   void params(Arg arg, const char* name, const Tensor& params);                               // [P] for all tasks, or [T, P]
   void params_of_tasks(Arg arg, const char* name, const Tensor& params);                      // [T, P]
-  int64_t rates(const Tensor& rates, int64_t inner_steps);                                    // [1, P] or [K, P]; returns the rows
+  struct Rates {
+    int64_t rows;
+    bool uniform;  // bound are [rows] numbers: the tensor repeats each of them, and the plan can make use of that
+  };
+  Rates rates(const Tensor& rates, const InnerLoop& loop);                                    // [1, P] or [K, P]
   void step_rows(const std::optional<Tensor>& rows, const InnerLoop& loop);                   // [K, R]
   bool state(const std::optional<Tensor>& state, int64_t vectors);                            // [T, vectors P]; false where absent
   bool shared(Arg arg, const char* name, const std::optional<Tensor>& x, int64_t size);       // [size] for all tasks; the same
@@ -60,6 +64,7 @@ class Arrays {
   size_t element_bytes() const { return table_->real_bytes; }
   Type type() const { return element_bytes() == sizeof(float) ? Type::Float : Type::Double; }
   void expect_place(const char* name, const Tensor& x) const;
+  const Tensor& of_callers_type(const char* name, const Tensor& x) const;
   Tensor real(const char* name, const Tensor& x);  // checked, in the table's type, contiguous
   void bind(Arg arg, const Tensor& x, int64_t task_stride);
   void bind(Arg arg, void* data, int64_t task_stride);

@@ -20,8 +20,9 @@ Adaptation support(Arrays& arrays, const Tensor& x, const Tensor& y, const Maybe
 int64_t given_loop(Arrays& arrays, Adaptation& how, const std::string& text, const Tensor& rates, const MaybeTensor& step_rows,
                    const MaybeTensor& lam, const MaybeTensor& mask) {
   how.loop = *inner_loop_of(text);
-  const int64_t rate_rows = arrays.rates(rates, how.loop.steps);
+  const auto [rate_rows, uniform] = arrays.rates(rates, how.loop);
   how.rates_per_step = rate_rows > 1;
+  how.uniform_rate = uniform;
   arrays.step_rows(step_rows, how.loop);
   if (arrays.shared(Arg::lam, "lam", lam, 1) != how.loop.proximal)
     throw std::invalid_argument("lam and the word proximal=1 go together, but the inner loop is \"" + text + "\"");

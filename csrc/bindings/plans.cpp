@@ -57,6 +57,7 @@ std::string key_of(const std::string& text, const OpTable& table, const Work& wo
       how.support_examples,
       how.query_examples,
       how.rates_per_step,
+      how.uniform_rate,
       how.support_weights,
       how.query_weights,
       how.loss_weights,

@@ -20,6 +20,19 @@ void sgd_update(const Call& call) {
   }
 }
 
+// `rate` is one number
+template <class Layout>
+void uniform_update(const Call& call) {
+  for (int64_t g = 0; g < Layout::groups(call); ++g) {
+    const auto next = Layout::operand(call, 0, g), phi = Layout::operand(call, 1, g), grad = Layout::operand(call, 2, g);
+    const auto rate = Layout::shared(call, 3, g).data[0];
+    Layout::each(size_of(call), [&](auto lane, int64_t i) {
+      using V = decltype(lane);
+      next.put(i, phi.template get<V>(i) - rate * grad.template get<V>(i));
+    });
+  }
+}
+
 template <class Layout>
 void scale_by_rate(const Call& call) {
   for (int64_t g = 0; g < Layout::groups(call); ++g) {
@@ -206,6 +219,7 @@ void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t si
 template <class Layout>
 void add_update_ops(OpTable& table) {
   set_op(table, Op::sgd_update, sgd_update<Layout>);
+  set_op(table, Op::uniform_update, uniform_update<Layout>);
   set_op(table, Op::scale_by_rate, scale_by_rate<Layout>);
   set_op(table, Op::rate_grad, rate_grad<Layout>);
   set_op(table, Op::adjoint_update, adjoint_update<Layout>);

@@ -27,6 +27,8 @@ struct InnerLoop {
   bool per_task = false;                 // gradients are not reduced over tasks
   bool rate_grad = false;
 
+  // phi - rate g, with nothing else done to g and nobody asking for the rates' gradient
+  bool plain() const { return rule == Rule::sgd && momentum == 0 && weight_decay == 0 && !clips() && !proximal && !rate_grad; }
   bool clips() const { return clip_value > 0 || clip_norm > 0; }
   bool has_hessian(int k) const { return k >= steps - order; }
   // The first step that the adjoint sweep goes back through. First-order MAML drops the Hessian terms and keeps the rest.

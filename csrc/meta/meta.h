@@ -13,7 +13,8 @@ struct Adaptation {
   InnerLoop loop;
   int64_t support_examples = 0, query_examples = 0;
   bool stash = false;           // keep the activations of the inner steps instead of recomputing them in the sweep
-  bool rates_per_step = false;  // Arg::rates is [K, P] instead of [P]
+  bool rates_per_step = false;  // Arg::rates has a row for each of K steps instead of one for all
+  bool uniform_rate = false;    // its rows are one number instead of P: for plain descent alone (InnerLoop::plain)
   // Which of the optional arguments there are.
   bool support_weights = false, query_weights = false, loss_weights = false, mask = false, state = false, step_count = false;
 };

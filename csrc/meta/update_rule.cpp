@@ -8,6 +8,7 @@ UpdateRule::UpdateRule(Schedule& out, const Program& net, const Adaptation& how,
       loop_(how.loop),
       size_(net.param_count),
       rates_per_step_(how.rates_per_step),
+      uniform_(how.uniform_rate),
       has_state_(how.state),
       stash_(how.stash),
       theta_(theta),
@@ -17,7 +18,7 @@ UpdateRule::UpdateRule(Schedule& out, const Program& net, const Adaptation& how,
     if (adam()) second_ = offset(first_, size_);
   }
   if (loop_.steps == 0) return;
-  const int64_t rates = rates_per_step_ ? loop_.steps * size_ : size_;
+  const int64_t rates = (rates_per_step_ ? loop_.steps : 1) * (uniform_ ? 1 : size_);
   rates_ = out.external(Arg::rates, rates);
   if (loop_.rate_grad) rate_grad_ = out.external(Arg::rate_grad, rates);
   if (loop_.proximal) lam_ = out.external(Arg::lam, 1);
@@ -25,7 +26,7 @@ UpdateRule::UpdateRule(Schedule& out, const Program& net, const Adaptation& how,
   if (adam() && how.step_count) step_count_ = out.external(Arg::step_count, 1);
 }
 
-Operand UpdateRule::of_step(Operand rates, int k) const { return offset(rates, rates_per_step_ ? k * size_ : 0); }
+Operand UpdateRule::of_step(Operand rates, int k) const { return offset(rates, rates_per_step_ ? k * (uniform_ ? 1 : size_) : 0); }
 
 Layer UpdateRule::clip() const { return Clip{size_, loop_.clip_norm > 0 ? loop_.clip_norm : loop_.clip_value}; }
 
@@ -78,7 +79,7 @@ void UpdateRule::step(int k, Operand phi, Operand g, Operand phi_next) {
     trace.direction = d ? d : b;
     first_ = b;
   } else {
-    out_.step(Op::sgd_update, Vector{size_}, 1, {phi_next, phi, trace.g, rate});
+    out_.step(uniform_ ? Op::uniform_update : Op::sgd_update, Vector{size_}, 1, {phi_next, phi, trace.g, rate});
   }
 }
 
@@ -113,6 +114,7 @@ Operand UpdateRule::before_hessian(int k, Operand lambda) {
   Trace& trace = traces_[k];
   const bool asked = loop_.has_hessian(k) || loop_.weight_decay > 0 || loop_.proximal || (adam() && loop_.rate_grad);
   if (!asked) return {};
+  if (uniform_) return lambda;
   if (again_) trace.raw = out_.arena(size_);
   const Operand rate = of_step(rates_, k), g = adam() ? entered(trace) : Operand{}, u = trace.u = out_.arena(size_);
   const Operand decayed = loop_.decoupled && loop_.weight_decay > 0 ? trace.phi : Operand{};
@@ -135,6 +137,10 @@ Operand UpdateRule::before_hessian(int k, Operand lambda) {
 Operand UpdateRule::gradient_again(int k) const { return again_ ? traces_[k].raw : Operand{}; }
 
 void UpdateRule::after_hessian(int k, Operand lambda, Operand hu) {
+  if (uniform_) {
+    if (hu) out_.step(Op::axpy, Axpy{size_, -1}, 1, {lambda, of_step(rates_, k), hu});
+    return;
+  }
   const Trace& trace = traces_[k];
   if (rate_grad_ && !adam()) {
     const Operand d = trace.direction ? trace.direction : entered(trace);

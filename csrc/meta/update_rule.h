@@ -3,6 +3,7 @@
 //   forward   g = grad L(phi)  ->  clipped  ->  + weight_decay phi, + lam (phi - theta)  ->  the rule's direction d  ->  phi - rate d
 //   sweep     back from lambda = the gradient by phi[k+1] to the direction of step k's Hessian product, which lambda is less of.
 //             u is LESS the gradient by what entered the rule: then everything subtracts, and plain descent has u = rate lambda.
+//             Where all parameters have one rate, H (rate lambda) = rate (H lambda): lambda itself is the direction.
 //
 // A step's vectors stay alive as far as the sweep asks for them; csrc/README.md says what that costs a step.
 #pragma once
@@ -38,7 +39,7 @@ class UpdateRule {
   Schedule& out_;
   const InnerLoop& loop_;
   const int64_t size_;  // P
-  const bool rates_per_step_, has_state_, stash_;
+  const bool rates_per_step_, uniform_, has_state_, stash_;
   const Operand theta_;
   Operand rates_, rate_grad_, lam_, mask_, step_count_;
   Operand first_, second_;  // the rule's state: b, or m and s

@@ -107,6 +107,7 @@ int arithmetic_per_element(const Step& step) {
       return 1;
     case Op::axpy:
     case Op::sgd_update:
+    case Op::uniform_update:
     case Op::rate_grad:
     case Op::pointwise_fwd_jvp:
     case Op::pointwise_bwd:

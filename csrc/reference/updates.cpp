@@ -11,6 +11,14 @@ void sgd_update(const Call& call) {
   }
 }
 
+// phi_next = phi - rate g with one rate for all
+void uniform_update(const Call& call) {
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real phi_next = real(call, 0, task), phi = real(call, 1, task), g = real(call, 2, task), rate = real(call, 3, task);
+    for (int64_t i = 0; i < call.shape<Vector>().size; ++i) phi_next[i] = phi[i] - rate[0] * g[i];
+  }
+}
+
 // u = rate lambda
 void scale_by_rate(const Call& call) {
   for (int64_t task = 0; task < call.tasks; ++task) {
