@@ -80,6 +80,7 @@ Adaptation adaptation(const std::string& loop, bool stash, bool weights) {
   how.stash = stash;
   how.loss_weights = how.loop.queries.size() > 1;
   how.mask = true;
+  how.uniform_rate = how.loop.plain();
   how.support_weights = how.query_weights = weights;
   return how;
 }

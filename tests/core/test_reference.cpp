@@ -402,6 +402,11 @@ void test_products() {
                  15);
   const Vec y = run({Op::linear_fwd, Linear{2, 3}, 2}, {hole(6), {1, 2, 3, 4}, {1, 0, 2, 0, 1, 3}, {10, 20, 30}})[0];
   expect_close("linear_fwd by hand, w is [in, out]", {y}, {{11, 22, 38, 13, 24, 48}}, 0);
+  Linear as_torch{2, 3};
+  as_torch.out_in = true;
+  const Vec same = run({Op::linear_fwd, as_torch, 2}, {hole(6), {1, 2, 3, 4}, {1, 0, 0, 1, 2, 3}, {10, 20, 30}})[0];
+  expect_close("linear_fwd by hand, w is [out, in]", {same}, {y}, 0);
+  test_product("linear with w [out, in]", PRODUCT_OPS(linear), as_torch, 5, 10, 6, 3, 15);
 
   const struct {
     const char* name;
@@ -897,6 +902,7 @@ void test_vectors() {
                {{0, 0, 0}, a, {11, 22, 33}}, 0);
   expect_close("add of rows", {run({Op::add, Add{2}, 2}, {hole(4), {1, 2, 3, 4}, {5, 6, 7, 8}})[0]}, {{6, 8, 10, 12}}, 0);
   expect_close("sgd_update", {run({Op::sgd_update, flat}, {hole(3), a, b, rate})[0]}, {{0, -2, -12}}, kRounding);
+  expect_close("uniform_update", {run({Op::uniform_update, flat}, {hole(3), a, b, {0.5}})[0]}, {{-4, -8, -12}}, 0);
   expect_close("scale_by_rate", {run({Op::scale_by_rate, flat}, {hole(3), rate, b})[0]}, {{1, 4, 15}}, kRounding);
   expect_close("rate_grad is in place", {run({Op::rate_grad, flat}, {{100, 100, 100}, a, b})[0]}, {{90, 60, 10}}, 0);
   expect_close("adjoint_update is in place", {run({Op::adjoint_update, flat}, {b, a})[0]}, {{9, 18, 27}}, 0);

@@ -100,6 +100,7 @@ Adaptation adaptation(const std::string& loop, bool stash = false) {
   how.stash = stash;
   how.loss_weights = how.loop.queries.size() > 1;
   how.mask = true;
+  how.uniform_rate = how.loop.plain();
   return how;
 }
 
@@ -135,14 +136,14 @@ void every_way(const Schedule& schedule, const std::string& label, const std::ve
 }
 
 void networks_in_every_way(const char* network, const std::string& name) {
-  const Program net = Program::parse(network);
+  const Program net = with_torch_weights(Program::parse(network));
   for (bool stash : {false, true})
     every_way(meta_gradient_schedule(net, adaptation("steps=3 rate_grad=1", stash)), name + (stash ? " stash: " : " low: "),
               {std::begin(kWays), std::end(kWays)});
 }
 
 void inner_loops_in_every_way() {
-  const Program net = Program::parse(kConvnet);
+  const Program net = with_torch_weights(Program::parse(kConvnet));
   for (const char* loop : {"steps=3 momentum=0.9 nesterov=1 weight_decay=0.1 clip_norm=0.5 queries=1,2 rate_grad=1",
                            "steps=3 momentum=0.8 dampening=0.2 rows=2,3,6 queries=2 order=2 rate_grad=1",
                            "steps=3 rule=adam eps=1e-3 weight_decay=0.1 clip_value=0.1 minibatch=2 rate_grad=1",
@@ -155,7 +156,7 @@ void inner_loops_in_every_way() {
 void a_callers_loss_meets_all_tasks() {
   std::string text(kConvnet);
   text.replace(text.find("loss cross_entropy"), std::string::npos, "loss caller\n");
-  const Program net = Program::parse(text);
+  const Program net = with_torch_weights(Program::parse(text));
   for (bool stash : {false, true}) {
     const Schedule schedule = meta_gradient_schedule(net, adaptation("steps=3 queries=1 momentum=0.5", stash));
     std::vector<Way> ways;
@@ -176,7 +177,7 @@ void a_callers_loss_meets_all_tasks() {
 }
 
 void lane_layout_is_refused_where_missing() {
-  const Program net = Program::parse(kMlp);
+  const Program net = with_torch_weights(Program::parse(kMlp));
   try {
     results(cpu_ops(8), gradient_schedule(net, 4, false), 3, {"", Walk::resident, 8, 1});
     expect(false, "cpu refuses the lane layout");
@@ -185,8 +186,17 @@ void lane_layout_is_refused_where_missing() {
   }
 }
 
+void weights_in_the_wrong_order_are_refused() {
+  for (const auto& [table, net] : {std::pair(&cpu_ops(8), Program::parse(kMlp)), std::pair(cpu_ops(8).in_lanes->table, with_torch_weights(Program::parse(kMlp)))}) try {
+      plan_workspace(gradient_schedule(net, 4, false), *table);
+      expect(false, "weights in the wrong order are refused");
+    } catch (const std::invalid_argument&) {
+      expect(true, "weights in the wrong order are refused");
+    }
+}
+
 void no_allocation_after_the_first_walk() {
-  const Program net = Program::parse(kConvnet);
+  const Program net = with_torch_weights(Program::parse(kConvnet));
   const Schedule schedule = meta_gradient_schedule(net, adaptation("steps=2 rule=adam clip_norm=1"));
   Arguments<float> arguments(schedule, 3, 3);
   const OpTable& table = cpu_ops(4);
@@ -203,7 +213,7 @@ void no_allocation_after_the_first_walk() {
 
 // In low memory the arena grows by one phi per inner step and by nothing else.
 void memory_grows_by_phi_alone() {
-  const Program net = Program::parse(kConvnet);
+  const Program net = with_torch_weights(Program::parse(kConvnet));
   size_t first = 0;
   for (int K : {1, 5, 20}) {
     const Schedule schedule = meta_gradient_schedule(net, adaptation("steps=" + std::to_string(K)));
@@ -224,6 +234,7 @@ int main() {
   inner_loops_in_every_way();
   a_callers_loss_meets_all_tasks();
   lane_layout_is_refused_where_missing();
+  weights_in_the_wrong_order_are_refused();
   no_allocation_after_the_first_walk();
   memory_grows_by_phi_alone();
   std::printf("%d passed, %d failed\n", passed, failed);
