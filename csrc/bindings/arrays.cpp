@@ -271,7 +271,8 @@ Tensor Arrays::inputs(Arg arg, int64_t examples) const { return from_images(arg,
 
 Tensor Arrays::to_torch(const Params& params, const void* engine, const Sizes& sizes) const {
   const Tensor x = space_->empty(sizes, type());
-  space_->reorder(params, false, x.mutable_data_ptr(), engine, numbers_in(sizes) / size_of(params), element_bytes());
+  const int64_t size = size_of(params);  // 0 for a network of nothing but activations
+  if (size) space_->reorder(params, false, x.mutable_data_ptr(), engine, numbers_in(sizes) / size, element_bytes());
   return in_callers_type(x);
 }
 

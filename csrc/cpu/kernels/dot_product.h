@@ -94,14 +94,24 @@ inline void dot_rows(T* out, const T* bias, const DotTerm<T>* terms, int n_terms
   }
 }
 
+// f(count) for the `count` rows, at most kMost, that no whole tile covers
+template <int kMost, class F>
+inline void rest_of_dots(int64_t count, F f) {
+  if constexpr (kMost > 0) {
+    if (count == kMost)
+      f(std::integral_constant<int, kMost>());
+    else
+      rest_of_dots<kMost - 1>(count, f);
+  }
+}
+
 template <class T>
 inline void dot_product(T* out, const T* bias, const DotTerm<T>* terms, int n_terms, int64_t rows, int64_t cols, int64_t depth) {
   for (int64_t o = 0; o < cols; o += kLanes<T>) {
     const auto some = [&](auto count, int64_t n) { dot_rows<T, count>(out, bias, terms, n_terms, n, o, cols, depth); };
     int64_t n = 0;
     for (; n + kDotRows <= rows; n += kDotRows) some(std::integral_constant<int, kDotRows>(), n);
-    for (; n + 2 <= rows; n += 2) some(std::integral_constant<int, 2>(), n);
-    if (n < rows) some(std::integral_constant<int, 1>(), n);
+    rest_of_dots<kDotRows - 1>(rows - n, [&](auto count) { some(count, n); });
   }
 }
 
