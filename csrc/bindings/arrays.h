@@ -33,15 +33,15 @@ class Arrays {
     int64_t rows;
     bool uniform;  // bound are [rows] numbers: the tensor repeats each of them, and the plan can make use of that
   };
-  Rates rates(const Tensor& rates, const InnerLoop& loop);                                    // [1, P] or [K, P]
-  void step_rows(const std::optional<Tensor>& rows, const InnerLoop& loop);                   // [K, R]
-  bool state(const std::optional<Tensor>& state, int64_t vectors);                            // [T, vectors P]; false where absent
-  bool shared(Arg arg, const char* name, const std::optional<Tensor>& x, int64_t size);       // [size] for all tasks; the same
-  void buffers(const Tensor& buffers);                                                        // [B]
-  void numbers(Arg arg, std::initializer_list<double> values);                                // for all tasks
+  Rates rates(const Tensor& rates, const InnerLoop& loop);                               // [1, P] or [K, P]
+  void step_rows(const std::optional<Tensor>& rows, const InnerLoop& loop);              // [K, R]
+  bool state(const std::optional<Tensor>& state, int64_t vectors);                       // [T, vectors P]; false where absent
+  bool shared(Arg arg, const char* name, const std::optional<Tensor>& x, int64_t size);  // [size] for all tasks; the same
+  void buffers(const Tensor& buffers);                                                   // [B]
+  void numbers(Arg arg, std::initializer_list<double> values);                           // for all tasks
 
   // Where the results will be. They live in this object until a function below hands them out.
-  void result(Arg arg, int64_t size);                                   // [size] a task
+  void result(Arg arg, int64_t size);                             // [size] a task
   void params_result(Arg arg, std::optional<int64_t> rows = {});  // [P] or [rows, P] a task, for params() below
 
   void run(const Work& work);

@@ -7,7 +7,7 @@ FASTMAML_CPU_BEGIN
 namespace {
 
 template <class T>
-struct Work {  // scratch of one Step, laid out the same when it is measured and when it is used
+struct Work {            // scratch of one Step, laid out the same when it is measured and when it is used
   int32_t *x_at, *y_at;  // where rows of x and of y start
   T* packed[2];          // slices of w and w_dot
   T* rows[2];            // x, x_dot in whole vectors

@@ -1,6 +1,6 @@
-// Pages of 2 MiB for large memory, where the system has them for the asking. A fresh page of 4 KiB costs a fault at its first touch, which for
-// results as large as all tasks' parameters took a third of a Hessian-vector product; and matrices whose rows lie pages apart ask for more
-// pages than a core remembers.
+// Pages of 2 MiB for large memory, where the system has them for the asking. A fresh page of 4 KiB costs a fault at its first touch, which
+// for results as large as all tasks' parameters took a third of a Hessian-vector product; and matrices whose rows lie pages apart ask for
+// more pages than a core remembers.
 #pragma once
 
 #include <cstddef>

@@ -14,8 +14,8 @@ struct Rectified {
 
 struct Linear {
   int64_t in, out;
-  Rectified y = {};  // what the layer makes is rectified
-  Rectified x = {};  // x comes out of a rectifier, and the layer's backward pass goes on through it
+  Rectified y = {};     // what the layer makes is rectified
+  Rectified x = {};     // x comes out of a rectifier, and the layer's backward pass goes on through it
   bool out_in = false;  // w and its gradient are [out, in], as torch has them, and not [in, out]
 };
 

@@ -84,7 +84,7 @@ namespace fastmaml {
   X(mse_jvp, "dz_dot z z_dot target [weights]")                                                                                    \
   /* the inner loop and its adjoint */                                                                                             \
   X(sgd_update, "phi_next phi g rate")                   /* phi_next = phi - rate g                    */                          \
-  X(uniform_update, "phi_next phi g rate")               /* the same with one rate for all            */                          \
+  X(uniform_update, "phi_next phi g rate")               /* the same with one rate for all            */                           \
   X(scale_by_rate, "u rate lambda")                      /* u = rate lambda                            */                          \
   X(rate_grad, "rate_grad g lambda")                     /* rate_grad -= g lambda (in place)           */                          \
   X(adjoint_update, "lambda hu")                         /* lambda -= hu (in place)                    */                          \

@@ -1,5 +1,6 @@
 // Parameters from torch's layout to the engine's and back. Kernels want weights with the output index last and contiguous:
-//   linear [out, in] -> [in, out] (unless Linear::out_in)      conv2d [F, C, KH, KW] -> [KH, KW, C, F]      image affine [C, H, W] -> [H, W, C]
+//   linear [out, in] -> [in, out] (unless Linear::out_in)      conv2d [F, C, KH, KW] -> [KH, KW, C, F]      image affine [C, H, W] -> [H,
+//   W, C]
 // Offsets of tensors are the same in both, so any vector over the parameters (rates, gradients, tangents) is moved the same way.
 #pragma once
 

@@ -187,7 +187,9 @@ void lane_layout_is_refused_where_missing() {
 }
 
 void weights_in_the_wrong_order_are_refused() {
-  for (const auto& [table, net] : {std::pair(&cpu_ops(8), Program::parse(kMlp)), std::pair(cpu_ops(8).in_lanes->table, with_torch_weights(Program::parse(kMlp)))}) try {
+  for (const auto& [table, net] :
+       {std::pair(&cpu_ops(8), Program::parse(kMlp)), std::pair(cpu_ops(8).in_lanes->table, with_torch_weights(Program::parse(kMlp)))})
+    try {
       plan_workspace(gradient_schedule(net, 4, false), *table);
       expect(false, "weights in the wrong order are refused");
     } catch (const std::invalid_argument&) {

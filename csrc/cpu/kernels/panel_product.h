@@ -68,10 +68,11 @@ inline void pack_transposed(T* to, const T* b, int64_t cols, int64_t length, int
   }
 }
 
-// Up to two sums of up to two matrices at once, that share what is copied. a_at, out_at: [rows], where rows of every a and of every out start.
+// Up to two sums of up to two matrices at once, that share what is copied. a_at, out_at: [rows], where rows of every a and of every out
+// start.
 template <class T, bool kTransposed>
-inline void panel_product(const PanelSum<T>* sums, int count, const PanelMatrix<T> (&matrices)[2], int64_t rows, int64_t cols, int64_t depth,
-                          const int32_t* a_at, const int32_t* out_at) {
+inline void panel_product(const PanelSum<T>* sums, int count, const PanelMatrix<T> (&matrices)[2], int64_t rows, int64_t cols,
+                          int64_t depth, const int32_t* a_at, const int32_t* out_at) {
   constexpr int64_t L = kLanes<T>, kPanel = kTileVecs * L, kWidth = kTransposed ? kPanel : kSlicePanels * kPanel;
   const int64_t whole = padded_cols<T>(cols);
   // where a copy would be read once, or look the same
@@ -98,8 +99,8 @@ inline void panel_product(const PanelSum<T>* sums, int count, const PanelMatrix<
               const PanelMatrix<T>& m = matrices[sum.matrix[t]];
               terms[t] = {sum.a[t] - sum.a[0] + first, in_place ? m.b + first * cols + at : m.packed + j * k, k};
             }
-            const RowProduct<T> p{sum.out + at, out_at, sum.a[0], a_at, rows, cols - at, in_place ? cols : ld,
-                                  sum.bias ? sum.bias + at : nullptr};
+            const RowProduct<T> p{
+                sum.out + at, out_at, sum.a[0], a_at, rows, cols - at, in_place ? cols : ld, sum.bias ? sum.bias + at : nullptr};
             if (ld == kPanel)
               row_panel<T, kTileVecs>(p, terms, sum.terms, from, to, 0, first == 0);
             else
