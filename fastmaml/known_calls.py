@@ -1,0 +1,107 @@
+"""Meta-gradients in settings and sizes that an Engine has run before: what was checked then is not checked again.
+
+A small network's checks take as long as its meta-gradient. Those of a known call are one look-up, and the operator's own
+look at the numbers. Whatever is out of the ordinary is no known call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmaml.compiled import Compiled
+from fastmaml.inner import SGD, Adam, AdamW, Optimizer
+from fastmaml.inner_loop import InnerLoop
+from fastmaml.parameters import InnerLr
+
+Key = tuple[Hashable, ...]
+
+_KEPT = 32
+_OPTIMIZERS = (SGD, Adam, AdamW)
+
+
+class KnownCall(NamedTuple):
+    """What the operator takes besides tensors."""
+
+    program: str
+    backend: str
+    loop: str
+    memory: str
+    lr: float
+
+
+class KnownCalls:
+    """Those of one Engine, in the host's memory."""
+
+    def __init__(self) -> None:
+        self._calls: dict[Key, KnownCall] = {}
+        self._rates = self._no_buffers = torch.empty(0)  # what the last one took
+        self._lr = 0.0
+
+    def key(
+        self,
+        chosen: tuple[str, str, str],
+        theta: Any,
+        batch: Any,
+        rates: InnerLr | Optimizer | None,
+        inner_steps: Any,
+        order: Any,
+        inner_lr_grad: bool,
+    ) -> Key | None:
+        """All that the checks of a call depend on, but numbers in tensors; None where it cannot become a known one.
+
+        chosen: the engine's backend, memory and precision.
+        """
+        lr = rates.lr if isinstance(rates, _OPTIMIZERS) else rates
+        # By type, as True == 1 == 1.0 and not all of them are allowed.
+        if type(lr) is not float or type(inner_steps) is not int or not (order is None or type(order) is int):
+            return None
+        if not isinstance(batch, (tuple, list)) or len(batch) != 4 or torch.is_inference_mode_enabled():
+            return None
+        forms: list[Hashable] = []
+        for x in (theta, *batch):
+            if type(x) is not Tensor or x.requires_grad or x.is_inference() or not x.is_cpu:
+                return None
+            forms += (x.shape, x.dtype)
+        return (chosen, rates, inner_steps, order, bool(inner_lr_grad), *forms)
+
+    def find(self, key: Key) -> KnownCall | None:
+        return self._calls.get(key)
+
+    def add(self, key: Key, ran: Compiled, loop: InnerLoop, lr: Any) -> None:
+        """Remembers a call that went well, unless it depends on more than its key."""
+        if ran.program.buffers or ran.caller is not None or ran.backend == "reference":
+            return
+        if len(self._calls) >= _KEPT:
+            self._calls.clear()
+        self._calls[key] = KnownCall(ran.program.text, ran.backend, loop.text(), ran.memory, lr)
+
+    def run(self, call: KnownCall, theta: Tensor, batch: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The operator's results (compiled.Reduced). Raises ValueError or RuntimeError for numbers that it refuses."""
+        if self._lr != call.lr or self._rates.dtype != theta.dtype or self._rates.shape[-1] != len(theta):
+            self._lr = call.lr
+            self._rates, self._no_buffers = theta.new_full((1, len(theta)), call.lr), theta.new_empty(0)
+        x, y, query_x, query_y = batch
+        return torch.ops.fastmaml.meta_gradient.default(  # type: ignore[no-any-return]
+            call.program,
+            call.backend,
+            theta,
+            x,
+            y,
+            None,
+            query_x,
+            query_y,
+            None,
+            None,
+            self._rates,
+            call.loop,
+            call.memory,
+            None,
+            None,
+            None,
+            None,
+            self._no_buffers,
+        )
