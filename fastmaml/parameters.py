@@ -56,11 +56,11 @@ class ParameterLayout:
         pieces = flat.split(self.sizes, dim=-1)
         return {n: p.reshape((*lead, *s)) for n, p, s in zip(self.names, pieces, self.shapes)}
 
-    def cut(self, flat: Tensor) -> dict[str, Tensor]:
-        """As `split` for a vector [P], in one call of torch, which torch.func cannot see through."""
+    def cut(self, flat: Tensor) -> Sequence[Tensor]:
+        """The parts of `split` for a vector [P], in one call of torch, which torch.func cannot see through."""
         if self._templates is None:
-            return self.split(flat)
-        return dict(zip(self.names, _unflatten_dense_tensors(flat, self._templates)))
+            return list(self.split(flat).values())
+        return _unflatten_dense_tensors(flat, self._templates)
 
     def fitting(self, patterns: Sequence[str]) -> list[str]:
         """The names that fit one of the patterns (fnmatch: "head.*", "*.bias"), in the module's order.

@@ -274,5 +274,19 @@ def test_cutting_a_vector_is_splitting_it(empty):
     layout = ParameterLayout(Odd(empty))
     flat = torch.arange(7.0)
     cut, split = layout.cut(flat), layout.split(flat)
-    assert list(cut) == list(split) == list(layout.names)
-    assert all(torch.equal(cut[name], split[name]) for name in split)
+    assert list(split) == list(layout.names)
+    assert all(map(torch.equal, cut, split.values()))
+    assert len(cut) == len(split)
+
+
+def test_a_block_holds_what_was_there_at_its_beginning():
+    net = Net()
+    parameters = ModelParameters(net)
+    replace_module(net)
+    with pytest.raises(KeyError), parameters:
+        before = parameters.named()
+        assert before["body.1.weight"] is net.body[1].weight
+        replace_parameter(net)
+        assert parameters.named() is before
+        raise KeyError
+    assert parameters.named()["first.weight"] is net.first.weight
