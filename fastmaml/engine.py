@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fastmaml import checks, loop_arguments, sweep
 from fastmaml.backend import Backend, plain
-from fastmaml.compiled import LoopTensors
+from fastmaml.compiled import LoopTensors, scaled_parts
 from fastmaml.conjugate_gradients import conjugate_gradients
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.interchange import any_arrays
@@ -29,6 +29,8 @@ from fastmaml.update_rules import UpdateRule, rule_for
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+_FEW_PARAMETERS = 1 << 15  # above, torch's threads make up for what its calls cost
+
 
 class MetaGradient(NamedTuple):
     """What Engine.meta_gradient returns. No field carries a graph."""
@@ -40,6 +42,7 @@ class MetaGradient(NamedTuple):
     support_losses: Tensor  # [T, K] before each inner step
     step_rows_grad: dict[str, Tensor] | None = None  # as step_rows
     query_losses: Tensor | None = None  # [T, n] at every phi[k] with a weight, by default at phi[K] alone
+    total_loss: Tensor | None = None  # scalar: the weighted sum of the losses, where it costs nothing
 
 
 class Solution(NamedTuple):
@@ -109,6 +112,12 @@ class Engine(Backend):
         """A vector [P] (or [T, P]) as {name: tensor} (or [T, *shape]): views that keep the graph."""
         checks.vector("theta", theta, self.layout.size)
         return self.layout.split(theta)
+
+    def scaled_parts(self, flat: Tensor, scale: Tensor) -> Sequence[Tensor]:
+        """A vector [P] times a scalar, as one tensor for each parameter, each with memory of its own."""
+        if self.fused and flat.is_cpu and self.layout.size <= _FEW_PARAMETERS:
+            return scaled_parts(flat, scale, self.layout)
+        return torch._foreach_mul(self.layout.cut(flat), scale)
 
     # ---------------------------------------------------------------- one evaluation
 
@@ -353,9 +362,9 @@ class Engine(Backend):
             call = None if key is None else self._known.find(key)
             if call is not None and self._mask(theta) is None:
                 try:
-                    loss, grad, output, losses, by_rate, _, query_losses = self._known.run(call, theta, batch)
+                    loss, grad, output, losses, by_rate, _, *rest = self._known.run(call, theta, batch)
                     return MetaGradient(
-                        loss, grad, output, by_rate.sum() if inner_lr_grad else None, losses, None, query_losses
+                        loss, grad, output, by_rate.sum() if inner_lr_grad else None, losses, None, *rest
                     )
                 except (ValueError, RuntimeError):
                     pass  # refused by the operator; the checks have the sentence that says why
@@ -465,7 +474,9 @@ class Engine(Backend):
             if key is not None and mask is None and as_given and key[0] == self._chosen():
                 self._known.add(key, compiled, loop, optimizer.lr)
             grad, rate_grad, rows_grad = result.grad, result.rate_grad, result.rows_grad
+            total = None if result.total_loss.dim() else result.total_loss
         else:
+            total = None
             result = sweep.meta_gradient(
                 self._derivatives(program),
                 self._per_task(theta, support_x),
@@ -494,7 +505,8 @@ class Engine(Backend):
             reduced = over_tasks(rate_grad) if per_task else rate_grad
             of_rates = collapse_rates(reduced, optimizer.lr, self.layout, mask, theta)
         output = self._as_returned(result.output) if program is None else result.output
-        return MetaGradient(result.loss, grad, output, of_rates, result.support_losses, by_name, result.query_losses)
+        losses = (result.support_losses, by_name, result.query_losses)
+        return MetaGradient(result.loss, grad, output, of_rates, *losses, total)
 
     @any_arrays
     @_without_graph

@@ -91,6 +91,7 @@ def _meta_gradient(
         theta.new_empty([*of_tasks, *rates.shape] if sizes["rate_grad"] else [0]),
         theta.new_empty([*of_tasks, K, R] if K and R else [0]),
         theta.new_empty([T, sizes["queries"]]),
+        theta.new_empty([0] if sizes["per_task"] or theta.device.type != "cpu" else []),
     )
 
 
@@ -116,3 +117,13 @@ def _passes(
     results = (dy, dy_dot, x, x_dot)
     T, P = x.shape[0], params.shape[-1]
     return (*(torch.empty_like(r) for r in results), params.new_empty([T, P]), params.new_empty([T, P]))
+
+
+@register_fake("fastmaml::scaled_parts")
+def _scaled_parts(flat: Tensor, scale: Tensor, shapes: list[int]) -> list[Tensor]:
+    parts, rest = [], list(shapes)
+    while rest:
+        count = rest.pop(0)
+        parts.append(flat.new_empty(rest[:count]))
+        rest = rest[count:]
+    return parts

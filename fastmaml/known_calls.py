@@ -24,12 +24,10 @@ _OPTIMIZERS = (SGD, Adam, AdamW)
 
 
 class KnownCall(NamedTuple):
-    """What the operator takes besides tensors."""
+    """What such a call takes besides tensors."""
 
-    program: str
-    backend: str
+    compiled: Compiled
     loop: str
-    memory: str
     lr: float
 
 
@@ -77,31 +75,11 @@ class KnownCalls:
             return
         if len(self._calls) >= _KEPT:
             self._calls.clear()
-        self._calls[key] = KnownCall(ran.program.text, ran.backend, loop.text(), ran.memory, lr)
+        self._calls[key] = KnownCall(ran, loop.text(), lr)
 
     def run(self, call: KnownCall, theta: Tensor, batch: Sequence[Tensor]) -> Sequence[Tensor]:
         """The operator's results (compiled.Reduced). Raises ValueError or RuntimeError for numbers that it refuses."""
         if self._lr != call.lr or self._rates.dtype != theta.dtype or self._rates.shape[-1] != len(theta):
             self._lr = call.lr
             self._rates, self._no_buffers = theta.new_full((1, len(theta)), call.lr), theta.new_empty(0)
-        x, y, query_x, query_y = batch
-        return torch.ops.fastmaml.meta_gradient.default(  # type: ignore[no-any-return]
-            call.program,
-            call.backend,
-            theta,
-            x,
-            y,
-            None,
-            query_x,
-            query_y,
-            None,
-            None,
-            self._rates,
-            call.loop,
-            call.memory,
-            None,
-            None,
-            None,
-            None,
-            self._no_buffers,
-        )
+        return call.compiled.plain_meta_gradient(theta, batch, self._rates, call.loop, self._no_buffers)

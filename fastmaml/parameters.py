@@ -30,6 +30,9 @@ class ParameterLayout:
         self.names = tuple(named)
         self.shapes = tuple(tuple(p.shape) for p in named.values())
         self._torch_shapes = [p.shape for p in named.values()]
+        self.dims = [
+            n for shape in self.shapes for n in (len(shape), *shape)
+        ]  # as the operator scaled_parts takes them
         self.sizes = tuple(p.numel() for p in named.values())
         self.size = sum(self.sizes)
         # Tensors of these shapes that hold one number, by which torch cuts a vector; it gives empty ones another shape.
@@ -56,11 +59,11 @@ class ParameterLayout:
         pieces = flat.split(self.sizes, dim=-1)
         return {n: p.reshape((*lead, *s)) for n, p, s in zip(self.names, pieces, self.shapes)}
 
-    def cut(self, flat: Tensor) -> Sequence[Tensor]:
+    def cut(self, flat: Tensor) -> tuple[Tensor, ...]:
         """The parts of `split` for a vector [P], in one call of torch, which torch.func cannot see through."""
         if self._templates is None:
-            return list(self.split(flat).values())
-        return _unflatten_dense_tensors(flat, self._templates)
+            return tuple(self.split(flat).values())
+        return tuple(_unflatten_dense_tensors(flat, self._templates))
 
     def fitting(self, patterns: Sequence[str]) -> list[str]:
         """The names that fit one of the patterns (fnmatch: "head.*", "*.bias"), in the module's order.

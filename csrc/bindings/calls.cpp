@@ -41,6 +41,26 @@ Adaptation support(Arrays& arrays, const Tensor& x, const Tensor& y, const Maybe
   return how;
 }
 
+template <class Real>
+void sum_into(const Tensor& to, const Tensor& loss, const MaybeTensor& task_weights) {
+  const int64_t tasks = loss.numel();
+  const auto* of_task = static_cast<const Real*>(loss.const_data_ptr());
+  double sum = 0;
+  for (int64_t t = 0; t < tasks; ++t) {
+    const auto strided = [&](const Tensor& w) { return static_cast<const Real*>(w.const_data_ptr())[t * w.stride(0)]; };
+    sum += double(of_task[t]) * (task_weights ? double(strided(*task_weights)) : 1.0);
+  }
+  *static_cast<Real*>(to.mutable_data_ptr()) = Real(task_weights ? sum : sum / double(tasks));
+}
+
+// The losses [T] as the one number whose gradient the reduced ones are.
+Tensor weighted_sum(const Tensor& loss, const MaybeTensor& task_weights) {
+  const Tensor sum = host_space()->empty({}, loss.scalar_type());
+  loss.scalar_type() == torch::headeronly::ScalarType::Float ? sum_into<float>(sum, loss, task_weights)
+                                                             : sum_into<double>(sum, loss, task_weights);
+  return sum;
+}
+
 // What adapt and meta_gradient are told of the inner loop. Returns the rows of the rates.
 int64_t given_loop(Arrays& arrays, Adaptation& how, const std::string& text, const Tensor& rates, const MaybeTensor& step_rows,
                    const MaybeTensor& lam, const MaybeTensor& mask) {
@@ -137,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> adapt_call(const std::string& program, const 
           S ? torch::stable::view(arrays.params(Arg::state_next, S), {arrays.tasks(), S * P}) : arrays.values(Arg::state_next, 0)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(
     const std::string& program, const std::string& backend, const Tensor& theta, const Tensor& support_x, const Tensor& support_y,
     const MaybeTensor& support_weights, const Tensor& query_x, const Tensor& query_y, const MaybeTensor& query_weights,
     const MaybeTensor& task_weights, const Tensor& rates, const std::string& loop_text, const std::string& memory,
@@ -186,12 +206,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient
     if (loop.rate_grad && !rate_grad) by_rates = torch::stable::new_zeros(theta, {arrays.tasks(), rate_rows, P});
     if (rate_grad) by_rates = arrays.params(Arg::rate_grad, rate_rows);
     if (rows_grad) by_rows = arrays.step_rows(Arg::step_rows_grad, loop);
-    return {loss, arrays.params(Arg::grad), output, support_losses, by_rates, by_rows, query_losses};
+    return {loss, arrays.params(Arg::grad), output, support_losses, by_rates, by_rows, query_losses, arrays.nothing()};
   }
   if (loop.rate_grad && !rate_grad) by_rates = torch::stable::new_zeros(theta, {rate_rows, P});
   if (rate_grad) by_rates = arrays.reduced_params(Arg::rate_grad, rate_rows, task_weights);
   if (rows_grad) by_rows = arrays.reduced_step_rows(Arg::step_rows_grad, loop, task_weights);
-  return {loss, arrays.reduced_params(Arg::grad, task_weights), output, support_losses, by_rates, by_rows, query_losses};
+  const Tensor grad = arrays.reduced_params(Arg::grad, task_weights);
+  const Tensor total = loss.is_cpu() ? weighted_sum(loss, task_weights) : arrays.nothing();
+  return {loss, grad, output, support_losses, by_rates, by_rows, query_losses, total};
 }
 
 std::tuple<Tensor, Tensor> solve_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> adapt_call(const std::string& program, const 
                                               const MaybeTensor& step_rows, const MaybeTensor& lam, const MaybeTensor& mask,
                                               const MaybeTensor& state, const MaybeTensor& step_count, const Tensor& buffers);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(
     const std::string& program, const std::string& backend, const Tensor& theta, const Tensor& support_x, const Tensor& support_y,
     const MaybeTensor& support_weights, const Tensor& query_x, const Tensor& query_y, const MaybeTensor& query_weights,
     const MaybeTensor& task_weights, const Tensor& rates, const std::string& loop, const std::string& memory,

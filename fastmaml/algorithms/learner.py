@@ -20,7 +20,7 @@ from fastmaml.engine import Engine, MetaGradient
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.losses import Loss
 from fastmaml.model_parameters import ModelParameters
-from fastmaml.parameters import InnerLr, ParameterLayout
+from fastmaml.parameters import InnerLr
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, query_y
 
@@ -213,7 +213,7 @@ class Learner(nn.Module):
             leaves = self.leaves()
             if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves.values()):
                 step = self.meta_step(batch, task_weights)
-                loss = _MetaGradientNode.apply(step, self.engine.layout, tuple(leaves), *leaves.values())
+                loss = _MetaGradientNode.apply(step, self.engine, tuple(leaves), *leaves.values())
                 return LearnerOutput(loss, step.task_losses, step.query_output, step.support_losses)
         adapted = self.adapt(support_x, support_y)
         output = adapted.predict(query_x)
@@ -264,7 +264,7 @@ class Learner(nn.Module):
         if by_rate is not None:
             of = by_rate if isinstance(by_rate, Mapping) else {None: by_rate}
             more = {_rate_leaf(name): of[name] for name in self.learnable_rates()}
-        loss = weighted(result.loss, task_weights)
+        loss = weighted(result.loss, task_weights) if result.total_loss is None else result.total_loss
         return MetaStep(loss, result.loss, result.query_output, result.support_losses, result.grad, more)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
@@ -291,13 +291,13 @@ class _MetaGradientNode(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, step: MetaStep, layout: ParameterLayout, names: tuple[str, ...], *leaves: Tensor
+        ctx: Any, step: MetaStep, engine: Engine, names: tuple[str, ...], *leaves: Tensor
     ) -> Tensor:
-        own = len(layout.names)
+        own = len(engine.layout.names)
         more = [step.more_grads.get(name) for name in names[own:]]
         missing = (torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(more, leaves[own:]))
         ctx.save_for_backward(step.grad, *missing)
-        ctx.layout = layout
+        ctx.engine = engine
         return step.loss.detach()
 
     @staticmethod
@@ -307,12 +307,11 @@ class _MetaGradientNode(torch.autograd.Function):
                 "the loss of a learner has no second derivative; call backward() without create_graph=True"
             )
         flat, *more = ctx.saved_tensors
-        grads = [*ctx.layout.cut(flat), *more]
+        grads = [*ctx.engine.scaled_parts(flat, grad_output), *(grad * grad_output for grad in more)]
         needed = ctx.needs_input_grad[3:]
-        if all(needed):
-            return (None, None, None, *torch._foreach_mul(grads, grad_output))
-        scaled = iter(torch._foreach_mul([grad for grad, need in zip(grads, needed) if need], grad_output))
-        return (None, None, None, *(next(scaled) if need else None for need in needed))
+        if not all(needed):
+            grads = [grad if need else None for grad, need in zip(grads, needed)]
+        return (None, None, None, *grads)
 
 
 def _rate_leaf(name: str | None) -> str:
