@@ -14,8 +14,9 @@ bool all_finite(const Tensor& x) {
   constexpr Bits kSign = Bits(1) << (8 * sizeof(Bits) - 1), kLeast = Bits(1) << (sizeof(Real) == 4 ? 23 : 52), kExponent = kSign - kLeast;
   const Tensor whole = x.is_contiguous() ? x : torch::stable::contiguous(x);
   const auto* numbers = static_cast<const Real*>(whole.const_data_ptr());
+  const int64_t count = whole.numel();
   Bits carried = 0;
-  for (int64_t i = 0; i < whole.numel(); ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     Bits bits;
     std::memcpy(&bits, numbers + i, sizeof bits);
     carried |= (bits & kExponent) + kLeast;

@@ -14,8 +14,8 @@ template <class Real>
 void scale_into(const Tensor& to, const Tensor& flat, int64_t first, Real scale) {
   Real* out = static_cast<Real*>(to.mutable_data_ptr());
   const Real* in = static_cast<const Real*>(flat.const_data_ptr());
-  const int64_t step = flat.stride(0);
-  for (int64_t i = 0; i < to.numel(); ++i) out[i] = in[(first + i) * step] * scale;
+  const int64_t step = flat.stride(0), count = to.numel();
+  for (int64_t i = 0; i < count; ++i) out[i] = in[(first + i) * step] * scale;
 }
 
 }  // namespace

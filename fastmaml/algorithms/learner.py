@@ -289,6 +289,13 @@ def weighted(task_losses: Tensor, task_weights: Tensor | None) -> Tensor:
 class _MetaGradientNode(torch.autograd.Function):
     """The loss of a step that was computed with its gradient; backward hands that out."""
 
+    @classmethod
+    def apply(cls, *given: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError("torch.func cannot differentiate a learner; call backward() on its loss")
+        # Function's own looks for leftovers of torch.func in every argument, and takes as long as the rest.
+        return super(torch.autograd.Function, cls).apply(*given)  # type: ignore[misc]
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, step: MetaStep, engine: Engine, names: tuple[str, ...], *leaves: Tensor
