@@ -146,14 +146,14 @@ class Compiled:
         return found if tensors.rows is None else found._replace(rows_grad=_of_given_rows(found, tensors.rows, loop))
 
     def plain_meta_gradient(
-        self, theta: Tensor, batch: Sequence[Tensor], rates: Tensor, loop: str, buffers: Tensor
+        self, theta: Sequence[Tensor], batch: Sequence[Tensor], rate: float, loop: str
     ) -> Sequence[Tensor]:
-        """The fields of meta_gradient's result without its options, for tensors that are as the operator takes them."""
-        x, y, query_x, query_y = batch
-        none = None
-        examples = (x, y, none, query_x, query_y, none, none)
-        return torch.ops.fastmaml.meta_gradient.default(  # type: ignore[no-any-return]
-            self.program.text, self.backend, theta, *examples, rates, loop, self.memory, none, none, none, none, buffers
+        """The fields of meta_gradient's result for one rate and no options, in the host's memory.
+
+        theta: [P], or a part for each parameter. The tensors must be as the operator takes them.
+        """
+        return torch.ops.fastmaml.plain_meta_gradient.default(  # type: ignore[no-any-return]
+            self.program.text, self.backend, theta, *batch, rate, loop, self.memory
         )
 
     def _loss_of(

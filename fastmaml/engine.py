@@ -307,7 +307,7 @@ class Engine(Backend):
 
     def meta_gradient(
         self,
-        theta: Tensor,
+        theta: Tensor | Mapping[str, Tensor],
         batch: Sequence[Tensor],
         inner_lr: InnerLr | None = None,
         inner_steps: int = 1,
@@ -329,11 +329,11 @@ class Engine(Backend):
     ) -> MetaGradient:
         """The exact gradient of the query loss after the inner loop, for a batch of tasks (Finn et al. 2017, eq. 1).
 
-        theta [P]. batch: support_x [T, S, ...], support_y, query_x [T, Q, ...], query_y. inner_lr: a number, a tensor
-        [] or [P], a row per step [K, 1] or [K, P], or a dict from parameter names to numbers, tensors [] or of the
-        parameter's shape, each also with a dimension [K] in front; or `inner`, an optimizer of fm.inner with such
-        rates. inner_lr_grad has the same form. Weights: support [T, S] and query [T, Q] of the examples in their loss
-        (default 1/S, 1/Q), task_weights [T] of the tasks in grad (default 1/T).
+        theta [P], or the parameters by name. batch: support_x [T, S, ...], support_y, query_x [T, Q, ...], query_y.
+        inner_lr: a number, a tensor [] or [P], a row per step [K, 1] or [K, P], or a dict from parameter names to
+        numbers, tensors [] or of the parameter's shape, each also with a dimension [K] in front; or `inner`, an
+        optimizer of fm.inner with such rates. inner_lr_grad has the same form. Weights: support [T, S] and query
+        [T, Q] of the examples in their loss (default 1/S, 1/Q), task_weights [T] of the tasks in grad (default 1/T).
 
         first_order drops the Hessian terms at every step; truncate=J keeps those of the last J steps and takes the
         earlier part of the loop as constant. loss_weights [K+1]: the loss is sum_k loss_weights[k] L_Q(phi[k])
@@ -345,6 +345,7 @@ class Engine(Backend):
 
         Raises ValueError or TypeError for anything that does not fit.
         """
+        parts = self.layout.parts(theta) if isinstance(theta, Mapping) else [theta]
         key = None
         ordinary = (
             support_weights is query_weights is task_weights is loss_weights is None
@@ -358,18 +359,20 @@ class Engine(Backend):
         )
         if ordinary:
             order, rates = 0 if first_order else truncate, inner_lr if inner is None else inner
-            key = self._known.key(self._chosen(), theta, batch, rates, inner_steps, order, inner_lr_grad)
+            key = self._known.key(self._chosen(), parts, batch, rates, inner_steps, order, inner_lr_grad)
             call = None if key is None else self._known.find(key)
-            if call is not None and self._mask(theta) is None:
+            if call is not None and self._mask(parts[0]) is None:
                 try:
-                    loss, grad, output, losses, by_rate, _, *rest = self._known.run(call, theta, batch)
+                    with torch.no_grad():
+                        found = call.compiled.plain_meta_gradient(parts, batch, call.lr, call.loop)
+                    loss, grad, output, losses, by_rate, _, *rest = found
                     return MetaGradient(
                         loss, grad, output, by_rate.sum() if inner_lr_grad else None, losses, None, *rest
                     )
                 except (ValueError, RuntimeError):
                     pass  # refused by the operator; the checks have the sentence that says why
         return self._checked_meta_gradient(
-            theta,
+            self.layout.flatten(theta) if isinstance(theta, Mapping) else theta,
             batch,
             inner_lr,
             inner_steps,

@@ -119,6 +119,25 @@ def _passes(
     return (*(torch.empty_like(r) for r in results), params.new_empty([T, P]), params.new_empty([T, P]))
 
 
+@register_fake("fastmaml::plain_meta_gradient")
+def _plain_meta_gradient(
+    program: str,
+    backend: str,
+    theta: list[Tensor],
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    rate: float,
+    loop: str,
+    memory: str,
+) -> tuple[Tensor, ...]:
+    flat = torch.cat([part.reshape(-1) for part in theta])
+    rates = flat.new_empty([1, len(flat)])
+    given = (support_x, support_y, None, query_x, query_y, None, None, rates, loop)
+    return _meta_gradient(program, backend, flat, *given)
+
+
 @register_fake("fastmaml::scaled_parts")
 def _scaled_parts(flat: Tensor, scale: Tensor, shapes: list[int]) -> list[Tensor]:
     parts, rest = [], list(shapes)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastmaml.compiled import Compiled
 from fastmaml.inner import SGD, Adam, AdamW, Optimizer
@@ -36,13 +37,11 @@ class KnownCalls:
 
     def __init__(self) -> None:
         self._calls: dict[Key, KnownCall] = {}
-        self._rates = self._no_buffers = torch.empty(0)  # what the last one took
-        self._lr = 0.0
 
     def key(
         self,
         chosen: tuple[str, str, str],
-        theta: Any,
+        theta: Sequence[Any],
         batch: Any,
         rates: InnerLr | Optimizer | None,
         inner_steps: Any,
@@ -51,7 +50,8 @@ class KnownCalls:
     ) -> Key | None:
         """All that the checks of a call depend on, but numbers in tensors; None where it cannot become a known one.
 
-        chosen: the engine's backend, memory and precision.
+        chosen: the engine's backend, memory and precision. theta: [P], or a part for each parameter, whose shapes and
+        types the operator checks.
         """
         lr = rates.lr if isinstance(rates, _OPTIMIZERS) else rates
         # By type, as True == 1 == 1.0 and not all of them are allowed.
@@ -59,8 +59,10 @@ class KnownCalls:
             return None
         if not isinstance(batch, (tuple, list)) or len(batch) != 4 or torch.is_inference_mode_enabled():
             return None
-        forms: list[Hashable] = []
-        for x in (theta, *batch):
+        if not all(type(part) is Tensor or type(part) is Parameter for part in theta):
+            return None
+        forms: list[Hashable] = [len(theta), theta[0].shape, theta[0].dtype]
+        for x in batch:
             if type(x) is not Tensor or x.requires_grad or x.is_inference() or not x.is_cpu:
                 return None
             forms += (x.shape, x.dtype)
@@ -76,10 +78,3 @@ class KnownCalls:
         if len(self._calls) >= _KEPT:
             self._calls.clear()
         self._calls[key] = KnownCall(ran, loop.text(), lr)
-
-    def run(self, call: KnownCall, theta: Tensor, batch: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The operator's results (compiled.Reduced). Raises ValueError or RuntimeError for numbers that it refuses."""
-        if self._lr != call.lr or self._rates.dtype != theta.dtype or self._rates.shape[-1] != len(theta):
-            self._lr = call.lr
-            self._rates, self._no_buffers = theta.new_full((1, len(theta)), call.lr), theta.new_empty(0)
-        return call.compiled.plain_meta_gradient(theta, batch, self._rates, call.loop, self._no_buffers)

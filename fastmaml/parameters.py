@@ -42,6 +42,13 @@ class ParameterLayout:
 
     def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
         """The named parameters of a module with this layout as one vector [P]; a copy without a graph."""
+        parts = self.parts(named)
+        with torch.no_grad():
+            flat = _flatten_dense_tensors(parts)
+            return flat.clone() if len(parts) == 1 else flat  # torch makes a view of one
+
+    def parts(self, named: Mapping[str, Tensor]) -> list[Tensor]:
+        """The named parameters of a module with this layout, in its order."""
         parameters = list(named.values())
         if tuple(named) != self.names or [p.shape for p in parameters] != self._torch_shapes:
             raise ValueError(
@@ -49,9 +56,7 @@ class ParameterLayout:
                 f"{sum(p.numel() for p in parameters)} entries, not {len(self.names)} with {self.size}); "
                 "make a new Engine"
             )
-        with torch.no_grad():
-            flat = _flatten_dense_tensors(parameters)
-            return flat.clone() if len(parameters) == 1 else flat  # torch makes a view of one
+        return parameters
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """A vector [..., P] as a dict of tensors [..., *shape], in the module's order; keeps the graph."""

@@ -2,8 +2,11 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
+
+#include "bindings/parts.h"
 
 namespace fastmaml {
 namespace {
@@ -158,11 +161,12 @@ std::tuple<Tensor, Tensor, Tensor> adapt_call(const std::string& program, const 
           S ? torch::stable::view(arrays.params(Arg::state_next, S), {arrays.tasks(), S * P}) : arrays.values(Arg::state_next, 0)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(
-    const std::string& program, const std::string& backend, const Tensor& theta, const Tensor& support_x, const Tensor& support_y,
-    const MaybeTensor& support_weights, const Tensor& query_x, const Tensor& query_y, const MaybeTensor& query_weights,
-    const MaybeTensor& task_weights, const Tensor& rates, const std::string& loop_text, const std::string& memory,
-    const MaybeTensor& loss_weights, const MaybeTensor& step_rows, const MaybeTensor& lam, const MaybeTensor& mask, const Tensor& buffers) {
+MetaGradientResults meta_gradient_call(const std::string& program, const std::string& backend, const Tensor& theta, const Tensor& support_x,
+                                       const Tensor& support_y, const MaybeTensor& support_weights, const Tensor& query_x,
+                                       const Tensor& query_y, const MaybeTensor& query_weights, const MaybeTensor& task_weights,
+                                       const Tensor& rates, const std::string& loop_text, const std::string& memory,
+                                       const MaybeTensor& loss_weights, const MaybeTensor& step_rows, const MaybeTensor& lam,
+                                       const MaybeTensor& mask, const Tensor& buffers) {
   Arrays arrays(program, backend, theta);
   Work work;
   work.kind = Kind::meta_gradient;
@@ -215,6 +219,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_
   const Tensor grad = arrays.reduced_params(Arg::grad, task_weights);
   const Tensor total = loss.is_cpu() ? weighted_sum(loss, task_weights) : arrays.nothing();
   return {loss, grad, output, support_losses, by_rates, by_rows, query_losses, total};
+}
+
+MetaGradientResults plain_meta_gradient_call(const std::string& program, const std::string& backend, const std::vector<Tensor>& theta,
+                                             const Tensor& support_x, const Tensor& support_y, const Tensor& query_x, const Tensor& query_y,
+                                             double rate, const std::string& loop, const std::string& memory) {
+  const Tensor flat = joined(theta);
+  const auto space = host_space();
+  const auto type = flat.scalar_type();
+  const int64_t P = flat.numel();
+  const Tensor rates = space->empty({1, P}, type), no_buffers = space->empty({0}, type);
+  if (type == torch::headeronly::ScalarType::Float)
+    std::fill_n(static_cast<float*>(rates.mutable_data_ptr()), P, float(rate));
+  else
+    std::fill_n(static_cast<double*>(rates.mutable_data_ptr()), P, rate);
+  const MaybeTensor none;
+  return meta_gradient_call(program, backend, flat, support_x, support_y, none, query_x, query_y, none, none, rates, loop, memory, none,
+                            none, none, none, no_buffers);
 }
 
 std::tuple<Tensor, Tensor> solve_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,

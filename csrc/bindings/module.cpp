@@ -34,6 +34,11 @@ STABLE_TORCH_LIBRARY(fastmaml, m) {
       "-> (Tensor loss, Tensor grad, Tensor query_output, Tensor support_losses, Tensor rate_grad, Tensor step_rows_grad, "
       "Tensor query_losses, Tensor total_loss)");
   m.def(
+      "plain_meta_gradient(str program, str backend, Tensor[] theta, Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, "
+      "float rate, str loop, str memory) "
+      "-> (Tensor loss, Tensor grad, Tensor query_output, Tensor support_losses, Tensor rate_grad, Tensor step_rows_grad, "
+      "Tensor query_losses, Tensor total_loss)");
+  m.def(
       "solve(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor v, float lam, int steps, float damping, "
       "Tensor buffers) -> (Tensor solution, Tensor residual)");
   m.def(
@@ -56,6 +61,7 @@ void implement(Library& m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(fastmaml, CPU, m) {
   implement(m);
+  m.impl("plain_meta_gradient", TORCH_BOX(&fastmaml::plain_meta_gradient_call));
   m.impl("scaled_parts", TORCH_BOX(&fastmaml::scaled_parts_call));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastmaml, CUDA, m) { implement(m); }

@@ -1,5 +1,9 @@
 #include "bindings/parts.h"
 
+#include <torch/csrc/stable/ops.h>
+
+#include <cstddef>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -19,6 +23,27 @@ void scale_into(const Tensor& to, const Tensor& flat, int64_t first, Real scale)
 }
 
 }  // namespace
+
+Tensor joined(const std::vector<Tensor>& parts) {
+  if (parts.size() == 1 && parts[0].dim() == 1) return parts[0];
+  if (parts.empty()) throw std::invalid_argument("there are no parts of a vector");
+  const ScalarType type = parts[0].scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::Double) throw std::invalid_argument("parts of a vector must be float32 or float64");
+  int64_t size = 0;
+  for (const Tensor& part : parts) {
+    if (!part.is_cpu() || part.scalar_type() != type) throw std::invalid_argument("parts of a vector are of several types or places");
+    size += part.numel();
+  }
+  const Tensor flat = host_space()->empty({size}, type);
+  auto* to = static_cast<std::byte*>(flat.mutable_data_ptr());
+  for (const Tensor& part : parts) {
+    const Tensor whole = part.is_contiguous() ? part : torch::stable::contiguous(part);
+    const size_t bytes = size_t(whole.numel()) * (type == ScalarType::Float ? sizeof(float) : sizeof(double));
+    if (bytes) std::memcpy(to, whole.const_data_ptr(), bytes);
+    to += bytes;
+  }
+  return flat;
+}
 
 std::vector<Tensor> scaled_parts_call(const Tensor& flat, const Tensor& scale, const std::vector<int64_t>& shapes) {
   const ScalarType type = flat.scalar_type();

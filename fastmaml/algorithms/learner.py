@@ -246,8 +246,9 @@ class Learner(nn.Module):
 
     def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
         """The loss of a batch and its gradient by every leaf."""
+        own_start = type(self).start is not Learner.start
         result = self.engine.meta_gradient(
-            self.start(*batch[:2]),
+            self.start(*batch[:2]) if own_start else self._model_parameters(),
             batch,
             inner=self.inner,
             inner_steps=self.inner_steps,

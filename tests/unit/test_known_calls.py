@@ -112,3 +112,36 @@ def test_what_equals_a_known_number_but_is_none_is_refused(given, backend):
     known(engine, theta, batch, **plain)
     with pytest.raises(TypeError, match="must be a"):
         engine.meta_gradient(theta, batch, **plain | given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_by_name_are_theta(dtype, backend):
+    model, batch = small_mlp().to(dtype), tuple(part.to(dtype) for part in regression_batch())
+    model[0].weight.data = model[0].weight.data.T.contiguous().T  # with gaps
+    engine = Engine(model, "mse", backend)
+    expected = engine.meta_gradient(engine.flatten(), batch, 0.1, 2)
+    result = known(engine, dict(model.named_parameters()), batch, 0.1, 2)
+    expect_same(result, expected)
+    assert not result.grad.requires_grad
+    assert result.total_loss is None or not result.total_loss.requires_grad
+
+
+def test_parameters_by_name_that_are_not_the_models_are_refused(backend):
+    engine = Engine(small_mlp(), "mse", backend)
+    named = dict(small_mlp().named_parameters())
+    known(engine, named, regression_batch(), 0.1, 2)
+    first = next(iter(named))
+    with pytest.raises(ValueError, match="this model's parameters are not those the Engine was made for"):
+        engine.meta_gradient({n: p for n, p in named.items() if n != first}, regression_batch(), 0.1, 2)
+    with pytest.raises(ValueError, match="this model's parameters are not those the Engine was made for"):
+        engine.meta_gradient(named | {first: named[first][:1]}, regression_batch(), 0.1, 2)
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)])
+def test_the_total_loss_is_what_grad_is_the_gradient_of(weights, backend):
+    engine = Engine(small_mlp(), "mse", backend)
+    result = known(engine, engine.flatten(), regression_batch(), 0.1, 2, task_weights=weights)
+    if result.total_loss is not None:
+        expected = result.loss.mean() if weights is None else (result.loss * weights).sum()
+        torch.testing.assert_close(result.total_loss, expected, rtol=1e-14, atol=0.0)
+    assert (result.total_loss is None) == (backend == "autodiff")
