@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fastmaml import checks, loop_arguments, sweep
 from fastmaml.backend import Backend, plain
 from fastmaml.compiled import LoopTensors, scaled_parts
 from fastmaml.conjugate_gradients import conjugate_gradients
+from fastmaml.engine_results import Adaptation, MetaGradient, Solution
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.interchange import any_arrays
 from fastmaml.known_calls import Key
@@ -30,34 +31,6 @@ from fastmaml.update_rules import UpdateRule, rule_for
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 _FEW_PARAMETERS = 1 << 15  # above, torch's threads make up for what its calls cost
-
-
-class MetaGradient(NamedTuple):
-    """What Engine.meta_gradient returns. No field carries a graph."""
-
-    loss: Tensor  # [T] query losses after the inner steps, weighted by loss_weights where given
-    grad: Tensor  # [P] gradient of the weighted sum of the losses, by default their mean; [T, P] with per_task
-    query_output: Tensor  # [T, N, ...]
-    inner_lr_grad: Any  # as the rates (a 0-d tensor for a number); None if not asked for
-    support_losses: Tensor  # [T, K] before each inner step
-    step_rows_grad: dict[str, Tensor] | None = None  # as step_rows
-    query_losses: Tensor | None = None  # [T, n] at every phi[k] with a weight, by default at phi[K] alone
-    total_loss: Tensor | None = None  # scalar: the weighted sum of the losses, where it costs nothing
-
-
-class Solution(NamedTuple):
-    """What Engine.solve returns."""
-
-    solution: Tensor  # [T, P]
-    residual: Tensor  # [T] |v - A s| / |v|
-
-
-class Adaptation(NamedTuple):
-    """What Engine.adapt_with returns."""
-
-    params: Tensor  # [T, P]
-    losses: Tensor  # [T, K] before each inner step
-    state: Tensor | None  # [T, S P] the optimizer's vectors after the last step; None for plain gradient descent
 
 
 def _without_graph(method: Method) -> Method:
@@ -361,16 +334,8 @@ class Engine(Backend):
             order, rates = 0 if first_order else truncate, inner_lr if inner is None else inner
             key = self._known.key(self._chosen(), parts, batch, rates, inner_steps, order, inner_lr_grad)
             call = None if key is None else self._known.find(key)
-            if call is not None and self._mask(parts[0]) is None:
-                try:
-                    with torch.no_grad():
-                        found = call.compiled.plain_meta_gradient(parts, batch, call.lr, call.loop)
-                    loss, grad, output, losses, by_rate, _, *rest = found
-                    return MetaGradient(
-                        loss, grad, output, by_rate.sum() if inner_lr_grad else None, losses, None, *rest
-                    )
-                except (ValueError, RuntimeError):
-                    pass  # refused by the operator; the checks have the sentence that says why
+            if call is not None and self._mask(parts[0]) is None and (found := call.run(parts, batch)) is not None:
+                return found
         return self._checked_meta_gradient(
             self.layout.flatten(theta) if isinstance(theta, Mapping) else theta,
             batch,

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmaml.algorithms.learner import Learner, MetaStep
-from fastmaml.engine import MetaGradient
+from fastmaml.engine_results import MetaGradient
 from fastmaml.losses import Loss
 from fastmaml.parameters import InnerLr, ParameterLayout
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fastmaml.batch_norm import settle
 from fastmaml.checks import whole_number
-from fastmaml.engine import Engine, MetaGradient
+from fastmaml.engine import Engine
+from fastmaml.engine_results import MetaGradient
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.losses import Loss
 from fastmaml.model_parameters import ModelParameters

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastmaml import step_statistics
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
 from fastmaml.checks import number, whole_number
-from fastmaml.engine import Adaptation, Engine, MetaGradient
+from fastmaml.engine import Engine
+from fastmaml.engine_results import Adaptation, MetaGradient
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.losses import Loss
 from fastmaml.parameters import ParameterLayout
