@@ -1,4 +1,4 @@
-"""Shapes of the compiled operators' results, for torch.compile, fake tensors and torch.library.opcheck.
+"""Shapes of the compiled operators' results, for torch.compile, fake tensors and torch.library.opcheck; and their graphs.
 
 fastmaml._C imports this file once its operators are registered. Sizes may be symbolic here, so these stand in Python.
 """
@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
+from torch.library import Library, fallthrough_kernel, register_fake
+
+# What these return are gradients and values beside them, without a graph; to say so to autograd takes time at every call.
+_library = Library("fastmaml", "IMPL")
+for _operator in ("plain_meta_gradient", "scaled_parts"):
+    _library.impl(_operator, fallthrough_kernel, "Autograd")
 
 
 def _output(program: str, like: Tensor, x: Tensor) -> Tensor:

@@ -36,8 +36,7 @@ class KnownCall(NamedTuple):
     def run(self, theta: Sequence[Tensor], batch: Sequence[Tensor]) -> MetaGradient | None:
         """None where the operator refuses the numbers: the checks have the sentence that says why."""
         try:
-            with torch.no_grad():
-                found = self.compiled.plain_meta_gradient(theta, batch, self.lr, self.loop)
+            found = self.compiled.plain_meta_gradient(theta, batch, self.lr, self.loop)
         except (ValueError, RuntimeError):
             return None
         loss, grad, output, losses, by_rate, _, query_losses, total = found
