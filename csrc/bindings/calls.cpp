@@ -225,10 +225,10 @@ MetaGradientResults plain_meta_gradient_call(const std::string& program, const s
                                              const Tensor& support_x, const Tensor& support_y, const Tensor& query_x, const Tensor& query_y,
                                              double rate, const std::string& loop, const std::string& memory) {
   const Tensor flat = joined(theta);
-  const auto space = host_space();
   const auto type = flat.scalar_type();
   const int64_t P = flat.numel();
-  const Tensor rates = space->empty({1, P}, type), no_buffers = space->empty({0}, type);
+  // Each space goes at once: the next call takes the memory that was given back last, and this is to be that of the call before.
+  const Tensor rates = host_space()->empty({1, P}, type), no_buffers = host_space()->empty({0}, type);
   if (type == torch::headeronly::ScalarType::Float)
     std::fill_n(static_cast<float*>(rates.mutable_data_ptr()), P, float(rate));
   else
