@@ -27,7 +27,8 @@ from fastmaml.algorithms import (
     ProtoMAML,
     Reptile,
 )
-from fastmaml.engine import Engine, MetaGradient, Solution
+from fastmaml.engine import Engine
+from fastmaml.engine_results import MetaGradient, Solution
 
 if TYPE_CHECKING:
     from fastmaml import tasks

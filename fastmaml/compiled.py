@@ -6,6 +6,7 @@ Its derivatives have autodiff's face (sweep.Derivatives), so an update rule that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from fastmaml.caller_loss import CallerLoss
 from fastmaml.inner_loop import InnerLoop
 from fastmaml.losses import Given
 from fastmaml.network import Program
+from fastmaml.parameters import ParameterLayout
 from fastmaml.sweep import Examples, Rows
 
 _NO_CALLER = nullcontext()
@@ -40,6 +42,7 @@ class Reduced(NamedTuple):
     rate_grad: Tensor  # [1 or K, P] or [T, 1 or K, P]; [0] if not asked for
     rows_grad: Tensor  # [K, R] or [T, K, R]; [0] without rows
     query_losses: Tensor
+    total_loss: Tensor  # [] what grad is the gradient of; [0] with loop.per_task, and on a device
 
 
 class Compiled:
@@ -142,6 +145,17 @@ class Compiled:
         found = Reduced(*result)
         return found if tensors.rows is None else found._replace(rows_grad=_of_given_rows(found, tensors.rows, loop))
 
+    def plain_meta_gradient(
+        self, theta: Sequence[Tensor], batch: Sequence[Tensor], rate: float, loop: str
+    ) -> Sequence[Tensor]:
+        """The fields of meta_gradient's result for one rate and no options, in the host's memory.
+
+        theta: [P], or a part for each parameter. The tensors must be as the operator takes them.
+        """
+        return torch.ops.fastmaml.plain_meta_gradient.default(  # type: ignore[no-any-return]
+            self.program.text, self.backend, theta, *batch, rate, loop, self.memory
+        )
+
     def _loss_of(
         self, support: Given | Examples, query: Given | Examples | None = None
     ) -> AbstractContextManager[None]:
@@ -161,6 +175,11 @@ class Compiled:
         result = operator(self.program.text, self.backend, *given)
         results = (result,) if isinstance(result, Tensor) else result
         return tuple(r.to(params.dtype) for r in results) if self.backend == "reference" else results
+
+
+def scaled_parts(flat: Tensor, scale: Tensor, layout: ParameterLayout) -> Sequence[Tensor]:
+    """flat [P] times scale [] in the host's memory, as one new tensor for each parameter."""
+    return torch.ops.fastmaml.scaled_parts.default(flat, scale, layout.dims)  # type: ignore[no-any-return]
 
 
 def _contiguous(at: Given | Examples) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,12 @@ from torch.utils import _pytree as pytree
 
 from fastmaml import checks, loop_arguments, sweep
 from fastmaml.backend import Backend, plain
-from fastmaml.compiled import LoopTensors
+from fastmaml.compiled import LoopTensors, scaled_parts
 from fastmaml.conjugate_gradients import conjugate_gradients
+from fastmaml.engine_results import Adaptation, MetaGradient, Solution
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.interchange import any_arrays
+from fastmaml.known_calls import Key
 from fastmaml.losses import Given
 from fastmaml.network import Program
 from fastmaml.parameters import InnerLr, collapse_rates, expand_rates
@@ -28,32 +30,7 @@ from fastmaml.update_rules import UpdateRule, rule_for
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-
-class MetaGradient(NamedTuple):
-    """What Engine.meta_gradient returns. No field carries a graph."""
-
-    loss: Tensor  # [T] query losses after the inner steps, weighted by loss_weights where given
-    grad: Tensor  # [P] gradient of the weighted sum of the losses, by default their mean; [T, P] with per_task
-    query_output: Tensor  # [T, N, ...]
-    inner_lr_grad: Any  # as the rates (a 0-d tensor for a number); None if not asked for
-    support_losses: Tensor  # [T, K] before each inner step
-    step_rows_grad: dict[str, Tensor] | None = None  # as step_rows
-    query_losses: Tensor | None = None  # [T, n] at every phi[k] with a weight, by default at phi[K] alone
-
-
-class Solution(NamedTuple):
-    """What Engine.solve returns."""
-
-    solution: Tensor  # [T, P]
-    residual: Tensor  # [T] |v - A s| / |v|
-
-
-class Adaptation(NamedTuple):
-    """What Engine.adapt_with returns."""
-
-    params: Tensor  # [T, P]
-    losses: Tensor  # [T, K] before each inner step
-    state: Tensor | None  # [T, S P] the optimizer's vectors after the last step; None for plain gradient descent
+_FEW_PARAMETERS = 1 << 15  # above, torch's threads make up for what its calls cost
 
 
 def _without_graph(method: Method) -> Method:
@@ -108,6 +85,12 @@ class Engine(Backend):
         """A vector [P] (or [T, P]) as {name: tensor} (or [T, *shape]): views that keep the graph."""
         checks.vector("theta", theta, self.layout.size)
         return self.layout.split(theta)
+
+    def scaled_parts(self, flat: Tensor, scale: Tensor) -> Sequence[Tensor]:
+        """A vector [P] times a scalar, as one tensor for each parameter, each with memory of its own."""
+        if self.fused and flat.is_cpu and self.layout.size <= _FEW_PARAMETERS:
+            return scaled_parts(flat, scale, self.layout)
+        return torch._foreach_mul(self.layout.cut(flat), scale)
 
     # ---------------------------------------------------------------- one evaluation
 
@@ -295,11 +278,9 @@ class Engine(Backend):
         )
         return Adaptation(params.contiguous(), losses, getattr(own, "state", None))
 
-    @any_arrays
-    @_without_graph
     def meta_gradient(
         self,
-        theta: Tensor,
+        theta: Tensor | Mapping[str, Tensor],
         batch: Sequence[Tensor],
         inner_lr: InnerLr | None = None,
         inner_steps: int = 1,
@@ -321,11 +302,11 @@ class Engine(Backend):
     ) -> MetaGradient:
         """The exact gradient of the query loss after the inner loop, for a batch of tasks (Finn et al. 2017, eq. 1).
 
-        theta [P]. batch: support_x [T, S, ...], support_y, query_x [T, Q, ...], query_y. inner_lr: a number, a tensor
-        [] or [P], a row per step [K, 1] or [K, P], or a dict from parameter names to numbers, tensors [] or of the
-        parameter's shape, each also with a dimension [K] in front; or `inner`, an optimizer of fm.inner with such
-        rates. inner_lr_grad has the same form. Weights: support [T, S] and query [T, Q] of the examples in their loss
-        (default 1/S, 1/Q), task_weights [T] of the tasks in grad (default 1/T).
+        theta [P], or the parameters by name. batch: support_x [T, S, ...], support_y, query_x [T, Q, ...], query_y.
+        inner_lr: a number, a tensor [] or [P], a row per step [K, 1] or [K, P], or a dict from parameter names to
+        numbers, tensors [] or of the parameter's shape, each also with a dimension [K] in front; or `inner`, an
+        optimizer of fm.inner with such rates. inner_lr_grad has the same form. Weights: support [T, S] and query
+        [T, Q] of the examples in their loss (default 1/S, 1/Q), task_weights [T] of the tasks in grad (default 1/T).
 
         first_order drops the Hessian terms at every step; truncate=J keeps those of the last J steps and takes the
         earlier part of the loop as constant. loss_weights [K+1]: the loss is sum_k loss_weights[k] L_Q(phi[k])
@@ -337,6 +318,71 @@ class Engine(Backend):
 
         Raises ValueError or TypeError for anything that does not fit.
         """
+        parts = self.layout.parts(theta) if isinstance(theta, Mapping) else [theta]
+        key = None
+        ordinary = (
+            support_weights is query_weights is task_weights is loss_weights is None
+            and minibatch is None
+            and step_rows is None
+            and proximal is None
+            and adapted is None
+            and rule is None
+            and not per_task
+            and (inner_lr is None) != (inner is None)
+        )
+        if ordinary:
+            order, rates = 0 if first_order else truncate, inner_lr if inner is None else inner
+            key = self._known.key(self._chosen(), parts, batch, rates, inner_steps, order, inner_lr_grad)
+            call = None if key is None else self._known.find(key)
+            if call is not None and self._mask(parts[0]) is None and (found := call.run(parts, batch)) is not None:
+                return found
+        return self._checked_meta_gradient(
+            self.layout.flatten(theta) if isinstance(theta, Mapping) else theta,
+            batch,
+            inner_lr,
+            inner_steps,
+            first_order,
+            support_weights,
+            query_weights,
+            task_weights,
+            inner_lr_grad,
+            inner=inner,
+            truncate=truncate,
+            loss_weights=loss_weights,
+            minibatch=minibatch,
+            step_rows=step_rows,
+            proximal=proximal,
+            adapted=adapted,
+            per_task=per_task,
+            rule=rule,
+            key=key,
+        )
+
+    @any_arrays
+    @_without_graph
+    def _checked_meta_gradient(
+        self,
+        theta: Tensor,
+        batch: Sequence[Tensor],
+        inner_lr: InnerLr | None = None,
+        inner_steps: int = 1,
+        first_order: bool = False,
+        support_weights: Tensor | None = None,
+        query_weights: Tensor | None = None,
+        task_weights: Tensor | None = None,
+        inner_lr_grad: bool = True,
+        *,
+        inner: Optimizer | None = None,
+        truncate: int | None = None,
+        loss_weights: Tensor | None = None,
+        minibatch: int | None = None,
+        step_rows: Mapping[str, Tensor] | None = None,
+        proximal: float | Tensor | None = None,
+        adapted: Sequence[str] | None = None,
+        per_task: bool = False,
+        rule: UpdateRule | None = None,
+        key: Key | None = None,
+    ) -> MetaGradient:
         if not isinstance(batch, (tuple, list)) or len(batch) != 4:
             raise TypeError("batch must be (support_x, support_y, query_x, query_y)")
         support_x, support_y, query_x, query_y = batch
@@ -387,11 +433,18 @@ class Engine(Backend):
         rates = expand_rates(optimizer.lr, self.layout, mask, theta, loop.steps)
         if program is not None and rule is None:
             tensors = LoopTensors(rates, rows, lam, mask)
-            result: Any = self._compiled(program).meta_gradient(
+            compiled = self._compiled(program)
+            result: Any = compiled.meta_gradient(
                 theta, support, query, loop, tensors, loss_weights, None if per_task else task_weights
             )
+            # With another backend than before the call the key says the wrong one; labels may have been converted.
+            as_given = support.y.dtype == support_y.dtype and query.y.dtype == query_y.dtype
+            if key is not None and mask is None and as_given and key[0] == self._chosen():
+                self._known.add(key, compiled, loop, optimizer.lr)
             grad, rate_grad, rows_grad = result.grad, result.rate_grad, result.rows_grad
+            total = None if result.total_loss.dim() else result.total_loss
         else:
+            total = None
             result = sweep.meta_gradient(
                 self._derivatives(program),
                 self._per_task(theta, support_x),
@@ -420,7 +473,8 @@ class Engine(Backend):
             reduced = over_tasks(rate_grad) if per_task else rate_grad
             of_rates = collapse_rates(reduced, optimizer.lr, self.layout, mask, theta)
         output = self._as_returned(result.output) if program is None else result.output
-        return MetaGradient(result.loss, grad, output, of_rates, result.support_losses, by_name, result.query_losses)
+        losses = (result.support_losses, by_name, result.query_losses)
+        return MetaGradient(result.loss, grad, output, of_rates, *losses, total)
 
     @any_arrays
     @_without_graph
@@ -433,6 +487,9 @@ class Engine(Backend):
         self._examples("query_x", query_x, "query_y", batch[3], "query_weights", None, theta, support_x)
 
     # ---------------------------------------------------------------- calls
+
+    def _chosen(self) -> tuple[str, str, str]:
+        return (self.backend, self.memory, self.precision)
 
     def _derivatives(self, program: Program | None) -> sweep.Derivatives:
         return self._autodiff.begin() if program is None else self._compiled(program)

@@ -1,4 +1,4 @@
-"""Shapes of the compiled operators' results, for torch.compile, fake tensors and torch.library.opcheck.
+"""Shapes of the compiled operators' results, for torch.compile, fake tensors and torch.library.opcheck; and their graphs.
 
 fastmaml._C imports this file once its operators are registered. Sizes may be symbolic here, so these stand in Python.
 """
@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
+from torch.library import Library, fallthrough_kernel, register_fake
+
+# What these return are gradients and values beside them, without a graph; to say so to autograd takes time at every call.
+_library = Library("fastmaml", "IMPL")
+for _operator in ("plain_meta_gradient", "scaled_parts"):
+    _library.impl(_operator, fallthrough_kernel, "Autograd")
 
 
 def _output(program: str, like: Tensor, x: Tensor) -> Tensor:
@@ -91,6 +96,7 @@ def _meta_gradient(
         theta.new_empty([*of_tasks, *rates.shape] if sizes["rate_grad"] else [0]),
         theta.new_empty([*of_tasks, K, R] if K and R else [0]),
         theta.new_empty([T, sizes["queries"]]),
+        theta.new_empty([0] if sizes["per_task"] or theta.device.type != "cpu" else []),
     )
 
 
@@ -116,3 +122,32 @@ def _passes(
     results = (dy, dy_dot, x, x_dot)
     T, P = x.shape[0], params.shape[-1]
     return (*(torch.empty_like(r) for r in results), params.new_empty([T, P]), params.new_empty([T, P]))
+
+
+@register_fake("fastmaml::plain_meta_gradient")
+def _plain_meta_gradient(
+    program: str,
+    backend: str,
+    theta: list[Tensor],
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    rate: float,
+    loop: str,
+    memory: str,
+) -> tuple[Tensor, ...]:
+    flat = torch.cat([part.reshape(-1) for part in theta])
+    rates = flat.new_empty([1, len(flat)])
+    given = (support_x, support_y, None, query_x, query_y, None, None, rates, loop)
+    return _meta_gradient(program, backend, flat, *given)
+
+
+@register_fake("fastmaml::scaled_parts")
+def _scaled_parts(flat: Tensor, scale: Tensor, shapes: list[int]) -> list[Tensor]:
+    parts, rest = [], list(shapes)
+    while rest:
+        count = rest.pop(0)
+        parts.append(flat.new_empty(rest[:count]))
+        rest = rest[count:]
+    return parts

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmaml.engine import Adaptation, Engine, MetaGradient
+from fastmaml.engine import Engine
+from fastmaml.engine_results import Adaptation, MetaGradient
 from fastmaml.inner import Optimizer
 from fastmaml.losses import per_example
 from fastmaml.parameters import expand_rates

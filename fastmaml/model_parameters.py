@@ -25,13 +25,22 @@ class ModelParameters:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self._held = 0
         self._walk()
 
     def named(self) -> Mapping[str, nn.Parameter]:
         """The parameters by name; the same object as long as nothing has changed."""
-        if not self._unchanged():
+        if not self._held and not self._unchanged():
             self._walk()
         return self._named
+
+    def __enter__(self) -> None:
+        """Within the block named() is what it was at its beginning: for a call that asks several times."""
+        self.named()
+        self._held += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._held -= 1
 
     def _walk(self) -> None:
         self._named = dict(self.model.named_parameters())

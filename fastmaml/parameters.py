@@ -30,6 +30,9 @@ class ParameterLayout:
         self.names = tuple(named)
         self.shapes = tuple(tuple(p.shape) for p in named.values())
         self._torch_shapes = [p.shape for p in named.values()]
+        self.dims = [
+            n for shape in self.shapes for n in (len(shape), *shape)
+        ]  # as the operator scaled_parts takes them
         self.sizes = tuple(p.numel() for p in named.values())
         self.size = sum(self.sizes)
         # Tensors of these shapes that hold one number, by which torch cuts a vector; it gives empty ones another shape.
@@ -39,6 +42,13 @@ class ParameterLayout:
 
     def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
         """The named parameters of a module with this layout as one vector [P]; a copy without a graph."""
+        parts = self.parts(named)
+        with torch.no_grad():
+            flat = _flatten_dense_tensors(parts)
+            return flat.clone() if len(parts) == 1 else flat  # torch makes a view of one
+
+    def parts(self, named: Mapping[str, Tensor]) -> list[Tensor]:
+        """The named parameters of a module with this layout, in its order."""
         parameters = list(named.values())
         if tuple(named) != self.names or [p.shape for p in parameters] != self._torch_shapes:
             raise ValueError(
@@ -46,9 +56,7 @@ class ParameterLayout:
                 f"{sum(p.numel() for p in parameters)} entries, not {len(self.names)} with {self.size}); "
                 "make a new Engine"
             )
-        with torch.no_grad():
-            flat = _flatten_dense_tensors(parameters)
-            return flat.clone() if len(parameters) == 1 else flat  # torch makes a view of one
+        return parameters
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """A vector [..., P] as a dict of tensors [..., *shape], in the module's order; keeps the graph."""
@@ -56,11 +64,11 @@ class ParameterLayout:
         pieces = flat.split(self.sizes, dim=-1)
         return {n: p.reshape((*lead, *s)) for n, p, s in zip(self.names, pieces, self.shapes)}
 
-    def cut(self, flat: Tensor) -> dict[str, Tensor]:
-        """As `split` for a vector [P], in one call of torch, which torch.func cannot see through."""
+    def cut(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """The parts of `split` for a vector [P], in one call of torch, which torch.func cannot see through."""
         if self._templates is None:
-            return self.split(flat)
-        return dict(zip(self.names, _unflatten_dense_tensors(flat, self._templates)))
+            return tuple(self.split(flat).values())
+        return tuple(_unflatten_dense_tensors(flat, self._templates))
 
     def fitting(self, patterns: Sequence[str]) -> list[str]:
         """The names that fit one of the patterns (fnmatch: "head.*", "*.bias"), in the module's order.

@@ -6,7 +6,16 @@ import torch
 from cases import LoopCase, LoopInputs, split
 from torch import Tensor
 
-META_GRADIENT = ("loss", "grad", "output", "support_losses", "rate_grad", "step_rows_grad", "query_losses")
+META_GRADIENT = (
+    "loss",
+    "grad",
+    "output",
+    "support_losses",
+    "rate_grad",
+    "step_rows_grad",
+    "query_losses",
+    "total_loss",
+)
 ADAPT = ("params", "losses", "state")
 NOTHING = torch.empty(0)
 

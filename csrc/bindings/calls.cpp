@@ -2,10 +2,39 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <cstring>
 #include <stdexcept>
+
+#include "bindings/parts.h"
 
 namespace fastmaml {
 namespace {
+
+// In one pass without branches, for memory of the host: an exponent of all ones carries into the sign.
+template <class Real, class Bits>
+bool all_finite(const Tensor& x) {
+  constexpr Bits kSign = Bits(1) << (8 * sizeof(Bits) - 1), kLeast = Bits(1) << (sizeof(Real) == 4 ? 23 : 52), kExponent = kSign - kLeast;
+  const Tensor whole = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  const auto* numbers = static_cast<const Real*>(whole.const_data_ptr());
+  const int64_t count = whole.numel();
+  Bits carried = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Bits bits;
+    std::memcpy(&bits, numbers + i, sizeof bits);
+    carried |= (bits & kExponent) + kLeast;
+  }
+  return !(carried & kSign);
+}
+
+// A device is not waited for.
+void expect_finite(const char* name, const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  if (!x.is_cpu()) return;
+  const ScalarType type = x.scalar_type();
+  if ((type == ScalarType::Float && !all_finite<float, uint32_t>(x)) || (type == ScalarType::Double && !all_finite<double, uint64_t>(x)))
+    throw std::invalid_argument(std::string(name) + " holds NaN or infinite values");
+}
 
 // The examples of grad, hvp, adapt and solve.
 Adaptation support(Arrays& arrays, const Tensor& x, const Tensor& y, const MaybeTensor& weights) {
@@ -14,6 +43,26 @@ Adaptation support(Arrays& arrays, const Tensor& x, const Tensor& y, const Maybe
   arrays.targets(Arg::support_y, "y", y, how.support_examples);
   how.support_weights = arrays.weights(Arg::support_weights, "weights", weights, how.support_examples);
   return how;
+}
+
+template <class Real>
+void sum_into(const Tensor& to, const Tensor& loss, const MaybeTensor& task_weights) {
+  const int64_t tasks = loss.numel();
+  const auto* of_task = static_cast<const Real*>(loss.const_data_ptr());
+  double sum = 0;
+  for (int64_t t = 0; t < tasks; ++t) {
+    const auto strided = [&](const Tensor& w) { return static_cast<const Real*>(w.const_data_ptr())[t * w.stride(0)]; };
+    sum += double(of_task[t]) * (task_weights ? double(strided(*task_weights)) : 1.0);
+  }
+  *static_cast<Real*>(to.mutable_data_ptr()) = Real(task_weights ? sum : sum / double(tasks));
+}
+
+// The losses [T] as the one number whose gradient the reduced ones are.
+Tensor weighted_sum(const Tensor& loss, const MaybeTensor& task_weights) {
+  const Tensor sum = host_space()->empty({}, loss.scalar_type());
+  loss.scalar_type() == torch::headeronly::ScalarType::Float ? sum_into<float>(sum, loss, task_weights)
+                                                             : sum_into<double>(sum, loss, task_weights);
+  return sum;
 }
 
 // What adapt and meta_gradient are told of the inner loop. Returns the rows of the rates.
@@ -113,11 +162,12 @@ std::tuple<Tensor, Tensor, Tensor> adapt_call(const std::string& program, const 
           S ? torch::stable::view(arrays.params(Arg::state_next), {arrays.tasks(), S * P}) : arrays.values(Arg::state_next, 0)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(
-    const std::string& program, const std::string& backend, const Tensor& theta, const Tensor& support_x, const Tensor& support_y,
-    const MaybeTensor& support_weights, const Tensor& query_x, const Tensor& query_y, const MaybeTensor& query_weights,
-    const MaybeTensor& task_weights, const Tensor& rates, const std::string& loop_text, const std::string& memory,
-    const MaybeTensor& loss_weights, const MaybeTensor& step_rows, const MaybeTensor& lam, const MaybeTensor& mask, const Tensor& buffers) {
+MetaGradientResults meta_gradient_call(const std::string& program, const std::string& backend, const Tensor& theta, const Tensor& support_x,
+                                       const Tensor& support_y, const MaybeTensor& support_weights, const Tensor& query_x,
+                                       const Tensor& query_y, const MaybeTensor& query_weights, const MaybeTensor& task_weights,
+                                       const Tensor& rates, const std::string& loop_text, const std::string& memory,
+                                       const MaybeTensor& loss_weights, const MaybeTensor& step_rows, const MaybeTensor& lam,
+                                       const MaybeTensor& mask, const Tensor& buffers) {
   Arrays arrays(program, backend, theta);
   Work work;
   work.kind = Kind::meta_gradient;
@@ -127,6 +177,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient
   how.query_examples = arrays.examples(Arg::query_x, "query_x", query_x);
   arrays.targets(Arg::support_y, "support_y", support_y, how.support_examples);
   arrays.targets(Arg::query_y, "query_y", query_y, how.query_examples);
+  expect_finite("support_x", support_x);
+  expect_finite("support_y", support_y);
+  expect_finite("query_x", query_x);
+  expect_finite("query_y", query_y);
   how.support_weights = arrays.weights(Arg::support_weights, "support_weights", support_weights, how.support_examples);
   how.query_weights = arrays.weights(Arg::query_weights, "query_weights", query_weights, how.query_examples);
   const int64_t rate_rows = given_loop(arrays, how, loop_text, rates, step_rows, lam, mask);
@@ -159,12 +213,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient
     if (loop.rate_grad && !rate_grad) by_rates = torch::stable::new_zeros(theta, {arrays.tasks(), rate_rows, P});
     if (rate_grad) by_rates = arrays.params(Arg::rate_grad);
     if (rows_grad) by_rows = arrays.step_rows(Arg::step_rows_grad, loop);
-    return {loss, arrays.params(Arg::grad), output, support_losses, by_rates, by_rows, query_losses};
+    return {loss, arrays.params(Arg::grad), output, support_losses, by_rates, by_rows, query_losses, arrays.nothing()};
   }
   if (loop.rate_grad && !rate_grad) by_rates = torch::stable::new_zeros(theta, {rate_rows, P});
   if (rate_grad) by_rates = arrays.reduced_params(Arg::rate_grad, rate_rows, task_weights);
   if (rows_grad) by_rows = arrays.reduced_step_rows(Arg::step_rows_grad, loop, task_weights);
-  return {loss, arrays.reduced_params(Arg::grad, task_weights), output, support_losses, by_rates, by_rows, query_losses};
+  const Tensor grad = arrays.reduced_params(Arg::grad, task_weights);
+  const Tensor total = loss.is_cpu() ? weighted_sum(loss, task_weights) : arrays.nothing();
+  return {loss, grad, output, support_losses, by_rates, by_rows, query_losses, total};
+}
+
+MetaGradientResults plain_meta_gradient_call(const std::string& program, const std::string& backend, const std::vector<Tensor>& theta,
+                                             const Tensor& support_x, const Tensor& support_y, const Tensor& query_x, const Tensor& query_y,
+                                             double rate, const std::string& loop, const std::string& memory) {
+  const Tensor flat = joined(theta);
+  const auto type = flat.scalar_type();
+  const int64_t P = flat.numel();
+  // Each space goes at once: the next call takes the memory that was given back last, and this is to be that of the call before.
+  const Tensor rates = host_space()->empty({1, P}, type), no_buffers = host_space()->empty({0}, type);
+  if (type == torch::headeronly::ScalarType::Float)
+    std::fill_n(static_cast<float*>(rates.mutable_data_ptr()), P, float(rate));
+  else
+    std::fill_n(static_cast<double*>(rates.mutable_data_ptr()), P, rate);
+  const MaybeTensor none;
+  return meta_gradient_call(program, backend, flat, support_x, support_y, none, query_x, query_y, none, none, rates, loop, memory, none,
+                            none, none, none, no_buffers);
 }
 
 std::tuple<Tensor, Tensor> solve_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,

@@ -28,11 +28,18 @@ std::tuple<Tensor, Tensor, Tensor> adapt_call(const std::string& program, const 
                                               const MaybeTensor& step_rows, const MaybeTensor& lam, const MaybeTensor& mask,
                                               const MaybeTensor& state, const MaybeTensor& step_count, const Tensor& buffers);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> meta_gradient_call(
-    const std::string& program, const std::string& backend, const Tensor& theta, const Tensor& support_x, const Tensor& support_y,
-    const MaybeTensor& support_weights, const Tensor& query_x, const Tensor& query_y, const MaybeTensor& query_weights,
-    const MaybeTensor& task_weights, const Tensor& rates, const std::string& loop, const std::string& memory,
-    const MaybeTensor& loss_weights, const MaybeTensor& step_rows, const MaybeTensor& lam, const MaybeTensor& mask, const Tensor& buffers);
+using MetaGradientResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+MetaGradientResults meta_gradient_call(const std::string& program, const std::string& backend, const Tensor& theta, const Tensor& support_x,
+                                       const Tensor& support_y, const MaybeTensor& support_weights, const Tensor& query_x,
+                                       const Tensor& query_y, const MaybeTensor& query_weights, const MaybeTensor& task_weights,
+                                       const Tensor& rates, const std::string& loop, const std::string& memory,
+                                       const MaybeTensor& loss_weights, const MaybeTensor& step_rows, const MaybeTensor& lam,
+                                       const MaybeTensor& mask, const Tensor& buffers);
+
+// meta_gradient of one rate for all parameters and without options. theta: parts (parts.h). In host memory.
+MetaGradientResults plain_meta_gradient_call(const std::string& program, const std::string& backend, const std::vector<Tensor>& theta,
+                                             const Tensor& support_x, const Tensor& support_y, const Tensor& query_x, const Tensor& query_y,
+                                             double rate, const std::string& loop, const std::string& memory);
 
 std::tuple<Tensor, Tensor> solve_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
                                       const Tensor& y, const MaybeTensor& weights, const Tensor& v, double lam, int64_t steps,

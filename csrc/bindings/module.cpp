@@ -6,6 +6,7 @@
 #include "bindings/backends.h"
 #include "bindings/caller_loss.h"
 #include "bindings/calls.h"
+#include "bindings/parts.h"
 #include "bindings/profile_rows.h"
 #include "bindings/stash_budget.h"
 #include "bindings/threads.h"
@@ -31,13 +32,19 @@ STABLE_TORCH_LIBRARY(fastmaml, m) {
       "Tensor query_y, Tensor? query_weights, Tensor? task_weights, Tensor rates, str loop, str memory, Tensor? loss_weights, "
       "Tensor? step_rows, Tensor? lam, Tensor? mask, Tensor buffers) "
       "-> (Tensor loss, Tensor grad, Tensor query_output, Tensor support_losses, Tensor rate_grad, Tensor step_rows_grad, "
-      "Tensor query_losses)");
+      "Tensor query_losses, Tensor total_loss)");
+  m.def(
+      "plain_meta_gradient(str program, str backend, Tensor[] theta, Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, "
+      "float rate, str loop, str memory) "
+      "-> (Tensor loss, Tensor grad, Tensor query_output, Tensor support_losses, Tensor rate_grad, Tensor step_rows_grad, "
+      "Tensor query_losses, Tensor total_loss)");
   m.def(
       "solve(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor v, float lam, int steps, float damping, "
       "Tensor buffers) -> (Tensor solution, Tensor residual)");
   m.def(
       "passes(str program, str backend, bool dual, Tensor params, Tensor params_dot, Tensor x, Tensor x_dot, Tensor dy, Tensor dy_dot, "
       "Tensor buffers) -> (Tensor y, Tensor y_dot, Tensor dx, Tensor dx_dot, Tensor dparams, Tensor dparams_dot)");
+  m.def("scaled_parts(Tensor flat, Tensor scale, int[] shapes) -> Tensor[]");
 }
 
 // The same for both: the arrays say where they are.
@@ -52,7 +59,11 @@ void implement(Library& m) {
   m.impl("solve", TORCH_BOX(&fastmaml::solve_call));
   m.impl("passes", TORCH_BOX(&fastmaml::passes_call));
 }
-STABLE_TORCH_LIBRARY_IMPL(fastmaml, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastmaml, CPU, m) {
+  implement(m);
+  m.impl("plain_meta_gradient", TORCH_BOX(&fastmaml::plain_meta_gradient_call));
+  m.impl("scaled_parts", TORCH_BOX(&fastmaml::scaled_parts_call));
+}
 STABLE_TORCH_LIBRARY_IMPL(fastmaml, CUDA, m) { implement(m); }
 
 namespace {

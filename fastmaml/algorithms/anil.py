@@ -47,7 +47,7 @@ class ANIL(Learner):
         by_rates = any(rate.requires_grad for rate in self.learnable_rates().values())
         how = (self.inner, self.inner_steps, task_weights, by_rates, self.first_order, self.truncate)
         result = self.linear_head.meta_gradient(batch, *how)
-        return self.as_step(result, self.model_grads(result.grad), task_weights)
+        return self.as_step(result, task_weights)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
         if self.linear_head is None or not LinearHead.takes(self.inner):

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastmaml.algorithms.learner import Learner
+from fastmaml.algorithms.learner import Learner, MetaStep
+from fastmaml.engine_results import MetaGradient
 from fastmaml.losses import Loss
 from fastmaml.parameters import InnerLr, ParameterLayout
 
@@ -53,9 +54,10 @@ class CAVIA(Learner):
 
     def start(self, support_x: Tensor, support_y: Tensor) -> Tensor:
         """theta with the context at zero."""
-        theta = super().start(support_x, support_y)
-        return theta.index_fill(0, self.engine.layout.positions(self.context_names).to(theta.device), 0.0)
+        return self._without_context(super().start(support_x, support_y))
 
-    def model_grads(self, flat: Tensor) -> dict[str, Tensor]:
-        grads = super().model_grads(flat)
-        return {leaf: grad for leaf, grad in grads.items() if leaf.removeprefix("model.") not in self.context_names}
+    def as_step(self, result: MetaGradient, task_weights: Tensor | None) -> MetaStep:
+        return super().as_step(result._replace(grad=self._without_context(result.grad)), task_weights)
+
+    def _without_context(self, vector: Tensor) -> Tensor:
+        return vector.index_fill(0, self.engine.layout.positions(self.context_names).to(vector.device), 0.0)

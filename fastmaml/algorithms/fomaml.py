@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from fastmaml.algorithms.maml import MAML
 from fastmaml.algorithms.reptile import Reptile, mini_batches
 from fastmaml.checks import whole_number
-from fastmaml.engine import Adaptation
+from fastmaml.engine_results import Adaptation
 from fastmaml.parameters import InnerLr
 
 

@@ -161,10 +161,10 @@ class IMAML(Learner):
             grad = implicit + (1.0 - mask) * (query.grad - curvature(implicit))
         g = self.engine.grad(phi, x, y)[1] * mask
         of_task = phi.new_full((len(phi),), 1.0 / len(phi)) if task_weights is None else task_weights.detach()
-        grads = self.model_grads(of_task @ grad)
-        grads["lam"] = of_task @ (g * implicit).sum(1) / (lam**2 + (0.1 if quirks else 0.0))
+        of_lam = of_task @ (g * implicit).sum(1) / (lam**2 + (0.1 if quirks else 0.0))
         self.last = ImplicitSolve((g + lam * (phi - self.start(x, y))).norm(dim=1), *solved[1:])
-        return MetaStep(weighted(query.loss, task_weights), query.loss, query.query_output, adapted.losses, grads)
+        loss = weighted(query.loss, task_weights)
+        return MetaStep(loss, query.loss, query.query_output, adapted.losses, of_task @ grad, {"lam": of_lam})
 
     def _solve(self, operator: Callable[[Tensor], Tensor], v: Tensor) -> Solved:
         """x for every task; says once where it is not what was asked for."""

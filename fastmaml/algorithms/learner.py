@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fastmaml.batch_norm import settle
 from fastmaml.checks import whole_number
-from fastmaml.engine import Engine, MetaGradient
+from fastmaml.engine import Engine
+from fastmaml.engine_results import MetaGradient
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.losses import Loss
 from fastmaml.model_parameters import ModelParameters
@@ -67,13 +68,14 @@ class Adapted:
 
 
 class MetaStep(NamedTuple):
-    """What a learner computes for one batch: LearnerOutput's fields and the gradient of `loss` by the leaves."""
+    """What a learner computes for one batch: LearnerOutput's fields and the gradient of `loss`."""
 
     loss: Tensor
     task_losses: Tensor
     query_output: Tensor
     support_losses: Tensor
-    grads: dict[str, Tensor]  # by the names of Learner.leaves(); a leaf that is missing has gradient zero
+    grad: Tensor  # [P] by the model's parameters
+    more_grads: dict[str, Tensor]  # by the other leaves, under their names; one that is missing has gradient zero
 
 
 class Learner(nn.Module):
@@ -208,18 +210,19 @@ class Learner(nn.Module):
         batch = (support_x, support_y, query_x, query_y)
         if type(self).meta_step is not Learner.meta_step:  # its own calls would name the parts of a batch otherwise
             self.engine.check_batch(batch)
-        leaves = self.leaves()
-        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves.values()):
-            step = self.meta_step(batch, task_weights)
-            loss = _MetaGradientNode.apply(step, tuple(leaves), *leaves.values())
-            return LearnerOutput(loss, step.task_losses, step.query_output, step.support_losses)
+        with self.engine.parameters:
+            leaves = self.leaves()
+            if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves.values()):
+                step = self.meta_step(batch, task_weights)
+                loss = _MetaGradientNode.apply(step, self.engine, tuple(leaves), *leaves.values())
+                return LearnerOutput(loss, step.task_losses, step.query_output, step.support_losses)
         adapted = self.adapt(support_x, support_y)
         output = adapted.predict(query_x)
         task_losses = self.engine.loss(output, query_y)
         return LearnerOutput(weighted(task_losses, task_weights), task_losses, output, adapted.losses)
 
     def leaves(self) -> dict[str, Tensor]:
-        """What the loss is differentiated by: the model's parameters as "model.NAME", learnable rates as "rate.NAME"."""
+        """What the loss is differentiated by: the model's parameters as "model.NAME", then learnable rates as "rate.NAME"."""
         leaves: dict[str, Tensor] = {f"model.{n}": p for n, p in self._model_parameters().items()}
         for name, rate in self.learnable_rates().items():
             leaves[_rate_leaf(name)] = rate
@@ -244,8 +247,9 @@ class Learner(nn.Module):
 
     def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
         """The loss of a batch and its gradient by every leaf."""
+        own_start = type(self).start is not Learner.start
         result = self.engine.meta_gradient(
-            self.start(*batch[:2]),
+            self.start(*batch[:2]) if own_start else self._model_parameters(),
             batch,
             inner=self.inner,
             inner_steps=self.inner_steps,
@@ -253,20 +257,17 @@ class Learner(nn.Module):
             inner_lr_grad=any(rate.requires_grad for rate in self.learnable_rates().values()),
             **self.sweep_options(),
         )
-        return self.as_step(result, self.model_grads(result.grad), task_weights)
+        return self.as_step(result, task_weights)
 
-    def as_step(self, result: MetaGradient, grads: dict[str, Tensor], task_weights: Tensor | None) -> MetaStep:
-        """A MetaGradient as a MetaStep: `grads` and the gradients of the learnable rates."""
+    def as_step(self, result: MetaGradient, task_weights: Tensor | None) -> MetaStep:
+        """A MetaGradient as a MetaStep, with the gradients of the learnable rates."""
+        more: dict[str, Tensor] = {}
         by_rate = result.inner_lr_grad
         if by_rate is not None:
             of = by_rate if isinstance(by_rate, Mapping) else {None: by_rate}
-            grads = grads | {_rate_leaf(name): of[name] for name in self.learnable_rates()}
-        loss = weighted(result.loss, task_weights)
-        return MetaStep(loss, result.loss, result.query_output, result.support_losses, grads)
-
-    def model_grads(self, flat: Tensor) -> dict[str, Tensor]:
-        """A gradient [P] by the names of the model's leaves."""
-        return {f"model.{name}": grad for name, grad in self.engine.layout.cut(flat).items()}
+            more = {_rate_leaf(name): of[name] for name in self.learnable_rates()}
+        loss = weighted(result.loss, task_weights) if result.total_loss is None else result.total_loss
+        return MetaStep(loss, result.loss, result.query_output, result.support_losses, result.grad, more)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
         """Adapts to the support sets [T, S, ...], by default in the learner's own number of inner steps; no graph."""
@@ -290,11 +291,23 @@ def weighted(task_losses: Tensor, task_weights: Tensor | None) -> Tensor:
 class _MetaGradientNode(torch.autograd.Function):
     """The loss of a step that was computed with its gradient; backward hands that out."""
 
+    @classmethod
+    def apply(cls, *given: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError("torch.func cannot differentiate a learner; call backward() on its loss")
+        # Function's own looks for leftovers of torch.func in every argument, and takes as long as the rest.
+        return super(torch.autograd.Function, cls).apply(*given)  # type: ignore[misc]
+
     @staticmethod
-    def forward(ctx: Any, step: MetaStep, names: tuple[str, ...], *leaves: Tensor) -> Tensor:  # type: ignore[override]
-        grads = (step.grads.get(name) for name in names)
-        ctx.save_for_backward(*(torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves)))
-        return step.loss.clone()
+    def forward(  # type: ignore[override]
+        ctx: Any, step: MetaStep, engine: Engine, names: tuple[str, ...], *leaves: Tensor
+    ) -> Tensor:
+        own = len(engine.layout.names)
+        more = [step.more_grads.get(name) for name in names[own:]]
+        missing = (torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(more, leaves[own:]))
+        ctx.save_for_backward(step.grad, *missing)
+        ctx.engine = engine
+        return step.loss.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -302,10 +315,12 @@ class _MetaGradientNode(torch.autograd.Function):
             raise ValueError(
                 "the loss of a learner has no second derivative; call backward() without create_graph=True"
             )
-        needed = ctx.needs_input_grad[2:]
-        grads = [grad if need else None for grad, need in zip(ctx.saved_tensors, needed)]
-        scaled = iter(torch._foreach_mul([grad for grad in grads if grad is not None], grad_output))
-        return (None, None, *(None if grad is None else next(scaled) for grad in grads))
+        flat, *more = ctx.saved_tensors
+        grads = [*ctx.engine.scaled_parts(flat, grad_output), *(grad * grad_output for grad in more)]
+        needed = ctx.needs_input_grad[3:]
+        if not all(needed):
+            grads = [grad if need else None for grad, need in zip(grads, needed)]
+        return (None, None, None, *grads)
 
 
 def _rate_leaf(name: str | None) -> str:

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastmaml import step_statistics
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
 from fastmaml.checks import number, whole_number
-from fastmaml.engine import Adaptation, Engine, MetaGradient
+from fastmaml.engine import Engine
+from fastmaml.engine_results import Adaptation, MetaGradient
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.losses import Loss
 from fastmaml.parameters import ParameterLayout
@@ -125,9 +126,10 @@ class MAMLPlusPlus(Learner):
             self._follow_statistics(batch)
         return step
 
-    def as_step(self, result: MetaGradient, grads: dict[str, Tensor], task_weights: Tensor | None) -> MetaStep:
+    def as_step(self, result: MetaGradient, task_weights: Tensor | None) -> MetaStep:
+        step = super().as_step(result, task_weights)
         of_rows = {f"row.{name}": grad for name, grad in (result.step_rows_grad or {}).items()}
-        return super().as_step(result, grads | of_rows, task_weights)
+        return step._replace(more_grads=step.more_grads | of_rows)
 
     def _rows(self) -> dict[str, Tensor]:
         return {name.replace("/", "."): row for name, row in self.step_rows.items()}

@@ -68,7 +68,8 @@ class MetaCurvature(Learner):
             **self.sweep_options(),
         )
         curvature = {f"curvature.{name}": grad for name, grad in rule.grads.items()}
-        return self.as_step(result, self.model_grads(result.grad) | curvature, task_weights)
+        step = self.as_step(result, task_weights)
+        return step._replace(more_grads=step.more_grads | curvature)
 
     @torch.no_grad()
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:

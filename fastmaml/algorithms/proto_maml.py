@@ -95,7 +95,7 @@ class ProtoMAML(Learner):
         head, body = self._places[0].to(c.device), self._places[1].to(c.device)
         grad = result.grad.index_fill(1, head, 0.0).index_add(1, body, by_body)
         of_task = grad.new_full((len(grad),), 1.0 / len(grad)) if task_weights is None else task_weights.detach()
-        return self.as_step(result, self.model_grads(of_task @ grad), task_weights)
+        return self.as_step(result._replace(grad=of_task @ grad), task_weights)
 
     def _prototypes(self, x: Tensor, y: Tensor) -> Prototypes:
         layer = self.model.get_submodule(self.head)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep, weighted
 from fastmaml.checks import any_target, whole_number
-from fastmaml.engine import Adaptation
+from fastmaml.engine_results import Adaptation
 from fastmaml.inner import Adam, Optimizer, optimizer_of
 from fastmaml.losses import Loss
 from fastmaml.parameters import InnerLr
@@ -103,8 +103,8 @@ class Reptile(Learner):
         task_losses = self.engine.loss(output, query_y)
         support_losses = torch.cat([loop.losses for loop in loops])
         of_task = task_losses.new_full((tasks,), 1.0 / tasks) if task_weights is None else task_weights.detach()
-        grads = self.model_grads(torch.tensordot(of_task, torch.cat(directions), 1))
-        return MetaStep(weighted(task_losses, task_weights), task_losses, output, support_losses, grads)
+        grad = torch.tensordot(of_task, torch.cat(directions), 1)
+        return MetaStep(weighted(task_losses, task_weights), task_losses, output, support_losses, grad, {})
 
     def direction(self, x: Any, y: Tensor) -> tuple[Tensor, Adaptation]:
         """(what stands for the gradient of each task [T, P], the inner loop it came from)."""

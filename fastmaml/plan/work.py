@@ -60,13 +60,13 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.clone.default and _repeats_itself(args[0]):  # .contiguous() of an empty batch
             return torch.ops.aten.alias.default(args[0])
-        if func.namespace != "fastmaml":
+        if func.namespace != "fastmaml" or func is torch.ops.fastmaml.scaled_parts.default:
             return func(*args, **(kwargs or {}))
         shapes = pytree.tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), args)
         results = func(*shapes)  # on meta tensors an operator computes shapes alone
         names = [argument.name for argument in func._schema.arguments]
         tensors = [results] if isinstance(results, Tensor) else results
-        self.calls.append(_call(func._schema.name.split("::")[1], dict(zip(names, args)), tensors))
+        self.calls.append(_call(func._schema.name.split("::")[1], _with_vectors(dict(zip(names, args))), tensors))
         return pytree.tree_map_only(Tensor, self._made_up, results)
 
     def _made_up(self, result: Tensor) -> Tensor:
@@ -79,7 +79,17 @@ def _repeats_itself(x: Tensor) -> bool:
     return x.numel() * x.element_size() > x.untyped_storage().nbytes()
 
 
+def _with_vectors(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of plain_meta_gradient as those of meta_gradient, which it calls."""
+    if "rate" not in given:
+        return given
+    theta = given["theta"]
+    flat = theta[0].new_empty(sum(part.numel() for part in theta), device="meta")
+    return given | {"theta": flat, "rates": flat.unsqueeze(0)}
+
+
 def _call(kind: str, given: dict[str, Any], results: Any) -> EngineCall:
+    kind = kind.removeprefix("plain_")
     params = given["theta"] if "theta" in given else given["params"]
     query = given.get("query_x")
     x = given["support_x"] if query is not None else given["x"]

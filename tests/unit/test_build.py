@@ -113,6 +113,10 @@ OPERATORS = {
         *(a["theta"], a["x"], a["y"], None, a["query_x"], a["query_y"], None, None, a["rates"]),
         *("steps=2 rate_grad=1", "auto", None, None, None, None, a["buffers"]),
     ),
+    "plain_meta_gradient": lambda a: (
+        *([a["theta"][:7], a["theta"][7:]], a["x"], a["y"], a["query_x"], a["query_y"]),
+        *(0.1, "steps=2 rate_grad=1", "auto"),
+    ),
     "solve": lambda a: (a["params"], a["x"], a["y"], None, a["v"], 2.0, 3, 0.1, a["buffers"]),
 }
 

@@ -150,7 +150,7 @@ def test_a_learner_of_ones_own_is_compared_with_finite_differences():
     class Halved(fm.MAML):
         def meta_step(self, batch, task_weights):
             step = super().meta_step(batch, task_weights)
-            return step._replace(grads={name: self.factor * g for name, g in step.grads.items()})
+            return step._replace(grad=self.factor * step.grad)
 
     learner = Halved(net(), 0.3, 2)
     learner.factor = 1.0

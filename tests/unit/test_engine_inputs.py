@@ -104,6 +104,21 @@ def test_an_engine_works_after_bad_input(backend):
     assert torch.equal(engine.meta_gradient(theta, B, 0.1, 1).grad, good)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_by_an_engine_that_knows_the_call(name, backend):
+    given, error, sentence = BAD[name]
+    options = {"batch": B, "model": small_conv(), "loss": "cross_entropy", "inner_lr": 0.1, "steps": 1} | given
+    engine = Engine(options.pop("model"), options.pop("loss"), backend)
+    theta = options.pop("theta", None)
+    batch, inner_lr, steps = (options.pop(key) for key in ("batch", "inner_lr", "steps"))
+    good = R if engine.loss_name == "mse" else B
+    for _ in range(2):
+        engine.meta_gradient(engine.flatten(), good, 0.1, 1)
+    with pytest.raises(error, match=re.escape(sentence)):
+        engine.meta_gradient(engine.flatten() if theta is None else theta, batch, inner_lr, steps, **options)
+
+
 def test_other_entries_check_as_well(backend):
     engine = Engine(small_conv(), backend=backend)
     theta = engine.flatten()

@@ -293,3 +293,15 @@ def test_cross_entropy_learner_improves_on_its_support_set(backend):
     predicted = adapted.predict(batch[0])
     after = torch.stack([cross_entropy(o, y) for o, y in zip(predicted, batch[1])])
     assert (after < adapted.losses[:, 0]).all()
+
+
+def test_torch_func_is_refused_in_one_sentence():
+    model = small_mlp()
+    maml = MAML(model, 0.1, 1, "mse", backend="autodiff")
+    name, weight = next(iter(model.named_parameters()))
+
+    def loss(value):
+        return torch.func.functional_call(maml, {f"model.{name}": value}, regression_batch()).loss
+
+    with pytest.raises(RuntimeError, match="torch.func cannot differentiate a learner"):
+        torch.func.grad(loss)(weight.detach())

@@ -274,5 +274,51 @@ def test_cutting_a_vector_is_splitting_it(empty):
     layout = ParameterLayout(Odd(empty))
     flat = torch.arange(7.0)
     cut, split = layout.cut(flat), layout.split(flat)
-    assert list(cut) == list(split) == list(layout.names)
-    assert all(torch.equal(cut[name], split[name]) for name in split)
+    assert list(split) == list(layout.names)
+    assert all(map(torch.equal, cut, split.values()))
+    assert len(cut) == len(split)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scaled_parts_are_new_tensors(empty, dtype):
+    pytest.importorskip("fastmaml._C")
+    layout = ParameterLayout(Odd(empty))
+    flat = torch.arange(14.0, dtype=dtype)[::2]
+    parts = torch.ops.fastmaml.scaled_parts(flat, torch.tensor(0.5, dtype=dtype), layout.dims)
+    assert len(parts) == len(layout.names)
+    assert all(map(torch.equal, parts, layout.cut(0.5 * flat)))
+    places = [part.untyped_storage().data_ptr() for part in parts if part.numel()]
+    assert len(set(places)) == len(places)
+    torch.library.opcheck(torch.ops.fastmaml.scaled_parts.default, (flat, torch.tensor(0.5, dtype=dtype), layout.dims))
+
+
+BAD_PARTS = {
+    "too few": (torch.zeros(7), torch.ones(()), [1, 3], "shapes hold other than the 7 numbers of the vector"),
+    "too many": (torch.zeros(7), torch.ones(()), [1, 8], "shapes hold other than the 7 numbers of the vector"),
+    "cut off": (torch.zeros(7), torch.ones(()), [2, 7], "shapes end within a shape"),
+    "negative": (torch.zeros(7), torch.ones(()), [-1, 7], "shapes end within a shape"),
+    "types": (torch.zeros(7), torch.ones(()).double(), [1, 7], "scaled_parts takes a vector and a scale of one type"),
+    "no vector": (torch.zeros(7, 1), torch.ones(()), [1, 7], "scaled_parts takes a vector and a scale of one type"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PARTS)
+def test_scaled_parts_that_do_not_fit_are_refused(name):
+    pytest.importorskip("fastmaml._C")
+    *given, sentence = BAD_PARTS[name]
+    with pytest.raises((ValueError, RuntimeError), match=sentence):
+        torch.ops.fastmaml.scaled_parts(*given)
+
+
+def test_a_block_holds_what_was_there_at_its_beginning():
+    net = Net()
+    parameters = ModelParameters(net)
+    replace_module(net)
+    with pytest.raises(KeyError), parameters:
+        before = parameters.named()
+        assert before["body.1.weight"] is net.body[1].weight
+        replace_parameter(net)
+        assert parameters.named() is before
+        raise KeyError
+    assert parameters.named()["first.weight"] is net.first.weight
