@@ -74,6 +74,39 @@ Tensor hvp_call(const std::string& program, const std::string& backend, const Te
   return arrays.params(Arg::grad_dot);
 }
 
+std::tuple<Tensor, Tensor, Tensor> linearise_call(const std::string& program, const std::string& backend, bool gauss_newton,
+                                                  const Tensor& params, const Tensor& x, const Tensor& y, const MaybeTensor& weights,
+                                                  const Tensor& buffers) {
+  Arrays arrays(program, backend, params);
+  Work work;
+  work.kind = Kind::linearise;
+  work.curvature = gauss_newton ? Curvature::gauss_newton : Curvature::hessian;
+  work.how = support(arrays, x, y, weights);
+  arrays.params(Arg::params, "params", params);
+  arrays.buffers(buffers);
+  Arrays::Tapes made = arrays.new_tapes(work);
+  arrays.run(work);
+  arrays.finish(made);
+  return {made.real, made.index, made.tap};
+}
+
+Tensor curvature_call(const std::string& program, const std::string& backend, bool gauss_newton, const Tensor& params, const Tensor& x,
+                      const Tensor& y, const MaybeTensor& weights, const Tensor& tape, const Tensor& tape_index, const Tensor& tape_tap,
+                      const Tensor& v, const Tensor& buffers) {
+  Arrays arrays(program, backend, params);
+  Work work;
+  work.kind = Kind::curvature;
+  work.curvature = gauss_newton ? Curvature::gauss_newton : Curvature::hessian;
+  work.how = support(arrays, x, y, weights);
+  arrays.params(Arg::params, "params", params);
+  arrays.params_of_tasks(Arg::params_dot, "v", v);
+  arrays.buffers(buffers);
+  arrays.tapes(work, {tape, tape_index, tape_tap});
+  arrays.result(Arg::grad_dot, arrays.program().param_count);
+  arrays.run(work);
+  return arrays.params(Arg::grad_dot);
+}
+
 std::tuple<Tensor, Tensor> vjp_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
                                     const Tensor& dy, const Tensor& buffers) {
   Arrays arrays(program, backend, params);

@@ -53,6 +53,7 @@ std::string key_of(const std::string& text, const OpTable& table, const Work& wo
       int64_t(work.memory),
       work.solve_steps,
       work.dual,
+      int64_t(work.curvature),
       how.support_examples,
       how.query_examples,
       how.rates_per_step,
@@ -87,9 +88,16 @@ Schedule schedule_of(const Program& net, const Work& work) {
       return conjugate_gradient_schedule(net, how.support_examples, how.support_weights, work.solve_steps);
     case Kind::passes:
       return passes_schedule(net, how.support_examples, work.dual);
+    case Kind::linearise:
+      return curvature_schedules(net, how.support_examples, how.support_weights, work.curvature).first;
+    case Kind::curvature:
+      return curvature_schedules(net, how.support_examples, how.support_weights, work.curvature).second;
   }
   throw std::logic_error("a kind of work without a schedule");
 }
+
+// Of a Schedule that is run as two.
+bool is_part(Kind kind) { return kind == Kind::linearise || kind == Kind::curvature; }
 
 // The table that is the backend's fastest for the network and the numbers of examples, which are all that the choice may look at.
 const OpTable& best_layout(const OpTable& table, const Program& net, const Adaptation& how) {
@@ -113,7 +121,9 @@ Plan make_plan(const std::string& text, const OpTable& backend, Work work) {
     if (plan.lanes() > 1) plan.schedule = lane_schedule(std::move(plan.schedule));
     plan.workspace = plan_workspace(plan.schedule, table);
   };
-  if (table.resident) {
+  if (is_part(work.kind)) {
+    plan.resident.declines = "a tape between two calls must be of one network, and the two might decide differently";
+  } else if (table.resident) {
     write();
     plan.resident = table.resident->encode(plan.schedule, table.resident->fast_bytes());
   }
@@ -150,7 +160,9 @@ Kind kind_named(const std::string& name) {
                       {"adapt", Kind::adapt},
                       {"meta_gradient", Kind::meta_gradient},
                       {"solve", Kind::solve},
-                      {"passes", Kind::passes}});
+                      {"passes", Kind::passes},
+                      {"linearise", Kind::linearise},
+                      {"curvature", Kind::curvature}});
 }
 
 Memory memory_named(const std::string& name) {
