@@ -35,7 +35,7 @@ class Autodiff:
         self.inputs: Packing | None = None  # how the model's inputs lie in x; None: x is the input
         self.outputs: Packing | None = None  # how its outputs lie in one tensor, known after the first evaluation
         self._tasks = TaskDerivatives(self._loss)
-        self._of_outputs = TaskDerivatives(lambda z, y, w: (self._loss_of_output(z, y, w), z))
+        self._of_outputs = TaskDerivatives(self._loss_of_output)
 
     @property
     def note(self) -> str:
@@ -109,10 +109,11 @@ class Autodiff:
         self, phi: Tensor, x: Tensor, y: Tensor, w: Tensor, support_x: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         output = self._output(phi, x, support_x)
-        return self._loss_of_output(output, y, w), output
+        return self._loss_of_output(output, y, w)
 
-    def _loss_of_output(self, output: Tensor, y: Tensor, w: Tensor) -> Tensor:
-        return weighted(self.loss, output if self.outputs is None else self.outputs.unpack(output, 1), y, w)
+    def _loss_of_output(self, output: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        seen = output if self.outputs is None else self.outputs.unpack(output, 1)
+        return weighted(self.loss, seen, y, w), output
 
     def _jvp_of_one(self, style: int) -> Callable[..., tuple[Tensor, Tensor]]:
         derivative: Callable[..., Any] = torch.autograd.functional.jvp if style == DOUBLE_BACKWARD else jvp

@@ -11,6 +11,7 @@
 #include "bindings/named.h"
 #include "bindings/stash_budget.h"
 #include "ops/lane_schedule.h"
+#include "program/chunks.h"
 
 namespace fastmaml {
 namespace {
@@ -18,6 +19,7 @@ namespace {
 // A gradient of more bytes has left the cache before it is read, so it is made in chunks that have not; both are chosen from the network
 // and N alone, as a sum's order depends on them.
 constexpr int64_t kCacheBytes = int64_t(2) << 20, kChunkBytes = int64_t(512) << 10;
+constexpr int64_t kChunkedBytes = int64_t(1) << 20;  // likewise of what a run of layers touches
 constexpr size_t kCached = 64;  // a plan of 100 inner steps of Conv4 holds megabytes of Steps
 
 // Values by key. When it is full everything goes: a program that makes that many plans has no favourites.
@@ -118,6 +120,7 @@ Plan make_plan(const std::string& text, const OpTable& backend, Work work) {
     plan.schedule = fuse(schedule_of(*plan.program, work), supports);
     if (!table.device)
       plan.schedule = stream(plan.schedule, {kCacheBytes / int64_t(table.real_bytes), kChunkBytes / int64_t(table.real_bytes)});
+    if (!table.device && plan.lanes() == 1) plan.schedule = in_chunks(plan.schedule, {kChunkedBytes / int64_t(table.real_bytes)});
     if (plan.lanes() > 1) plan.schedule = lane_schedule(std::move(plan.schedule));
     plan.workspace = plan_workspace(plan.schedule, table);
   };

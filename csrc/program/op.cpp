@@ -77,6 +77,8 @@ size_t op_outputs(Op op) {
     case Op::conv2d_bwd_weight_jvp:
     case Op::batch_norm_bwd_weight:
     case Op::batch_norm_bwd_weight_jvp:
+    case Op::pointwise_fwd_dual:
+    case Op::pointwise_bwd_dual:
     case Op::group_norm_fwd:
     case Op::group_norm_fwd_jvp:
     case Op::max_pool2d_fwd:

@@ -103,7 +103,8 @@ struct Schedule {
   void step(Op op, const Layer& layer, int64_t examples, std::initializer_list<Operand> operands, int64_t stat_examples = 0);
 };
 
-// The same work with an sgd_adjoint for its parts where they follow each other, where it is supported.
+// The same work with an sgd_adjoint for its parts where they follow each other, and a pointwise function's dual for it and its tangent,
+// where they are supported.
 Schedule fuse(Schedule schedule, const std::function<bool(Op)>& supports);
 
 // The same work with the gradients by large images made and used up a few images at a time (stream.cpp).

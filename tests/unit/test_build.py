@@ -128,7 +128,9 @@ OPERATORS = {
 def test_opcheck_accepts(name):
     operator = getattr(torch.ops.fastmaml, name).default
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    if name == "linearise":  # two runs leave different numbers in the gaps between a tape's parts, which the last compares
+    if (
+        name == "linearise"
+    ):  # two runs leave different numbers in the gaps between a tape's parts, which the last compares
         checks = checks[:-1]
     torch.library.opcheck(operator, (TEXT, "cpu", *OPERATORS[name](arguments())), test_utils=checks)
 
