@@ -139,12 +139,15 @@ class Fastmaml(Parts):
         ).grad  # fmt: skip
 
     def fisher(self) -> Callable[[Tensor], Tensor]:
+        step = self.engine.curvature(self.theta, self.x, self.actions, self.weights)
+        divergence = self.engine.curvature(self.adapted, self.query_x, self.means, self.even, gauss_newton=True)
+
         def through_step(v: Tensor) -> Tensor:
-            return v - self.case.inner_lr * self.engine.hvp(self.theta, self.x, self.actions, v, self.weights)
+            return v - self.case.inner_lr * step.product(v)
 
         def product(v: Tensor) -> Tensor:
-            u = through_step(v.expand(self.case.tasks, -1).contiguous())
-            return through_step(self.engine.hvp(self.adapted, self.query_x, self.means, u, self.even)).mean(0)
+            u = through_step(v.expand(self.case.tasks, -1))
+            return through_step(divergence.product(u)).mean(0)
 
         return product
 

@@ -6,9 +6,12 @@ random layers are handled stands in task_derivatives.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp
+from torch.func import functional_call, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmaml import batch_norm
@@ -16,7 +19,7 @@ from fastmaml.losses import LossFunction, weighted
 from fastmaml.packing import Packing
 from fastmaml.parameters import ParameterLayout
 from fastmaml.sweep import Examples
-from fastmaml.task_derivatives import TaskDerivatives
+from fastmaml.task_derivatives import DOUBLE_BACKWARD, TaskDerivatives
 
 
 class Autodiff:
@@ -32,6 +35,7 @@ class Autodiff:
         self.inputs: Packing | None = None  # how the model's inputs lie in x; None: x is the input
         self.outputs: Packing | None = None  # how its outputs lie in one tensor, known after the first evaluation
         self._tasks = TaskDerivatives(self._loss)
+        self._of_outputs = TaskDerivatives(self._loss_of_output)
 
     @property
     def note(self) -> str:
@@ -62,6 +66,12 @@ class Autodiff:
     def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
         """(grad [T, P], H v [T, P])."""
         return self._tasks.hvp(step, params, v, *at)
+
+    def gauss_newton(self, params: Tensor, at: Examples, v: Tensor) -> Tensor:
+        """J^T L J v [T, P]: L the loss's Hessian by the outputs. Each of the three passes sees the same random layers."""
+        z, z_dot = self._tasks.over_tasks(self._jvp_of_one, 0, params, at.x, v)
+        _, dz_dot = self._of_outputs.hvp(0, z, z_dot, at.y, at.w)
+        return self.vjp(params, at.x, dz_dot)[1]
 
     def vjp(self, params: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """(output y [T, N, ...], dy^T dy/dparams [T, P])."""
@@ -99,8 +109,21 @@ class Autodiff:
         self, phi: Tensor, x: Tensor, y: Tensor, w: Tensor, support_x: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         output = self._output(phi, x, support_x)
+        return self._loss_of_output(output, y, w)
+
+    def _loss_of_output(self, output: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         seen = output if self.outputs is None else self.outputs.unpack(output, 1)
         return weighted(self.loss, seen, y, w), output
+
+    def _jvp_of_one(self, style: int) -> Callable[..., tuple[Tensor, Tensor]]:
+        derivative: Callable[..., Any] = torch.autograd.functional.jvp if style == DOUBLE_BACKWARD else jvp
+
+        def of_one(phi: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.set_grad_enabled(style == DOUBLE_BACKWARD):
+                y, y_dot = derivative(lambda point: self._output(point, x), (phi,), (v,))
+            return y, y_dot
+
+        return of_one
 
     def _vjp_of_one(self, phi: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         y, pull = vjp(lambda point: self._output(point, x), phi)  # type: ignore[misc]

@@ -78,6 +78,21 @@ class Compiled:
         with self._loss_of(at):
             return None, self._call("hvp", params, *_contiguous(at), v.contiguous())[0]
 
+    def linearise(self, params: Tensor, at: Given, gauss_newton: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """What `curvature` with the same arguments takes, in the backend's own types and layout."""
+        with self._loss_of(at):
+            tape, index, tap = self._operator("linearise", gauss_newton, params.contiguous(), *_contiguous(at))
+        return tape, index, tap
+
+    def curvature(
+        self, params: Tensor, at: Given, gauss_newton: bool, tape: tuple[Tensor, Tensor, Tensor], v: Tensor
+    ) -> Tensor:
+        with self._loss_of(at):
+            mv: Tensor = self._operator(
+                "curvature", gauss_newton, params.contiguous(), *_contiguous(at), *tape, v.contiguous()
+            )
+        return mv.to(params.dtype)
+
     def vjp(self, params: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         y, grad = self._call("vjp", params, x, dy)
         return y, grad
@@ -168,13 +183,17 @@ class Compiled:
 
     def _call(self, op: str, params: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """The reference backend computes in float64 and answers in the caller's type."""
-        operator = getattr(torch.ops.fastmaml, op).default
-        given = (params.contiguous(), *arguments, self.program.gather_buffers(self.model, params))
-        if self.backend == "reference":
-            given = tuple(g.double() if isinstance(g, Tensor) and g.is_floating_point() else g for g in given)
-        result = operator(self.program.text, self.backend, *given)
+        result = self._operator(op, params.contiguous(), *arguments)
         results = (result,) if isinstance(result, Tensor) else result
         return tuple(r.to(params.dtype) for r in results) if self.backend == "reference" else results
+
+    def _operator(self, op: str, *arguments: Any) -> Any:
+        """One of the arguments is the parameters; results are in the backend's type."""
+        params = next(a for a in arguments if isinstance(a, Tensor))
+        given = (*arguments, self.program.gather_buffers(self.model, params))
+        if self.backend == "reference":
+            given = tuple(g.double() if isinstance(g, Tensor) and g.is_floating_point() else g for g in given)
+        return getattr(torch.ops.fastmaml, op).default(self.program.text, self.backend, *given)
 
 
 def scaled_parts(flat: Tensor, scale: Tensor, layout: ParameterLayout) -> Sequence[Tensor]:

@@ -18,6 +18,7 @@ from fastmaml import checks, loop_arguments, sweep
 from fastmaml.backend import Backend, plain
 from fastmaml.compiled import LoopTensors, scaled_parts
 from fastmaml.conjugate_gradients import conjugate_gradients
+from fastmaml.curvature import Curvature
 from fastmaml.engine_results import Adaptation, MetaGradient, Solution
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.interchange import any_arrays
@@ -159,6 +160,43 @@ class Engine(Backend):
         v = self._direction(v, x, params)
         self._autodiff.begin()
         return self._hvp(program, params, at, v, self._mask(params))
+
+    @any_arrays
+    @_without_graph
+    def curvature(
+        self, params: Tensor, x: Tensor, y: Tensor, weights: Tensor | None = None, gauss_newton: bool = False
+    ) -> Curvature:
+        """The Hessian of each task's loss at params, for many products: hvp's results without its gradient pass each time.
+
+        gauss_newton: J^T L J instead, with J the Jacobian of the outputs by the parameters and L the loss's Hessian by the
+        outputs. It is positive semidefinite for the built-in losses, for which it is the Fisher matrix, and the Hessian
+        where the gradient by the outputs is zero. Arguments as grad's; they must not change while products are asked for.
+        """
+        params = self._parameters("params", params)
+        x = self._one_tensor("x", x, params)
+        program, at = self._examples("x", x, "y", y, "weights", weights, params)
+        mask = self._mask(params)
+        if program is not None:
+            compiled = self._compiled(program)
+            tape = compiled.linearise(params, at, gauss_newton)
+
+            def product(v: Tensor) -> Tensor:
+                return _masked(compiled.curvature(params, at, gauss_newton, tape, _masked(v, mask)), mask)
+
+            return Curvature(product, x.shape[0], params, tape)
+        of_tasks, weighted, packing = self._per_task(params, x), self._weighted(at), self._autodiff.inputs
+        autodiff, seed = (
+            self._autodiff,
+            int(torch.randint(2**31, (), dtype=torch.int64)),
+        )  # all products see one network
+
+        def by_autodiff(v: Tensor) -> Tensor:
+            autodiff.begin(seed).inputs = packing
+            if gauss_newton:
+                return _masked(autodiff.gauss_newton(of_tasks, weighted, _masked(v, mask)), mask)
+            return _masked(autodiff.hvp(of_tasks, weighted, _masked(v, mask))[1], mask)
+
+        return Curvature(by_autodiff, x.shape[0], params, ())
 
     def _hvp(self, program: Program | None, params: Tensor, at: Given, v: Tensor, mask: Tensor | None) -> Tensor:
         v = _masked(v, mask)

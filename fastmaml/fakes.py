@@ -46,6 +46,35 @@ def _hvp(program: str, backend: str, params: Tensor, x: Tensor, *rest: Any) -> T
     return params.new_empty([x.shape[0], params.shape[-1]])
 
 
+@register_fake("fastmaml::linearise")
+def _linearise(
+    program: str,
+    backend: str,
+    gauss_newton: bool,
+    params: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    buffers: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fastmaml import _C  # type: ignore[attr-defined,unused-ignore]
+
+    real, index, tap = _C.tape_sizes(
+        program, backend, gauss_newton, params.element_size(), int(x.shape[1]), weights is not None
+    )
+    T = x.shape[0]
+    return (
+        params.new_empty([T, real]),
+        params.new_empty([T, index], dtype=torch.int32),
+        params.new_empty([T, tap], dtype=torch.int8),
+    )
+
+
+@register_fake("fastmaml::curvature")
+def _curvature(program: str, backend: str, gauss_newton: bool, params: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return params.new_empty([x.shape[0], params.shape[-1]])
+
+
 @register_fake("fastmaml::vjp")
 def _vjp(program: str, backend: str, params: Tensor, x: Tensor, dy: Tensor, buffers: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(dy), params.new_empty([x.shape[0], params.shape[-1]])

@@ -281,6 +281,7 @@ bool Arrays::as_torch() const { return !table_->device && in_torch_order(params(
 
 Tensor Arrays::params(Arg arg) const {
   const auto made = std::find_if(made_.begin(), made_.end(), [arg](const Made& m) { return m.arg == arg; });
+  if (made == made_.end()) throw std::logic_error("no params_result for this argument");
   return made->tensor ? in_callers_type(*made->tensor) : to_torch(params(), args_[static_cast<int>(arg)].data, made->sizes);
 }
 

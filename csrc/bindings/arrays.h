@@ -40,6 +40,14 @@ class Arrays {
   void buffers(const Tensor& buffers);                                                   // [B]
   void numbers(Arg arg, std::initializer_list<double> values);                           // for all tasks
 
+  // What a linearisation leaves for the products with its curvature, by type: [T, its size in `work`'s Schedule] (tapes.cpp).
+  struct Tapes {
+    Tensor real, index, tap;
+  };
+  Tapes new_tapes(const Work& work);                 // where it will be
+  void finish(Tapes& tapes) const;                   // it is there
+  void tapes(const Work& work, const Tapes& tapes);  // as an input
+
   // Where the results will be. They live in this object until a function below hands them out.
   void result(Arg arg, int64_t size);                             // [size] a task
   void params_result(Arg arg, std::optional<int64_t> rows = {});  // [P] or [rows, P] a task, for params() below

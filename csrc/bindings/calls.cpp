@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -55,6 +54,21 @@ void sum_into(const Tensor& to, const Tensor& loss, const MaybeTensor& task_weig
     sum += double(of_task[t]) * (task_weights ? double(strided(*task_weights)) : 1.0);
   }
   *static_cast<Real*>(to.mutable_data_ptr()) = Real(task_weights ? sum : sum / double(tasks));
+}
+
+// [1, P] of one number, which is stored once
+Tensor repeated(double value, int64_t P, torch::headeronly::ScalarType type) {
+  const bool single = type == torch::headeronly::ScalarType::Float;
+  const int64_t sizes[] = {1, P}, strides[] = {1, 0};
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      2, sizes, strides, single ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(), aoti_torch_device_type_cpu(), 0, &made));
+  const Tensor x(made);
+  if (single)
+    *static_cast<float*>(x.mutable_data_ptr()) = float(value);
+  else
+    *static_cast<double*>(x.mutable_data_ptr()) = value;
+  return x;
 }
 
 // The losses [T] as the one number whose gradient the reduced ones are.
@@ -119,6 +133,39 @@ Tensor hvp_call(const std::string& program, const std::string& backend, const Te
   arrays.params(Arg::params, "params", params);
   arrays.params_of_tasks(Arg::params_dot, "v", v);
   arrays.buffers(buffers);
+  arrays.params_result(Arg::grad_dot);
+  arrays.run(work);
+  return arrays.params(Arg::grad_dot);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linearise_call(const std::string& program, const std::string& backend, bool gauss_newton,
+                                                  const Tensor& params, const Tensor& x, const Tensor& y, const MaybeTensor& weights,
+                                                  const Tensor& buffers) {
+  Arrays arrays(program, backend, params);
+  Work work;
+  work.kind = Kind::linearise;
+  work.curvature = gauss_newton ? Curvature::gauss_newton : Curvature::hessian;
+  work.how = support(arrays, x, y, weights);
+  arrays.params(Arg::params, "params", params);
+  arrays.buffers(buffers);
+  Arrays::Tapes made = arrays.new_tapes(work);
+  arrays.run(work);
+  arrays.finish(made);
+  return {made.real, made.index, made.tap};
+}
+
+Tensor curvature_call(const std::string& program, const std::string& backend, bool gauss_newton, const Tensor& params, const Tensor& x,
+                      const Tensor& y, const MaybeTensor& weights, const Tensor& tape, const Tensor& tape_index, const Tensor& tape_tap,
+                      const Tensor& v, const Tensor& buffers) {
+  Arrays arrays(program, backend, params);
+  Work work;
+  work.kind = Kind::curvature;
+  work.curvature = gauss_newton ? Curvature::gauss_newton : Curvature::hessian;
+  work.how = support(arrays, x, y, weights);
+  arrays.params(Arg::params, "params", params);
+  arrays.params_of_tasks(Arg::params_dot, "v", v);
+  arrays.buffers(buffers);
+  arrays.tapes(work, {tape, tape_index, tape_tap});
   arrays.params_result(Arg::grad_dot);
   arrays.run(work);
   return arrays.params(Arg::grad_dot);
@@ -228,13 +275,8 @@ MetaGradientResults plain_meta_gradient_call(const std::string& program, const s
                                              double rate, const std::string& loop, const std::string& memory) {
   const Tensor flat = joined(theta);
   const auto type = flat.scalar_type();
-  const int64_t P = flat.numel();
-  // Each space goes at once: the next call takes the memory that was given back last, and this is to be that of the call before.
-  const Tensor rates = host_space()->empty({1, P}, type), no_buffers = host_space()->empty({0}, type);
-  if (type == torch::headeronly::ScalarType::Float)
-    std::fill_n(static_cast<float*>(rates.mutable_data_ptr()), P, float(rate));
-  else
-    std::fill_n(static_cast<double*>(rates.mutable_data_ptr()), P, rate);
+  // The space goes at once: the next call takes the memory that was given back last, and this is to be that of the call before.
+  const Tensor no_buffers = host_space()->empty({0}, type), rates = repeated(rate, flat.numel(), type);
   const MaybeTensor none;
   return meta_gradient_call(program, backend, flat, support_x, support_y, none, query_x, query_y, none, none, rates, loop, memory, none,
                             none, none, none, no_buffers);

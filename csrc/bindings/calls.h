@@ -20,6 +20,15 @@ std::tuple<Tensor, Tensor> grad_call(const std::string& program, const std::stri
 Tensor hvp_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x, const Tensor& y,
                 const MaybeTensor& weights, const Tensor& v, const Tensor& buffers);
 
+// What hvp computes for every direction again, once: (tape, tape_index, tape_tap) for curvature_call with the same arguments.
+std::tuple<Tensor, Tensor, Tensor> linearise_call(const std::string& program, const std::string& backend, bool gauss_newton,
+                                                  const Tensor& params, const Tensor& x, const Tensor& y, const MaybeTensor& weights,
+                                                  const Tensor& buffers);
+
+Tensor curvature_call(const std::string& program, const std::string& backend, bool gauss_newton, const Tensor& params, const Tensor& x,
+                      const Tensor& y, const MaybeTensor& weights, const Tensor& tape, const Tensor& tape_index, const Tensor& tape_tap,
+                      const Tensor& v, const Tensor& buffers);
+
 std::tuple<Tensor, Tensor> vjp_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
                                     const Tensor& dy, const Tensor& buffers);
 

@@ -9,6 +9,7 @@
 #include "bindings/parts.h"
 #include "bindings/profile_rows.h"
 #include "bindings/stash_budget.h"
+#include "bindings/tape_sizes.h"
 #include "bindings/threads.h"
 #ifdef __linux__
 #include "cuda/emulated/emu.h"
@@ -23,6 +24,12 @@ STABLE_TORCH_LIBRARY(fastmaml, m) {
   m.def("forward(str program, str backend, Tensor params, Tensor x, Tensor? support_x, Tensor buffers) -> Tensor");
   m.def("grad(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor buffers) -> (Tensor loss, Tensor grad)");
   m.def("hvp(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor v, Tensor buffers) -> Tensor");
+  m.def(
+      "linearise(str program, str backend, bool gauss_newton, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor buffers) "
+      "-> (Tensor tape, Tensor tape_index, Tensor tape_tap)");
+  m.def(
+      "curvature(str program, str backend, bool gauss_newton, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor tape, "
+      "Tensor tape_index, Tensor tape_tap, Tensor v, Tensor buffers) -> Tensor");
   m.def("vjp(str program, str backend, Tensor params, Tensor x, Tensor dy, Tensor buffers) -> (Tensor y, Tensor grad)");
   m.def(
       "adapt(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor rates, str loop, Tensor? step_rows, "
@@ -54,6 +61,8 @@ void implement(Library& m) {
   m.impl("grad", TORCH_BOX(&fastmaml::grad_call));
   m.impl("vjp", TORCH_BOX(&fastmaml::vjp_call));
   m.impl("hvp", TORCH_BOX(&fastmaml::hvp_call));
+  m.impl("linearise", TORCH_BOX(&fastmaml::linearise_call));
+  m.impl("curvature", TORCH_BOX(&fastmaml::curvature_call));
   m.impl("adapt", TORCH_BOX(&fastmaml::adapt_call));
   m.impl("meta_gradient", TORCH_BOX(&fastmaml::meta_gradient_call));
   m.impl("solve", TORCH_BOX(&fastmaml::solve_call));
@@ -108,6 +117,18 @@ pybind11::dict loop_sizes(const std::string& program, const std::string& text) {
   return sizes;
 }
 
+// (tape, tape_index, tape_tap): elements of a task that linearise returns
+std::tuple<int64_t, int64_t, int64_t> tape_sizes_of(const std::string& program, const std::string& backend, bool gauss_newton,
+                                                    int64_t real_bytes, int64_t examples, bool weights) {
+  Work work;
+  work.kind = Kind::linearise;
+  work.curvature = gauss_newton ? Curvature::gauss_newton : Curvature::hessian;
+  work.how.support_examples = examples;
+  work.how.support_weights = weights;
+  const TapeSizes sizes = tape_sizes(plan_for(program, table_named(backend, size_t(real_bytes)), work)->schedule);
+  return {sizes.real, sizes.index, sizes.tap};
+}
+
 // of one example, as torch has it
 std::vector<int64_t> output_shape(const std::string& text) {
   const Shape shape = program_of(text)->output_shape();
@@ -133,6 +154,8 @@ PYBIND11_MODULE(_C, m) {
       "describe", [](const std::string& program) { return to_string(*program_of(program)); }, "program"_a,
       "The network before a backend fuses its layers, a line per value.");
   m.def("output_shape", &output_shape, "program"_a, "The output of one example, in torch's order.");
+  m.def("tape_sizes", &tape_sizes_of, "program"_a, "backend"_a, "gauss_newton"_a, "real_bytes"_a, "examples"_a, "weights"_a,
+        "What linearise leaves of a task: elements of (tape, tape_index, tape_tap).");
   m.def("loop_sizes", &loop_sizes, "program"_a, "loop"_a, "What the shapes of adapt's and meta_gradient's results depend on.");
   m.def("set_caller_loss", &set_callers_loss, "loss"_a,
         "This thread's function for programs with `loss caller`, or None. loss(query, first_row, z, z_dot, loss_out, dz_out) fills the\n"

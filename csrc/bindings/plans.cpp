@@ -12,6 +12,7 @@
 #include "bindings/stash_budget.h"
 #include "ops/huge_pages.h"
 #include "ops/lane_schedule.h"
+#include "program/chunks.h"
 
 namespace fastmaml {
 namespace {
@@ -19,7 +20,8 @@ namespace {
 // A gradient of more bytes has left the cache before it is read, so it is made in chunks that have not; both are chosen from the network
 // and N alone, as a sum's order depends on them.
 constexpr int64_t kCacheBytes = int64_t(2) << 20, kChunkBytes = int64_t(512) << 10;
-constexpr size_t kCached = 64;  // a plan of 100 inner steps of Conv4 holds megabytes of Steps
+constexpr int64_t kChunkedBytes = int64_t(1) << 20;  // likewise of what a run of layers touches
+constexpr size_t kCached = 64;                       // a plan of 100 inner steps of Conv4 holds megabytes of Steps
 
 // Values by key. When it is full everything goes: a program that makes that many plans has no favourites.
 template <class Value>
@@ -54,6 +56,7 @@ std::string key_of(const std::string& text, const OpTable& table, const Work& wo
       int64_t(work.memory),
       work.solve_steps,
       work.dual,
+      int64_t(work.curvature),
       how.support_examples,
       how.query_examples,
       how.rates_per_step,
@@ -89,9 +92,16 @@ Schedule schedule_of(const Program& net, const Work& work) {
       return conjugate_gradient_schedule(net, how.support_examples, how.support_weights, work.solve_steps);
     case Kind::passes:
       return passes_schedule(net, how.support_examples, work.dual);
+    case Kind::linearise:
+      return curvature_schedules(net, how.support_examples, how.support_weights, work.curvature).first;
+    case Kind::curvature:
+      return curvature_schedules(net, how.support_examples, how.support_weights, work.curvature).second;
   }
   throw std::logic_error("a kind of work without a schedule");
 }
+
+// Of a Schedule that is run as two.
+bool is_part(Kind kind) { return kind == Kind::linearise || kind == Kind::curvature; }
 
 // The table that is the backend's fastest for the network and the numbers of examples, which are all that the choice may look at.
 const OpTable& best_layout(const OpTable& table, const Program& net, const Adaptation& how) {
@@ -112,10 +122,13 @@ Plan make_plan(const std::string& text, const OpTable& backend, Work work) {
     plan.schedule = fuse(schedule_of(*plan.program, work), supports);
     if (!table.device)
       plan.schedule = stream(plan.schedule, {kCacheBytes / int64_t(table.real_bytes), kChunkBytes / int64_t(table.real_bytes)});
+    if (!table.device && plan.lanes() == 1) plan.schedule = in_chunks(plan.schedule, {kChunkedBytes / int64_t(table.real_bytes)});
     if (plan.lanes() > 1) plan.schedule = lane_schedule(std::move(plan.schedule));
     plan.workspace = plan_workspace(plan.schedule, table);
   };
-  if (table.resident) {
+  if (is_part(work.kind)) {
+    plan.resident.declines = "a tape between two calls must be of one network, and the two might decide differently";
+  } else if (table.resident) {
     write();
     plan.resident = table.resident->encode(plan.schedule, table.resident->fast_bytes());
   }
@@ -152,7 +165,9 @@ Kind kind_named(const std::string& name) {
                       {"adapt", Kind::adapt},
                       {"meta_gradient", Kind::meta_gradient},
                       {"solve", Kind::solve},
-                      {"passes", Kind::passes}});
+                      {"passes", Kind::passes},
+                      {"linearise", Kind::linearise},
+                      {"curvature", Kind::curvature}});
 }
 
 Memory memory_named(const std::string& name) {

@@ -11,7 +11,7 @@
 
 namespace fastmaml {
 
-enum class Kind : uint8_t { forward, gradient, vjp, hvp, adapt, meta_gradient, solve, passes };
+enum class Kind : uint8_t { forward, gradient, vjp, hvp, adapt, meta_gradient, solve, passes, linearise, curvature };
 enum class Memory : uint8_t { low, stash, automatic };
 
 Kind kind_named(const std::string& name);
@@ -23,7 +23,8 @@ struct Work {
   Adaptation how;
   Memory memory = Memory::low;  // meta_gradient
   int solve_steps = 0;
-  bool dual = false;  // passes
+  bool dual = false;                         // passes
+  Curvature curvature = Curvature::hessian;  // linearise, curvature
 };
 
 // How a table that works on whole batches walks a Schedule. automatic: resident, unless that declines.

@@ -9,6 +9,8 @@
 
 FASTMAML_CPU_BEGIN
 
+inline constexpr int64_t kPage = 4096;
+
 template <class T>
 struct TaskMajor {
   using Type = T;
@@ -21,6 +23,8 @@ struct TaskMajor {
     V get(int64_t i) const {
       return load<V>(data + i);
     }
+    // asks for what is read a page later: by itself the machine follows a stream to the end of a page
+    void ahead(int64_t i) const { __builtin_prefetch(data + i + kPage / int64_t(sizeof(T))); }
     template <class V>
     void put(int64_t i, V v) const {
       store(data + i, v);
@@ -79,6 +83,7 @@ struct LaneMajor {
     V get(int64_t i) const {
       return load<V>(data + i * L);
     }
+    void ahead(int64_t i) const { __builtin_prefetch(data + i * L + kPage / int64_t(sizeof(T))); }
     template <class V>
     void put(int64_t i, V v) const {
       store(data + i * L, v);

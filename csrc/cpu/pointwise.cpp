@@ -17,8 +17,15 @@ struct Derivatives {
 };
 
 template <class V>
+constexpr typename Ieee<typename Scalar<V>::type>::Int kSign = std::numeric_limits<typename Ieee<typename Scalar<V>::type>::Int>::min();
+
+template <class V>
 inline __attribute__((always_inline)) V magnitude(V x) {
-  return x < V{} ? -x : x;
+  return std::bit_cast<V>(bits_of(x) & ~kSign<V>);
+}
+template <class V>
+inline __attribute__((always_inline)) V with_sign_of(V x, V sign) {
+  return std::bit_cast<V>((bits_of(x) & ~kSign<V>) | (bits_of(sign) & kSign<V>));
 }
 
 // tanh and 1 - tanh^2, which must not lose its digits where tanh is nearly 1.
@@ -28,9 +35,9 @@ struct Tanh {
   explicit Tanh(V x) {
     using T = typename Scalar<V>::type;
     const V shrink = expm1_negative(T(-2) * magnitude(x));  // e^(-2|x|) - 1
-    const V over = T(1) / (T(2) + shrink), size = -shrink * over;
-    y = x < V{} ? -size : size;
-    slope = T(4) * (T(1) + shrink) * over * over;
+    const V over = reciprocal(T(2) + shrink);
+    y = with_sign_of(shrink * over, x);
+    slope = (T(4) + T(4) * shrink) * (over * over);
   }
 };
 
@@ -39,7 +46,7 @@ struct Sigmoid {
   V s, slope;
   explicit Sigmoid(V x) {
     using T = typename Scalar<V>::type;
-    const V e = exp_negative(-magnitude(x)), over = T(1) / (T(1) + e);
+    const V e = exp_negative(-magnitude(x)), over = reciprocal(T(1) + e);
     s = x < V{} ? e * over : over;
     slope = e * over * over;
   }
@@ -79,6 +86,11 @@ inline __attribute__((always_inline)) Derivatives<V> smooth(V x) {
   }
 }
 
+template <class V>
+struct Pair {
+  V value, tangent;
+};
+
 template <Kind kKind>
 struct Smooth {
   template <class V>
@@ -95,15 +107,38 @@ struct Smooth {
     const Derivatives<V> v = smooth<kKind>(x);
     return v.first * dy_dot + v.second * x_dot * dy;
   }
+  template <class V>
+  Pair<V> forward(V x, V x_dot) const {
+    const Derivatives<V> v = smooth<kKind>(x);
+    return {v.f, v.first * x_dot};
+  }
+  template <class V>
+  Pair<V> backward(V x, V x_dot, V dy, V dy_dot) const {
+    const Derivatives<V> v = smooth<kKind>(x);
+    return {v.first * dy, v.first * dy_dot + v.second * x_dot * dy};
+  }
+};
+
+// Which has no second derivative.
+template <class T>
+struct Kinked : Rectifier<T> {
+  template <class V>
+  Pair<V> forward(V x, V x_dot) const {
+    return {this->value(x), this->times_first(x, x_dot)};
+  }
+  template <class V>
+  Pair<V> backward(V x, V /* x_dot */, V dy, V dy_dot) const {
+    return {this->times_first(x, dy), this->times_first(x, dy_dot)};
+  }
 };
 
 template <class T, class Body>
 void with_function(const Pointwise& s, const Body& body) {
   switch (s.kind) {
     case Kind::relu:
-      return body(Rectifier<T>{T(0)});
+      return body(Kinked<T>{{T(0)}});
     case Kind::leaky_relu:
-      return body(Rectifier<T>{T(s.slope)});
+      return body(Kinked<T>{{T(s.slope)}});
     case Kind::tanh:
       return body(Smooth<Kind::tanh>{});
     case Kind::sigmoid:
@@ -137,6 +172,7 @@ void times_first(const Call& call) {
       const auto out = Layout::operand(call, 0, g), x = Layout::operand(call, 1, g), d = Layout::operand(call, 2, g);
       Layout::each(call.step.examples * s.size, [&](auto lane, int64_t i) {
         using V = decltype(lane);
+        x.ahead(i);
         out.put(i, f.times_first(x.template get<V>(i), d.template get<V>(i)));
       });
     }
@@ -165,6 +201,45 @@ void pointwise_bwd_jvp(const Call& call) {
   });
 }
 
+template <class Layout>
+void pointwise_fwd_dual(const Call& call) {
+  const Pointwise& s = *std::get_if<Pointwise>(&call.layer);
+  with_function<typename Layout::Type>(s, [&](const auto f) {
+    for (int64_t g = 0; g < Layout::groups(call); ++g) {
+      const auto y = Layout::operand(call, 0, g), y_dot = Layout::operand(call, 1, g);
+      const auto x = Layout::operand(call, 2, g), x_dot = Layout::operand(call, 3, g);
+      Layout::each(call.step.examples * s.size, [&](auto lane, int64_t i) {
+        using V = decltype(lane);
+        x.ahead(i);
+        const Pair<V> both = f.forward(x.template get<V>(i), x_dot.template get<V>(i));
+        y.put(i, both.value);
+        y_dot.put(i, both.tangent);
+      });
+    }
+  });
+}
+
+template <class Layout>
+void pointwise_bwd_dual(const Call& call) {
+  const Pointwise& s = *std::get_if<Pointwise>(&call.layer);
+  with_function<typename Layout::Type>(s, [&](const auto f) {
+    for (int64_t g = 0; g < Layout::groups(call); ++g) {
+      const auto dx = Layout::operand(call, 0, g), dx_dot = Layout::operand(call, 1, g);
+      const auto x = Layout::operand(call, 2, g), x_dot = Layout::operand(call, 3, g);
+      const auto dy = Layout::operand(call, 4, g), dy_dot = Layout::operand(call, 5, g);
+      Layout::each(call.step.examples * s.size, [&](auto lane, int64_t i) {
+        using V = decltype(lane);
+        x.ahead(i);
+        dy.ahead(i);
+        const V tangent = x_dot ? x_dot.template get<V>(i) : V{};
+        const Pair<V> both = f.backward(x.template get<V>(i), tangent, dy.template get<V>(i), dy_dot.template get<V>(i));
+        dx.put(i, both.value);
+        dx_dot.put(i, both.tangent);
+      });
+    }
+  });
+}
+
 }  // namespace
 
 template <class Layout>
@@ -173,6 +248,8 @@ void add_pointwise_ops(OpTable& table) {
   set_op(table, Op::pointwise_fwd_jvp, times_first<Layout>);
   set_op(table, Op::pointwise_bwd, times_first<Layout>);
   set_op(table, Op::pointwise_bwd_jvp, pointwise_bwd_jvp<Layout>);
+  set_op(table, Op::pointwise_fwd_dual, pointwise_fwd_dual<Layout>);
+  set_op(table, Op::pointwise_bwd_dual, pointwise_bwd_dual<Layout>);
 }
 FASTMAML_BOTH_LAYOUTS(add_pointwise_ops)
 

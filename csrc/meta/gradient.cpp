@@ -53,6 +53,17 @@ void loss_step(Schedule& out, const Program& net, const Batch& batch, Pass pass,
   }
 }
 
+// The tangent of the gradient by the output.
+Operand loss_tangent(Schedule& out, const Program& net, const Batch& batch, Tape& tape) {
+  const int64_t outputs = batch.examples * net.output_shape().size();
+  if (!tape.dot[net.output]) {  // no parameter reaches the output
+    out.step(Op::fill_zero, Vector{outputs}, 1, {tape.dot[net.output] = out.arena(outputs)});
+  }
+  const Operand dz_dot = out.arena(outputs);
+  loss_step(out, net, batch, Pass::tangent, tape, {}, dz_dot);
+  return dz_dot;
+}
+
 }  // namespace
 
 Batch support_batch(Schedule& out, const Program& net, int64_t examples, bool weights) {
@@ -97,12 +108,17 @@ Batch step_batch(const Program& net, const Adaptation& how, const Batch& support
   return batch;
 }
 
-Tape gradient(Schedule& out, const Program& net, Operand params, const Batch& batch, Operand loss, Operand grad) {
+Tape values(Schedule& out, const Program& net, Operand params, const Batch& batch) {
   Tape tape;
   tape.examples = batch.examples;
   tape.stat_examples = batch.stat_examples;
   tape.params = params;
   forward(out, net, tape, Pass::primal, batch.x, {}, buffers(out, net));
+  return tape;
+}
+
+Tape gradient(Schedule& out, const Program& net, Operand params, const Batch& batch, Operand loss, Operand grad) {
+  Tape tape = values(out, net, params, batch);
   const Operand dz = out.arena(batch.examples * net.output_shape().size());
   loss_step(out, net, batch, Pass::primal, tape, loss, dz);
   backward(out, net, tape, Pass::primal, dz, {}, grad, {});
@@ -118,18 +134,18 @@ void hvp(Schedule& out, const Program& net, Operand params, Operand u, const Bat
   tape.params = params;
   tape.params_dot = u;
   forward(out, net, tape, pass, batch.x, {}, buffers(out, net));
-  const int64_t outputs = batch.examples * net.output_shape().size();
   Operand dz;
   if (!stashed) {
-    dz = out.arena(outputs);
+    dz = out.arena(batch.examples * net.output_shape().size());
     loss_step(out, net, batch, Pass::primal, tape, out.arena(1), dz);
   }
-  if (!tape.dot[net.output]) {  // no parameter reaches the output
-    out.step(Op::fill_zero, Vector{outputs}, 1, {tape.dot[net.output] = out.arena(outputs)});
-  }
-  const Operand dz_dot = out.arena(outputs);
-  loss_step(out, net, batch, Pass::tangent, tape, {}, dz_dot);
-  backward(out, net, tape, pass, dz, dz_dot, grad, hu);
+  backward(out, net, tape, pass, dz, loss_tangent(out, net, batch, tape), grad, hu);
+}
+
+void gauss_newton(Schedule& out, const Program& net, Tape tape, Operand u, const Batch& batch, Operand hu) {
+  tape.params_dot = u;
+  forward(out, net, tape, Pass::tangent, batch.x, {}, buffers(out, net));
+  backward(out, net, tape, Pass::primal, loss_tangent(out, net, batch, tape), {}, hu, {});
 }
 
 Schedule forward_schedule(const Program& net, int64_t examples, int64_t support_examples) {

@@ -31,6 +31,14 @@ Schedule vjp_schedule(const Program& net, int64_t examples);
 // grad_dot = H_S(params) params_dot
 Schedule hvp_schedule(const Program& net, int64_t examples, bool weights);
 
+// The curvature of a task's loss at params, as products of a matrix with params_dot (curvature.cpp).
+enum class Curvature : uint8_t {
+  hessian,
+  gauss_newton,  // J^T L J: J the Jacobian of the outputs, L the loss's Hessian by them
+};
+// first: what all products share; second: grad_dot = the product
+Parts curvature_schedules(const Program& net, int64_t examples, bool weights, Curvature curvature);
+
 // adapted = phi[K], support_losses = L_S(phi[0..K-1]); state_next = the update rule's state behind the last step
 Schedule adapt_schedule(const Program& net, const Adaptation& how);
 
@@ -60,5 +68,8 @@ Tape gradient(Schedule& out, const Program& net, Operand params, const Batch& ba
 // hu = H(params) u. With a tape of the gradient at params only the tangents are computed; without one the gradient pass is
 // computed again beside them (dual), and written to `grad` if that is given.
 void hvp(Schedule& out, const Program& net, Operand params, Operand u, const Batch& batch, const Tape* stashed, Operand hu, Operand grad);
+// A tape of the forward pass alone, and hu = J^T L J u with it.
+Tape values(Schedule& out, const Program& net, Operand params, const Batch& batch);
+void gauss_newton(Schedule& out, const Program& net, Tape tape, Operand u, const Batch& batch, Operand hu);
 
 }  // namespace fastmaml

@@ -116,9 +116,11 @@ int arithmetic_per_element(const Step& step) {
       return 1 + 2 * has(1) + has(2);
     case Op::proximal:
     case Op::clip_norm:
+    case Op::pointwise_fwd_dual:
       return 3;
     case Op::pointwise_bwd_jvp:
       return 4;
+    case Op::pointwise_bwd_dual:
     case Op::clip_norm_adjoint:
     case Op::momentum_update:
     case Op::momentum_adjoint:

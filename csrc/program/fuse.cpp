@@ -1,6 +1,7 @@
 // Layers, and Steps of the sweep, that touch the same numbers become one, where the backend has the ops for it.
 #include <algorithm>
 #include <limits>
+#include <optional>
 
 #include "program/program.h"
 #include "program/schedule.h"
@@ -116,28 +117,41 @@ Program join_rectifiers(const Program& net) {
   return without(net, std::move(nodes), absorbed);
 }
 
-}  // namespace
-
-Program with_torch_weights(const Program& net) {
-  Program out = net;
-  for (Node& node : out.nodes)
-    if (auto* s = std::get_if<Linear>(&node.layer)) {
-      s->out_in = true;
-      out.params[size_t(node.weight)].order = Param::Order::torch;
-    }
-  return out;
+// A pointwise function and its tangent at the same x, in any order.
+std::optional<Step> joined(const Step& a, const Step& b) {
+  if (a.op == Op::pointwise_fwd_jvp || a.op == Op::pointwise_bwd_jvp) {
+    if (b.op == Op::pointwise_fwd || b.op == Op::pointwise_bwd) return joined(b, a);
+    return {};
+  }
+  const auto& [value, tangent] = std::pair(a.operand, b.operand);
+  Step both = b;
+  if (a.op == Op::pointwise_fwd && b.op == Op::pointwise_fwd_jvp && value[1] == tangent[1]) {
+    both.op = Op::pointwise_fwd_dual;
+    both.operand = {value[0], tangent[0], tangent[1], tangent[2]};
+  } else if (a.op == Op::pointwise_bwd && b.op == Op::pointwise_bwd_jvp && value[1] == tangent[1] && value[2] == tangent[3]) {
+    both.op = Op::pointwise_bwd_dual;
+    both.operand = {value[0], tangent[0], tangent[1], tangent[2], tangent[3], tangent[4]};
+  } else {
+    return {};
+  }
+  return both;
 }
 
-Program fuse(const Program& net, const Abilities& backend) {
-  Program out = backend.out_in ? with_torch_weights(net) : net;
-  if (std::all_of(std::begin(kNormPoolActOps), std::end(kNormPoolActOps), backend.supports)) out = join_norm_pool_act(out);
-  if (backend.rectifies) out = join_rectifiers(out);
-  return out;
+Schedule join_pointwise(Schedule schedule) {
+  std::vector<Step> joint;
+  for (const Step& step : schedule.steps) {
+    const std::optional<Step> both = joint.empty() ? std::nullopt : joined(joint.back(), step);
+    if (both)
+      joint.back() = *both;
+    else
+      joint.push_back(step);
+  }
+  schedule.steps = std::move(joint);
+  return schedule;
 }
 
 // rate_grad g lambda;  adjoint_update lambda hu;  scale_by_rate u rate lambda:  the second with one or both of the others
-Schedule fuse(Schedule schedule, const std::function<bool(Op)>& supports) {
-  if (!supports(Op::sgd_adjoint)) return schedule;
+Schedule join_sgd_adjoint(Schedule schedule) {
   const std::vector<Step> parts = std::move(schedule.steps);
   schedule.steps.clear();
   for (size_t i = 0; i < parts.size(); ++i) {
@@ -161,6 +175,30 @@ Schedule fuse(Schedule schedule, const std::function<bool(Op)>& supports) {
     i = scale ? at + 1 : at;
   }
   return schedule;
+}
+
+}  // namespace
+
+Program with_torch_weights(const Program& net) {
+  Program out = net;
+  for (Node& node : out.nodes)
+    if (auto* s = std::get_if<Linear>(&node.layer)) {
+      s->out_in = true;
+      out.params[size_t(node.weight)].order = Param::Order::torch;
+    }
+  return out;
+}
+
+Program fuse(const Program& net, const Abilities& backend) {
+  Program out = backend.out_in ? with_torch_weights(net) : net;
+  if (std::all_of(std::begin(kNormPoolActOps), std::end(kNormPoolActOps), backend.supports)) out = join_norm_pool_act(out);
+  if (backend.rectifies) out = join_rectifiers(out);
+  return out;
+}
+
+Schedule fuse(Schedule schedule, const std::function<bool(Op)>& supports) {
+  if (supports(Op::pointwise_fwd_dual) && supports(Op::pointwise_bwd_dual)) schedule = join_pointwise(std::move(schedule));
+  return supports(Op::sgd_adjoint) ? join_sgd_adjoint(std::move(schedule)) : schedule;
 }
 
 }  // namespace fastmaml

@@ -16,12 +16,48 @@ constexpr const char* kRoles[] = {
     FASTMAML_OPS(X) FASTMAML_CALLER_OPS(X)
 #undef X
 };
-constexpr const char* kArgNames[] = {"none",           "params",          "params_dot",    "buffers",        "rates",    "support_x",
-                                     "support_y",      "support_weights", "support_x_dot", "query_x",        "query_y",  "query_weights",
-                                     "loss_weights",   "step_rows",       "lam",           "mask",           "state",    "step_count",
-                                     "output_grad",    "output_grad_dot", "cg_settings",   "loss",           "grad",     "grad_dot",
-                                     "output",         "output_dot",      "input_grad",    "input_grad_dot", "adapted",  "state_next",
-                                     "support_losses", "query_losses",    "rate_grad",     "step_rows_grad", "solution", "residual"};
+constexpr const char* kArgNames[] = {"none",
+                                     "params",
+                                     "params_dot",
+                                     "buffers",
+                                     "rates",
+                                     "support_x",
+                                     "support_y",
+                                     "support_weights",
+                                     "support_x_dot",
+                                     "query_x",
+                                     "query_y",
+                                     "query_weights",
+                                     "loss_weights",
+                                     "step_rows",
+                                     "lam",
+                                     "mask",
+                                     "state",
+                                     "step_count",
+                                     "output_grad",
+                                     "output_grad_dot",
+                                     "cg_settings",
+                                     "tape",
+                                     "tape_index",
+                                     "tape_tap",
+                                     "loss",
+                                     "grad",
+                                     "grad_dot",
+                                     "output",
+                                     "output_dot",
+                                     "input_grad",
+                                     "input_grad_dot",
+                                     "adapted",
+                                     "state_next",
+                                     "support_losses",
+                                     "query_losses",
+                                     "rate_grad",
+                                     "step_rows_grad",
+                                     "solution",
+                                     "residual",
+                                     "tape_made",
+                                     "tape_index_made",
+                                     "tape_tap_made"};
 static_assert(sizeof(kArgNames) / sizeof(*kArgNames) == kArgs, "one name per Arg");
 }  // namespace
 
@@ -41,6 +77,8 @@ size_t op_outputs(Op op) {
     case Op::conv2d_bwd_weight_jvp:
     case Op::batch_norm_bwd_weight:
     case Op::batch_norm_bwd_weight_jvp:
+    case Op::pointwise_fwd_dual:
+    case Op::pointwise_bwd_dual:
     case Op::group_norm_fwd:
     case Op::group_norm_fwd_jvp:
     case Op::max_pool2d_fwd:

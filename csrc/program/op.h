@@ -59,6 +59,8 @@ namespace fastmaml {
   X(pointwise_fwd_jvp, "y_dot x x_dot")                                                                                            \
   X(pointwise_bwd, "dx x dy")                                                                                                      \
   X(pointwise_bwd_jvp, "dx_dot x [x_dot] dy dy_dot")                                                                               \
+  X(pointwise_fwd_dual, "y y_dot x x_dot")                                                                                         \
+  X(pointwise_bwd_dual, "dx dx_dot x [x_dot] dy dy_dot")                                                                           \
   /* pooling and flatten are linear given the primal argmax: their backward serves tangents too */                                 \
   X(max_pool2d_fwd, "y index x")                                                                                                   \
   X(max_pool2d_fwd_jvp, "y_dot x_dot index")                                                                                       \

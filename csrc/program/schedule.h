@@ -35,6 +35,9 @@ enum class Arg : uint8_t {
   output_grad,   // [N, output] passes: gradient by the output
   output_grad_dot,
   cg_settings,  // [lam, damping]
+  tape,         // what a split Schedule's first part has left for its second, by type (split.cpp)
+  tape_index,
+  tape_tap,
   // results
   loss,      // [1]
   grad,      // [P]
@@ -51,6 +54,9 @@ enum class Arg : uint8_t {
   step_rows_grad,  // [K, R]
   solution,        // [P]
   residual,        // [1]
+  tape_made,       // the same where it is left
+  tape_index_made,
+  tape_tap_made,
   count
 };
 inline constexpr int kArgs = static_cast<int>(Arg::count);
@@ -97,7 +103,8 @@ struct Schedule {
   void step(Op op, const Layer& layer, int64_t examples, std::initializer_list<Operand> operands, int64_t stat_examples = 0);
 };
 
-// The same work with an sgd_adjoint for its parts where they follow each other, where it is supported.
+// The same work with an sgd_adjoint for its parts where they follow each other, and a pointwise function's dual for it and its tangent,
+// where they are supported.
 Schedule fuse(Schedule schedule, const std::function<bool(Op)>& supports);
 
 // The same work with the gradients by large images made and used up a few images at a time (stream.cpp).
@@ -106,6 +113,13 @@ struct StreamSizes {  // in numbers
   int64_t chunk;      // at least one image
 };
 Schedule stream(const Schedule& schedule, const StreamSizes& sizes);
+
+// A Schedule as two that run one after the other, the second as often as one likes. What the Steps before `at` leave for the others passes
+// through the arguments tape*_made of the first and tape* of the second (split.cpp).
+struct Parts {
+  Schedule first, second;
+};
+Parts split(const Schedule& whole, size_t at);
 
 std::string to_string(const Schedule& schedule);  // one line per Step, for reading and for tests
 

@@ -64,6 +64,18 @@ void pointwise_fwd_jvp(const Call& call) {
   }
 }
 
+void pointwise_fwd_dual(const Call& call) {
+  const Pointwise& function = call.shape<Pointwise>();
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real y = real(call, 0, task), y_dot = real(call, 1, task), x = real(call, 2, task), x_dot = real(call, 3, task);
+    for (int64_t i = 0; i < call.step.examples * function.size; ++i) {
+      const Jet jet = evaluate(function, x[i]);
+      y[i] = jet.f;
+      y_dot[i] = jet.df * x_dot[i];
+    }
+  }
+}
+
 // dx = f'(x) dy
 void pointwise_bwd(const Call& call) {
   const Pointwise& function = call.shape<Pointwise>();
@@ -81,6 +93,19 @@ void pointwise_bwd_jvp(const Call& call) {
     const Real dy = real(call, 3, task), dy_dot = real(call, 4, task);
     for (int64_t i = 0; i < call.step.examples * function.size; ++i) {
       const Jet jet = evaluate(function, x[i]);
+      dx_dot[i] = jet.df * dy_dot[i] + jet.ddf * value_or(x_dot, i, 0.0) * dy[i];
+    }
+  }
+}
+
+void pointwise_bwd_dual(const Call& call) {
+  const Pointwise& function = call.shape<Pointwise>();
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real dx = real(call, 0, task), dx_dot = real(call, 1, task), x = real(call, 2, task), x_dot = real(call, 3, task);
+    const Real dy = real(call, 4, task), dy_dot = real(call, 5, task);
+    for (int64_t i = 0; i < call.step.examples * function.size; ++i) {
+      const Jet jet = evaluate(function, x[i]);
+      dx[i] = jet.df * dy[i];
       dx_dot[i] = jet.df * dy_dot[i] + jet.ddf * value_or(x_dot, i, 0.0) * dy[i];
     }
   }

@@ -172,7 +172,13 @@ void same_sweep(const std::string& loop, int rate_grads, int adjoint_updates, in
   report(count(Op::rate_grad) == rate_grads && count(Op::adjoint_update) == adjoint_updates && count(Op::scale_by_rate) == scales &&
              count(Op::sgd_adjoint) == fused_steps,
          what + ": is fused");
-  report(fuse(parts, [](Op op) { return op != Op::sgd_adjoint; }).steps.size() == parts.steps.size(), what + ": is not without the op");
+  report(to_string(fuse(parts, [](Op) { return false; })) == to_string(parts), what + ": is not without the op");
+  const Schedule joint = fuse(parts, [](Op op) { return op != Op::sgd_adjoint; });
+  const auto tangents = [](const Schedule& schedule, Op parted) {
+    return std::count_if(schedule.steps.begin(), schedule.steps.end(), [&](const Step& s) { return s.op == parted; });
+  };
+  report(tangents(parts, Op::pointwise_bwd_jvp) > 0 && tangents(joint, Op::pointwise_bwd_jvp) + tangents(joint, Op::pointwise_fwd_jvp) == 0,
+         what + ": tangents of pointwise functions are joined to them");
 }
 
 void sweeps() {

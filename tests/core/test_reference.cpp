@@ -915,6 +915,26 @@ void test_vectors() {
   expect_close("proximal is in place", {run({Op::proximal, flat}, {a, {2}, b, {9, 18, 31}})[0]}, {{3, 6, 1}}, 0);
 }
 
+// A pointwise function and its tangent in one are the two alone.
+void test_pointwise_dual() {
+  const int64_t size = 7;
+  const Vec x = draw(size), x_dot = draw(size), dy = draw(size), dy_dot = draw(size), none;
+  using Kind = Pointwise::Kind;
+  for (const Kind kind : {Kind::relu, Kind::leaky_relu, Kind::tanh, Kind::sigmoid, Kind::gelu, Kind::gelu_tanh, Kind::silu}) {
+    const Pointwise f{kind, 0.1, size};
+    const std::string name = "pointwise " + std::to_string(int(kind));
+    const Values fwd = run({Op::pointwise_fwd_dual, f}, {hole(size), hole(size), x, x_dot});
+    expect_close(name + ": forward", {fwd[0], fwd[1]},
+                 {run({Op::pointwise_fwd, f}, {hole(size), x})[0], run({Op::pointwise_fwd_jvp, f}, {hole(size), x, x_dot})[0]}, 0);
+    for (const Vec& along : {x_dot, none}) {
+      const Values bwd = run({Op::pointwise_bwd_dual, f}, {hole(size), hole(size), x, along, dy, dy_dot});
+      expect_close(
+          name + ": back", {bwd[0], bwd[1]},
+          {run({Op::pointwise_bwd, f}, {hole(size), x, dy})[0], run({Op::pointwise_bwd_jvp, f}, {hole(size), x, along, dy, dy_dot})[0]}, 0);
+    }
+  }
+}
+
 // ---------------------------------------------------------------- clipping and update rules
 
 // The gradient of <along, f(x)>, entry by entry.
@@ -1136,6 +1156,7 @@ void test_table() {
 int main() {
   test_vectors();
   test_clips();
+  test_pointwise_dual();
   test_momentum();
   test_adam();
   test_products();
