@@ -4,9 +4,9 @@
 #include <cstring>
 
 #include "bindings/profile.h"
+#include "bindings/results.h"
 #include "bindings/space.h"
 #include "bindings/threads.h"
-#include "ops/huge_pages.h"
 #include "program/param_layout.h"
 
 namespace fastmaml {
@@ -35,18 +35,7 @@ class HostSpace : public Space {
  public:
   void* take(size_t bytes) override { return place_->take(bytes); }
 
-  // Not stable::empty: that goes through torch's dispatcher, which takes three times as long.
-  Tensor empty(const std::vector<int64_t>& sizes, Type type) override {
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-    const int32_t dtype = type == Type::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
-    AtenTensorHandle made = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
-    const Tensor x(made);
-    ask_for_huge_pages(x.mutable_data_ptr(), size_t(x.numel()) * (type == Type::Float ? sizeof(float) : sizeof(double)));
-    return x;
-  }
+  Tensor empty(const std::vector<int64_t>& sizes, Type type) override { return empty_on_host(sizes, type); }
 
   void copy(void* to, const void* from, size_t bytes) override {
     if (bytes) std::memcpy(to, from, bytes);

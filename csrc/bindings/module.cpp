@@ -8,6 +8,7 @@
 #include "bindings/calls.h"
 #include "bindings/parts.h"
 #include "bindings/profile_rows.h"
+#include "bindings/results.h"
 #include "bindings/stash_budget.h"
 #include "bindings/tape_sizes.h"
 #include "bindings/threads.h"
@@ -200,6 +201,7 @@ PYBIND11_MODULE(_C, m) {
       [] {
         forget_recordings();
         release_memory();
+        release_results();
       },
       "Gives the memory held between calls back to the system.");
 

@@ -42,7 +42,9 @@ Arrays::Tapes Arrays::new_tapes(const Work& work) {
   const TapeSizes sizes = tape_sizes(plan_for(text_, *table_, work)->schedule);
   const auto made = [&](const Part& part) {
     const int64_t size = sizes.*part.size;
-    const Tensor x = torch::stable::empty({tasks_, size}, type_of(part.made, type()), std::nullopt, callers_device_);
+    const Tensor x = part.made == Arg::tape_made
+                         ? space_->empty({tasks_, size}, type())
+                         : torch::stable::empty({tasks_, size}, type_of(part.made, type()), std::nullopt, callers_device_);
     bind(part.made, x, size);
     return x;
   };
