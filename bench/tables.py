@@ -155,8 +155,8 @@ def hvp(content: Content) -> str:
     several = {case: {r["name"]: r for r in entry["rows"] if r["products"] > 1} for case, entry in entries.items()}
     parts = [_products(single)]
     if any(several.values()):
-        parts.append("Several directions at fixed parameters (the engine computes its primal pass every time, peers keep a "
-                     "linearisation where they can):\n\n" + _products({c: r for c, r in several.items() if r}))  # fmt: skip
+        parts.append("Several directions at fixed parameters, the linearisation that they share included (`Engine.curvature`; peers "
+                     "keep one where they can):\n\n" + _products({c: r for c, r in several.items() if r}))  # fmt: skip
     absent = {f"{who}: {why}" for entry in entries.values() for who, why in entry["absent"].items()}
     parts.append("Not measured on some cases: " + "; ".join(sorted(absent)) + "." if absent else "")
     return "\n\n".join(filter(None, [*parts, belongs_to(content)]))

@@ -45,7 +45,7 @@ def test_rows_waiting_and_outside_make_up_the_workers_time() -> None:
     assert found.busy_s + found.waiting_s + found.outside_s == pytest.approx(found.worker_s, rel=0.05)
     forward = {row.layer: row for row in found.rows if row.op == "linear_fwd" and row.phase == "query"}
     assert forward["linear 3 to 4"].products == 3 * 2 * 5 * 3 * 4  # three tasks
-    text = profile.show(found, CEILINGS, most=2)
+    text = profile.show(found, CEILINGS, most=len(found.rows))  # which are the largest is the machine's business
     assert WAITING in text and OUTSIDE in text and "linear" in text and "next bottleneck" in text
 
 
