@@ -139,7 +139,9 @@ def unrolled(case: LoopCase, i: LoopInputs) -> dict[str, Tensor]:
         )
     shared = ("grad", "rate_grad", "step_rows_grad")
     stacked = {name: torch.stack([task[name].detach() for task in tasks]) for name in tasks[0]}
-    return {name: x.mean(0) if name in shared else x for name, x in stacked.items()}
+    return {name: x.mean(0) if name in shared else x for name, x in stacked.items()} | {
+        "total_loss": stacked["loss"].mean()
+    }
 
 
 def loss_at(case: LoopCase, phi: Tensor, x: Tensor, y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:

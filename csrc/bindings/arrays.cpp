@@ -164,7 +164,7 @@ Arrays::Rates Arrays::rates(const Tensor& rates, const InnerLoop& loop) {
   if (rows < 1 || (rows != 1 && rows != loop.steps) || rates.size(1) != P)
     throw std::invalid_argument(described("rates", rates) + " must be " + to_string({1, P}) + " or " + to_string({loop.steps, P}));
   const bool one = rates.stride(1) == 0 && (rows == 1 || rates.stride(0) == 1) && type() == callers_type_;
-  if (P > 1 && one && loop.plain() && table_->supports(Op::uniform_update)) {
+  if (P > 1 && one && takes_uniform_rate(*table_, loop)) {
     bind(Arg::rates, of_callers_type("rates", rates), 0);
     return {rows, true};
   }
@@ -277,7 +277,7 @@ Tensor Arrays::to_torch(const Params& params, const void* engine, const Sizes& s
 }
 
 // A plan that runs on the host on parameters as torch has them reads the caller's memory, and writes into what is handed out.
-bool Arrays::as_torch() const { return !table_->device && in_torch_order(params()); }
+bool Arrays::as_torch() const { return plan_->as_torch(); }
 
 Tensor Arrays::params(Arg arg) const {
   const auto made = std::find_if(made_.begin(), made_.end(), [arg](const Made& m) { return m.arg == arg; });

@@ -82,16 +82,18 @@ using namespace fastmaml;
 
 std::shared_ptr<const Plan> plan(const std::string& program, const std::string& kind, const std::string& backend, int64_t real_bytes,
                                  int64_t support_examples, int64_t query_examples, const std::string& loop, const std::string& memory,
-                                 int solve_steps) {
+                                 int solve_steps, bool uniform_rate) {
+  const OpTable& table = table_named(backend, size_t(real_bytes));
   Work work;
   work.kind = kind_named(kind);
   work.how.loop = InnerLoop::parse(loop);
   work.how.support_examples = support_examples;
   work.how.query_examples = query_examples;
   work.how.loss_weights = work.how.loop.queries.size() > 1;
+  work.how.uniform_rate = uniform_rate && takes_uniform_rate(table, work.how.loop);
   work.solve_steps = solve_steps;
   work.memory = work.kind == Kind::meta_gradient ? memory_named(memory) : Memory::low;
-  return plan_for(program, table_named(backend, size_t(real_bytes)), work);
+  return plan_for(program, table, work);
 }
 
 std::string steps_of(const Plan& plan) { return to_string(plan.schedule); }
@@ -163,7 +165,7 @@ PYBIND11_MODULE(_C, m) {
         "last two in place: z, z_dot, dz_out [T, N, *output], loss_out [T]; z_dot is None for the loss, loss_out for its tangent.");
   const auto def_planned = [&](const char* name, const auto& function, const char* doc) {
     m.def(name, function, "program"_a, "kind"_a, "backend"_a = "cpu", "real_bytes"_a = 4, "support_examples"_a = 1, "query_examples"_a = 1,
-          "loop"_a = "steps=1", "memory"_a = "low", "solve_steps"_a = 1, doc);
+          "loop"_a = "steps=1", "memory"_a = "low", "solve_steps"_a = 1, "uniform_rate"_a = false, doc);
   };
   def_planned("steps", planned<steps_of>(&plan), "The Schedule of one kind of work, a line per Step.");
   def_planned("arena_bytes", planned<arena_bytes_of>(&plan),

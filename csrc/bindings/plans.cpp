@@ -13,6 +13,7 @@
 #include "ops/huge_pages.h"
 #include "ops/lane_schedule.h"
 #include "program/chunks.h"
+#include "program/param_layout.h"
 
 namespace fastmaml {
 namespace {
@@ -186,11 +187,15 @@ void set_cpu_layout(Layout layout) { forced_layout = layout; }
 
 void set_cuda_walk(Walk walk) { forced_walk = walk; }
 
+bool takes_uniform_rate(const OpTable& table, const InnerLoop& loop) { return loop.plain() && table.supports(Op::uniform_update); }
+
 bool Plan::takes_resident() const {
   if (!table->resident || forced_walk == Walk::layered) return false;
   if (forced_walk == Walk::resident && !resident.declines.empty()) throw std::invalid_argument("no resident walk: " + resident.declines);
   return resident.declines.empty();
 }
+
+bool Plan::as_torch() const { return !table->device && in_torch_order(program->params); }
 
 std::string Plan::walk() const {
   if (!table->device && program->loss.kind == Loss::Kind::caller) return "segments";

@@ -37,6 +37,9 @@ enum class Layout : uint8_t { automatic, tasks, lanes };
 Layout layout_named(const std::string& name);  // "auto", "tasks" or "lanes"
 void set_cpu_layout(Layout layout);            // of this process, for tests and benchmarks; lanes: where the network runs so
 
+// Can a plan make use of one rate for all parameters?
+bool takes_uniform_rate(const OpTable& table, const InnerLoop& loop);
+
 struct Plan {
   std::shared_ptr<const Program> program;  // as the backend runs it: fused
   const OpTable* table;                    // of the backend, for its layout
@@ -48,6 +51,7 @@ struct Plan {
   // Does a run take the resident walk of the table? Throws std::invalid_argument where that is asked for and declines.
   bool takes_resident() const;
   std::string walk() const;                                // which walk it takes, what that needs, or why not the other; a line
+  bool as_torch() const;                                   // on the host, with parameters in torch's order: they are not moved
   int lanes() const { return std::max(table->lanes, 1); }  // tasks that walk side by side
   size_t arena_bytes() const { return lanes() * workspace.task_bytes + workspace.scratch_bytes; }  // one worker's
 };

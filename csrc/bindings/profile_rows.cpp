@@ -27,6 +27,7 @@ pybind11::dict facts(const Plan& plan) {
   facts["memory"] = plan.memory == Memory::stash ? "stash" : "low";
   facts["lanes"] = plan.lanes();
   facts["arena_bytes"] = plan.arena_bytes();
+  facts["as_torch"] = plan.as_torch();
   return facts;
 }
 

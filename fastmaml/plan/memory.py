@@ -32,27 +32,41 @@ def workers(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
     return max(1, min(threads, math.ceil(call.tasks / costs["lanes"])))
 
 
-def arrays(call: EngineCall) -> int:
+def arrays(call: EngineCall, costs: Mapping[str, Any]) -> int:
     """Arguments in the engine's order, results of every task, and the tensors they are handed over as."""
-    reordered = sum(_of_parameters(call))
-    results = sum(size(shape) for shape in call.results)
-    of_tasks = results
-    if call.kind == "meta_gradient" and "per_task=1" not in call.loop:
-        of_tasks += (call.tasks - 1) * sum(size(call.results[i]) for i in REDUCED)
-        of_tasks += sum(size(call.results[i]) for i in REDUCED)  # the sums
-    return call.real_bytes * (reordered + images(call) + results + of_tasks)
+    results = [size(shape) for shape in call.results]
+    reduces = call.kind == "meta_gradient" and "per_task=1" not in call.loop
+    reordered = sum(_of_parameters(call, costs))
+    of_tasks = 0
+    for i, shape in enumerate(call.results):
+        if reduces and i in REDUCED:
+            of_tasks += call.tasks * results[i] + (0 if costs["as_torch"] else results[i])  # and the sum
+        elif not (costs["as_torch"] and _is_of_parameters(shape, call)):
+            of_tasks += results[i]
+    return call.real_bytes * (reordered + images(call) + sum(results) + of_tasks)
 
 
 def ordered(call: EngineCall) -> tuple[int, int]:
     """Numbers that are put from torch's order of parameters into the engine's or back: of vectors of all tasks, of each task."""
-    vectors = [shape for name, shape in call.inputs if name in REORDERED]
-    vectors += [shape for shape in call.results if shape and shape[-1] % call.parameters == 0]
+    if call.costs()["as_torch"]:
+        return 0, 0
+    vectors = [
+        shape for name, shape in call.inputs if name in REORDERED and not (name == "rates" and call.uniform_rate)
+    ]
+    vectors += [shape for shape in call.results if _is_of_parameters(shape, call)]
     of_tasks = sum(size(shape) for shape in vectors if len(shape) > 1 and 1 < call.tasks == shape[0])
     return sum(size(shape) for shape in vectors) - of_tasks, of_tasks
 
 
-def _of_parameters(call: EngineCall) -> list[int]:
-    return [size(shape) for name, shape in call.inputs if name in REORDERED]
+def _is_of_parameters(shape: tuple[int, ...], call: EngineCall) -> bool:
+    return bool(shape) and shape[-1] % call.parameters == 0
+
+
+def _of_parameters(call: EngineCall, costs: Mapping[str, Any]) -> list[int]:
+    stay = REORDERED if costs["as_torch"] else ("rates",) if call.uniform_rate else ()
+    return [
+        size(shape) for name, shape in call.inputs if name in REORDERED and (name not in stay or name == "step_rows")
+    ]
 
 
 def images(call: EngineCall) -> int:

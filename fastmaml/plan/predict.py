@@ -143,9 +143,10 @@ def _parts(
         MODEL: sum(t.numel() * t.element_size() for t in learner.state_dict().values()),
         BATCH: sum(t.numel() * t.element_size() for t in batch),
         ARENAS: max(memory.arenas(call, costs, threads) for call, costs in zip(calls, plans)),
-        ARRAYS: max(memory.arrays(call) for call in calls),
+        ARRAYS: max(memory.arrays(call, costs) for call, costs in zip(calls, plans)),
         PLANS: sum({call: memory.plans(costs) for call, costs in zip(calls, plans)}.values()),
-        GRADIENTS: 3 * trained,  # the start as one vector, the rates, .grad
+        GRADIENTS: (2 if all(call.uniform_rate for call in calls) else 3)
+        * trained,  # the start as one vector, .grad, the rates
         OPTIMIZER_STATE: 2 * trained + 2 * largest,  # Adam's two moments, and its temporary numbers
     }
 

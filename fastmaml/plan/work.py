@@ -30,6 +30,7 @@ class EngineCall(NamedTuple):
     loop: str
     memory: str
     solve_steps: int
+    uniform_rate: bool  # one for all parameters, which the engine knows
     inputs: tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes of the tensors
     results: tuple[tuple[int, ...], ...]
 
@@ -40,6 +41,7 @@ class EngineCall(NamedTuple):
         return dict(_C.costs(
             self.program, self.kind, backend=self.backend, real_bytes=self.real_bytes, support_examples=self.support,
             query_examples=self.query, loop=self.loop, memory=memory or self.memory, solve_steps=self.solve_steps,
+            uniform_rate=self.uniform_rate,
         ))  # fmt: skip
 
 
@@ -66,7 +68,10 @@ class _Recorder(TorchDispatchMode):
         results = func(*shapes)  # on meta tensors an operator computes shapes alone
         names = [argument.name for argument in func._schema.arguments]
         tensors = [results] if isinstance(results, Tensor) else results
-        self.calls.append(_call(func._schema.name.split("::")[1], _with_vectors(dict(zip(names, args))), tensors))
+        rates = dict(zip(names, args)).get("rates")
+        uniform = rates.stride(-1) == 0 if isinstance(rates, Tensor) else "rate" in names
+        call = _call(func._schema.name.split("::")[1], _with_vectors(dict(zip(names, shapes))), tensors)
+        self.calls.append(call._replace(uniform_rate=uniform))
         return pytree.tree_map_only(Tensor, self._made_up, results)
 
     def _made_up(self, result: Tensor) -> Tensor:
@@ -110,6 +115,7 @@ def _call(kind: str, given: dict[str, Any], results: Any) -> EngineCall:
         loop=given.get("loop", "steps=1"),
         memory=given.get("memory", "low"),
         solve_steps=given.get("steps", 1),
+        uniform_rate=False,
         inputs=tuple((name, tuple(tensor.shape)) for name, tensor in tensors),
         results=tuple(tuple(result.shape) for result in results),
     )

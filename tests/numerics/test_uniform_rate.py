@@ -1,0 +1,55 @@
+# One rate for all parameters goes to the engine as one number, and the sweep's direction is lambda itself: the same
+# meta-gradient as with the vector of rates, in rounding.
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import expect_close
+from torch import nn
+
+import fastmaml as fm
+
+
+def problem() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 50), nn.LayerNorm(50), nn.ReLU(), nn.Linear(50, 3)).double()
+    x, y = torch.rand(3, 11, 7, dtype=torch.float64), torch.rand(3, 11, 3, dtype=torch.float64)
+    return model, (x[:, :6], y[:, :6], x[:, 6:], y[:, 6:])
+
+
+@pytest.mark.parametrize("memory", ["low", "stash"])
+@pytest.mark.parametrize("layout", ["tasks", "lanes"])
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("how", [{}, {"truncate": 1}, {"first_order": True}], ids=str)
+def test_is_the_vector_of_equal_rates(how, per_step, layout, memory, compiled):
+    from fastmaml import _C
+
+    model, batch = problem()
+    engine = fm.Engine(model, "mse", compiled.name, memory=memory)
+    theta = engine.flatten()
+    one = torch.tensor([[0.3], [0.2], [0.1]], dtype=torch.float64) if per_step else 0.3
+    vector = (one if per_step else torch.tensor([[one]], dtype=torch.float64)).expand(-1, len(theta)).contiguous()
+    _C.set_cpu_layout(layout)
+    try:
+        found, expected = (
+            engine.meta_gradient(theta, batch, lr, 3, inner_lr_grad=False, **how) for lr in (one, vector)
+        )
+    finally:
+        _C.set_cpu_layout("auto")
+    for name in ("loss", "grad", "query_output", "support_losses"):
+        expect_close(getattr(found, name), getattr(expected, name), 1e-12, name)
+
+
+def test_the_plan_reads_no_rates(cpu):
+    from fastmaml import _C
+
+    model, batch = problem()
+    engine = fm.Engine(model, "mse", "cpu")
+    program = engine._program("x", batch[0], engine.flatten())
+    assert program is not None
+    sizes = {"real_bytes": 8, "support_examples": 6, "query_examples": 5}
+    for loop, uniform in (("steps=2", True), ("steps=2 momentum=0.9", False), ("steps=2 rate_grad=1", False)):
+        steps = _C.costs(program.text, "meta_gradient", loop=loop, uniform_rate=True, **sizes)["steps"]
+        ops = {step["op"] for step in steps}
+        assert ("uniform_update" in ops) == uniform
+        assert not (uniform and ops & {"sgd_update", "scale_by_rate", "sgd_adjoint"})
