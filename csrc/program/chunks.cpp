@@ -8,6 +8,8 @@
 #include <map>
 #include <vector>
 
+#include "program/slot_uses.h"
+
 namespace fastmaml {
 namespace {
 
@@ -192,15 +194,6 @@ class Chunks {
     return {found->second, 0};
   }
 };
-
-// By slot: how many operands name it.
-std::vector<int> uses_of_slots(const std::vector<Step>& steps, size_t slots) {
-  std::vector<int> uses(slots, 0);
-  for (const Step& step : steps)
-    for (const Operand& operand : step.operand)
-      if (operand) ++uses[size_t(operand.slot)];
-  return uses;
-}
 
 // The slots of which the run touches rows alone, and nobody else anything.
 std::vector<bool> local_slots(const Schedule& schedule, const std::vector<int>& uses, const std::vector<Step>& run) {

@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "program/schedule.h"
+#include "program/slot_uses.h"
 
 namespace fastmaml {
 namespace {
@@ -148,14 +148,6 @@ class Streaming {
     return {found->second, 0};
   }
 };
-
-std::vector<int> uses_of_slots(const std::vector<Step>& steps, size_t slots) {
-  std::vector<int> uses(slots, 0);
-  for (const Step& step : steps)
-    for (const Operand& operand : step.operand)
-      if (operand) ++uses[operand.slot];
-  return uses;
-}
 
 }  // namespace
 

@@ -86,7 +86,6 @@ def func_jvp_compiled(p: HvpProblem) -> Product:
     """
     slope = grad(_batched_losses(p))
     own_compiler()
-    torch._dynamo.reset()  # else the ninth case and type of a process runs uncompiled
     product = torch.compile(lambda params, v: jvp(slope, (params,), (v,))[1])
     return lambda: product(p.params, p.v)
 

@@ -1,12 +1,21 @@
-// Whether two Schedules compute the same, in float64.
+// Whether two Schedules compute the same, in float64; and the report of the tests that ask it.
 #pragma once
 
 #include <cmath>
+#include <cstdio>
+#include <string>
 #include <vector>
 
 #include "networks.h"
 
 namespace fastmaml {
+
+inline int passed = 0, failed = 0;
+
+inline void report(bool ok, const std::string& what, const std::string& detail = "") {
+  ok ? ++passed : ++failed;
+  std::printf("%s  %s  %s\n", ok ? "ok  " : "FAIL", what.c_str(), detail.c_str());
+}
 
 using Results = std::vector<std::vector<double>>;
 

@@ -9,13 +9,6 @@
 namespace fastmaml {
 namespace {
 
-int passed = 0, failed = 0;
-
-void report(bool ok, const std::string& what, const std::string& detail = "") {
-  ok ? ++passed : ++failed;
-  std::printf("%s  %s  %s\n", ok ? "ok  " : "FAIL", what.c_str(), detail.c_str());
-}
-
 constexpr int64_t kMany = 410, kCached = 8000;  // examples, and numbers that all of them exceed
 
 bool everything(Op) { return true; }

@@ -13,13 +13,6 @@
 namespace fastmaml {
 namespace {
 
-int passed = 0, failed = 0;
-
-void report(bool ok, const std::string& what, const std::string& detail = "") {
-  ok ? ++passed : ++failed;
-  std::printf("%s  %s  %s\n", ok ? "ok  " : "FAIL", what.c_str(), detail.c_str());
-}
-
 bool everything(Op) { return true; }
 
 // ---------------------------------------------------------------- what is joined

@@ -8,13 +8,6 @@
 namespace fastmaml {
 namespace {
 
-int passed = 0, failed = 0;
-
-void report(bool ok, const std::string& what, const std::string& detail = "") {
-  ok ? ++passed : ++failed;
-  std::printf("%s  %s  %s\n", ok ? "ok  " : "FAIL", what.c_str(), detail.c_str());
-}
-
 // Two blocks and a classifier, a bias in front of a norm, a layer with a stride, and filters that two layers share.
 std::string network(const std::string& mode) {
   const std::string norm = " eps=1e-3 mode=" + mode + "\n";

@@ -32,7 +32,6 @@ def prepare(problem: Problem, compiled: bool = False) -> Call:
 
     both = grad_and_value(meta_loss)
     if compiled:
-        torch._dynamo.reset()  # else the ninth case and type of a process runs uncompiled
         both = torch.compile(both)
 
     def call() -> Answer:

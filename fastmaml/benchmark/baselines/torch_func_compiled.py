@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from fastmaml.benchmark.baselines import torch_func
 from fastmaml.benchmark.exact import Call
 from fastmaml.benchmark.problem import Problem
@@ -18,7 +20,11 @@ def prepare(problem: Problem) -> Call:
 
 
 def own_compiler() -> None:
-    """torch's compiler takes $CXX for the name of one program: of "ccache g++" it gets the compiler alone."""
+    """A fresh start of torch's compiler, or the ninth case and type of a process would run uncompiled.
+
+    It takes $CXX for the name of one program: of "ccache g++" it gets the compiler alone.
+    """
+    torch._dynamo.reset()
     words = os.environ.get("CXX", "").split()
     if len(words) > 1:
         from torch._inductor import config
