@@ -18,7 +18,7 @@ from fastmaml.autodiff import Autodiff
 from fastmaml.caller_loss import CallerLoss
 from fastmaml.compiled import Compiled
 from fastmaml.fused_layers import Unsupported
-from fastmaml.known_calls import KnownCalls
+from fastmaml.known_calls import KnownCalls, KnownHvp, KnownMetaGradient
 from fastmaml.losses import Given, Loss, per_example
 from fastmaml.model_parameters import ModelParameters
 from fastmaml.network import Network, Program, read_network
@@ -106,7 +106,8 @@ class Backend:
         self._why = ""
         self._programs: dict[tuple[int, ...], Program] = {}
         self._output_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
-        self._known = KnownCalls()
+        self._known_meta_gradients: KnownCalls[KnownMetaGradient] = KnownCalls()
+        self._known_hvps: KnownCalls[KnownHvp] = KnownCalls()
         self._choose(backend)
 
     # ---------------------------------------------------------------- which backend

@@ -78,6 +78,12 @@ class Compiled:
         with self._loss_of(at):
             return None, self._call("hvp", params, *_contiguous(at), v.contiguous())[0]
 
+    def plain_hvp(self, params: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """hvp's product without weights, of a network without buffers. The tensors must be as the operator takes them."""
+        return torch.ops.fastmaml.hvp.default(  # type: ignore[no-any-return]
+            self.program.text, self.backend, params, x, y, None, v, params.new_empty(0)
+        )
+
     def linearise(self, params: Tensor, at: Given, gauss_newton: bool) -> tuple[Tensor, Tensor, Tensor]:
         """What `curvature` with the same arguments takes, in the backend's own types and layout."""
         with self._loss_of(at):

@@ -22,7 +22,7 @@ from fastmaml.curvature import Curvature
 from fastmaml.engine_results import Adaptation, MetaGradient, Solution
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.interchange import any_arrays
-from fastmaml.known_calls import Key
+from fastmaml.known_calls import Key, KnownHvp, KnownMetaGradient, key_of_hvp, key_of_meta_gradient
 from fastmaml.losses import Given
 from fastmaml.network import Program
 from fastmaml.parameters import InnerLr, collapse_rates, expand_rates
@@ -150,16 +150,36 @@ class Engine(Backend):
             y, grad = self._compiled(program).vjp(params, plain(x), dy)
         return y, _masked(grad, self._mask(params))
 
-    @any_arrays
-    @_without_graph
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, v: Tensor, weights: Tensor | None = None) -> Tensor:
         """The Hessian of each task's loss times v [T, P]: [T, P]. Rows and columns of frozen parameters are zero."""
+        key = key_of_hvp(self._chosen(), params, x, y, v) if weights is None else None
+        call = None if key is None else self._known_hvps.find(key)
+        if call is not None and self._mask(params) is None and (found := call.run(params, x, y, v)) is not None:
+            return found
+        return self._checked_hvp(params, x, y, v, weights, key)
+
+    @any_arrays
+    @_without_graph
+    def _checked_hvp(
+        self, params: Tensor, x: Tensor, y: Tensor, v: Tensor, weights: Tensor | None, key: Key | None
+    ) -> Tensor:
         params = self._parameters("params", params)
         x = self._one_tensor("x", x, params)
         program, at = self._examples("x", x, "y", y, "weights", weights, params)
         v = self._direction(v, x, params)
         self._autodiff.begin()
-        return self._hvp(program, params, at, v, self._mask(params))
+        mask = self._mask(params)
+        hv = self._hvp(program, params, at, v, mask)
+        # With another backend than before the call the key says the wrong one; labels may have been converted.
+        if (
+            program is not None
+            and key is not None
+            and mask is None
+            and at.y.dtype == y.dtype
+            and key[0] == self._chosen()
+        ):
+            self._known_hvps.add(key, KnownHvp(self._compiled(program)))
+        return hv
 
     @any_arrays
     @_without_graph
@@ -370,8 +390,8 @@ class Engine(Backend):
         )
         if ordinary:
             order, rates = 0 if first_order else truncate, inner_lr if inner is None else inner
-            key = self._known.key(self._chosen(), parts, batch, rates, inner_steps, order, inner_lr_grad)
-            call = None if key is None else self._known.find(key)
+            key = key_of_meta_gradient(self._chosen(), parts, batch, rates, inner_steps, order, inner_lr_grad)
+            call = None if key is None else self._known_meta_gradients.find(key)
             if call is not None and self._mask(parts[0]) is None and (found := call.run(parts, batch)) is not None:
                 return found
         return self._checked_meta_gradient(
@@ -477,8 +497,15 @@ class Engine(Backend):
             )
             # With another backend than before the call the key says the wrong one; labels may have been converted.
             as_given = support.y.dtype == support_y.dtype and query.y.dtype == query_y.dtype
-            if key is not None and mask is None and as_given and key[0] == self._chosen():
-                self._known.add(key, compiled, loop, optimizer.lr)
+            if (
+                key is not None
+                and mask is None
+                and as_given
+                and key[0] == self._chosen()
+                and isinstance(optimizer.lr, float)
+            ):
+                call = KnownMetaGradient(compiled, loop.text(), optimizer.lr, loop.rate_grad)
+                self._known_meta_gradients.add(key, call)
             grad, rate_grad, rows_grad = result.grad, result.rate_grad, result.rows_grad
             total = None if result.total_loss.dim() else result.total_loss
         else:

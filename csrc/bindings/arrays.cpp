@@ -212,6 +212,13 @@ void Arrays::numbers(Arg arg, std::initializer_list<double> values) {
   bind(arg, to, 0);
 }
 
+void Arrays::finite(const char* name, const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  if (!x.is_cpu() || (type != ScalarType::Float && type != ScalarType::Double)) return;
+  const Tensor& whole = kept_.emplace_back(without_gaps(x));
+  space_->expect_finite(name, data_of(whole), x.numel() / tasks_, type == ScalarType::Float ? sizeof(float) : sizeof(double));
+}
+
 // ---------------------------------------------------------------- results
 
 void Arrays::result(Arg arg, int64_t size) { bind(arg, take(tasks_ * size), size); }

@@ -39,6 +39,8 @@ class Arrays {
   bool shared(Arg arg, const char* name, const std::optional<Tensor>& x, int64_t size);  // [size] for all tasks; the same
   void buffers(const Tensor& buffers);                                                   // [B]
   void numbers(Arg arg, std::initializer_list<double> values);                           // for all tasks
+  // Of an input [tasks, ..] of real numbers that run() refuses if one of them is not finite. A device is not asked.
+  void finite(const char* name, const Tensor& x);
 
   // What a linearisation leaves for the products with its curvature, by type: [T, its size in `work`'s Schedule] (tapes.cpp).
   struct Tapes {

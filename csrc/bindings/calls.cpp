@@ -10,31 +10,6 @@
 namespace fastmaml {
 namespace {
 
-// In one pass without branches, for memory of the host: an exponent of all ones carries into the sign.
-template <class Real, class Bits>
-bool all_finite(const Tensor& x) {
-  constexpr Bits kSign = Bits(1) << (8 * sizeof(Bits) - 1), kLeast = Bits(1) << (sizeof(Real) == 4 ? 23 : 52), kExponent = kSign - kLeast;
-  const Tensor whole = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  const auto* numbers = static_cast<const Real*>(whole.const_data_ptr());
-  const int64_t count = whole.numel();
-  Bits carried = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    Bits bits;
-    std::memcpy(&bits, numbers + i, sizeof bits);
-    carried |= (bits & kExponent) + kLeast;
-  }
-  return !(carried & kSign);
-}
-
-// A device is not waited for.
-void expect_finite(const char* name, const Tensor& x) {
-  using torch::headeronly::ScalarType;
-  if (!x.is_cpu()) return;
-  const ScalarType type = x.scalar_type();
-  if ((type == ScalarType::Float && !all_finite<float, uint32_t>(x)) || (type == ScalarType::Double && !all_finite<double, uint64_t>(x)))
-    throw std::invalid_argument(std::string(name) + " holds NaN or infinite values");
-}
-
 // The examples of grad, hvp, adapt and solve.
 Adaptation support(Arrays& arrays, const Tensor& x, const Tensor& y, const MaybeTensor& weights) {
   Adaptation how;
@@ -132,6 +107,9 @@ Tensor hvp_call(const std::string& program, const std::string& backend, const Te
   work.how = support(arrays, x, y, weights);
   arrays.params(Arg::params, "params", params);
   arrays.params_of_tasks(Arg::params_dot, "v", v);
+  arrays.finite("x", x);
+  arrays.finite("y", y);
+  arrays.finite("v", v);
   arrays.buffers(buffers);
   arrays.params_result(Arg::grad_dot);
   arrays.run(work);
@@ -224,10 +202,10 @@ MetaGradientResults meta_gradient_call(const std::string& program, const std::st
   how.query_examples = arrays.examples(Arg::query_x, "query_x", query_x);
   arrays.targets(Arg::support_y, "support_y", support_y, how.support_examples);
   arrays.targets(Arg::query_y, "query_y", query_y, how.query_examples);
-  expect_finite("support_x", support_x);
-  expect_finite("support_y", support_y);
-  expect_finite("query_x", query_x);
-  expect_finite("query_y", query_y);
+  arrays.finite("support_x", support_x);
+  arrays.finite("support_y", support_y);
+  arrays.finite("query_x", query_x);
+  arrays.finite("query_y", query_y);
   how.support_weights = arrays.weights(Arg::support_weights, "support_weights", support_weights, how.support_examples);
   how.query_weights = arrays.weights(Arg::query_weights, "query_weights", query_weights, how.query_examples);
   const int64_t rate_rows = given_loop(arrays, how, loop_text, rates, step_rows, lam, mask);

@@ -1,8 +1,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
+#include "bindings/finite.h"
 #include "bindings/profile.h"
 #include "bindings/results.h"
 #include "bindings/space.h"
@@ -57,24 +61,43 @@ class HostSpace : public Space {
     moves_.push_back({&params, to, from, count, real_bytes});
   }
 
+  // Likewise: the walk of a task whose numbers are refused is left out.
+  void expect_finite(const char* name, const void* x, int64_t count, size_t real_bytes) override {
+    checks_.push_back({name, x, count, real_bytes});
+  }
+
   void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) override {
     Run run{*plan->table, plan->schedule, plan->workspace, args, tasks, plan->lanes()};
     const int64_t groups = (tasks + plan->lanes() - 1) / plan->lanes();
     const int workers = static_cast<int>(std::min<int64_t>(groups, thread_count()));
     WalkClocks clocks(plan, workers, tasks);
     run.clocks = clocks.get();
-    const auto move = [this](int64_t first, int64_t count) {
+    std::atomic<size_t> refused{checks_.size()};
+    const auto prepare = [&](int64_t first, int64_t count) {
+      for (size_t i = 0; i < checks_.size(); ++i)
+        if (!checks_[i].passes(first, count)) {
+          for (size_t least = refused; i < least && !refused.compare_exchange_weak(least, i);) continue;
+          return false;
+        }
       for (const Move& m : moves_) reorder_some(*m.params, true, m.to, m.from, first * m.count, count * m.count, m.real_bytes);
+      return true;
     };
+    const auto expect_none_refused = [&] {
+      if (refused < checks_.size()) throw std::invalid_argument(std::string(checks_[refused].name) + " holds NaN or infinite values");
+    };
+    const bool prepares = !moves_.empty() || !checks_.empty();
     if (plan->program->loss.kind == Loss::Kind::caller) {
       run.caller = loss;
-      if (!moves_.empty()) in_parallel(tasks, [&](int64_t task) { move(task, 1); });
+      if (prepares) in_parallel(tasks, [&](int64_t task) { prepare(task, 1); });
+      expect_none_refused();
       run_segments(run, place_->arenas, workers, in_parallel);
     } else {
-      if (!moves_.empty()) run.before = move;
+      if (prepares) run.before = prepare;
       run_resident(run, place_->arenas, workers, in_parallel);
+      expect_none_refused();
     }
     moves_.clear();
+    checks_.clear();
   }
 
   void reduce(const OpTable& table, void* out, void* x, const void* w, int64_t tasks, int64_t size) override {
@@ -97,8 +120,18 @@ class HostSpace : public Space {
     int64_t count;  // vectors of a task
     size_t real_bytes;
   };
+  struct Check {
+    const char* name;
+    const void* x;
+    int64_t count;  // numbers of a task
+    size_t real_bytes;
+    bool passes(int64_t first, int64_t tasks) const {
+      return all_finite(static_cast<const std::byte*>(x) + size_t(first * count) * real_bytes, tasks * count, real_bytes);
+    }
+  };
   LentWorkplace place_;
   std::vector<Move> moves_;
+  std::vector<Check> checks_;
 };
 
 }  // namespace

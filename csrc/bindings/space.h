@@ -31,6 +31,8 @@ class Space {
   virtual void reorder_tasks(const Params& params, void* to, const void* from, int64_t tasks, int64_t count, size_t real_bytes) {
     reorder(params, true, to, from, tasks * count, real_bytes);
   }
+  // run() throws std::invalid_argument with this name if one of the `count` numbers of a task is not finite. Memory of the host only.
+  virtual void expect_finite(const char* /* name */, const void* /* x */, int64_t /* count */, size_t /* real_bytes */) {}
   // Args are inputs and places for results; results may be elsewhere afterwards, which `args` says then.
   virtual void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) = 0;
   // table.tree_reduce of x [tasks, size]

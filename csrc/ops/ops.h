@@ -165,8 +165,9 @@ struct Run {
   int lanes = 1;  // layout of the arena
   uintptr_t stream = 0;
   std::function<void(const Call&)> caller = {};  // computes the caller's ops (op.h), for all tasks at once
-  // Called by the worker that is about to walk the tasks first .. first + count - 1: run_resident only.
-  std::function<void(int64_t first, int64_t count)> before = {};
+  // Called by the worker that is about to walk the tasks first .. first + count - 1, which it does not where this is false: run_resident
+  // only.
+  std::function<bool(int64_t first, int64_t count)> before = {};
   StepClock* clocks = nullptr;  // one a worker, to measure every Step
 };
 

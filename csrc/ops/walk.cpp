@@ -103,7 +103,7 @@ void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor
   over_groups(groups, workers, parallel_for, [&](int64_t worker, int64_t group) {
     std::byte* arena = arenas.get(int(worker), bytes);
     const int64_t first = group * run.lanes, count = std::min<int64_t>(run.lanes, run.tasks - first);
-    if (run.before) run.before(first, count);
+    if (run.before && !run.before(first, count)) return;
     walk(run, worker, arena, arena + slots, first, count, 0, run.schedule.steps.size());
   });
 }

@@ -145,3 +145,61 @@ def test_the_total_loss_is_what_grad_is_the_gradient_of(weights, backend):
         expected = result.loss.mean() if weights is None else (result.loss * weights).sum()
         torch.testing.assert_close(result.total_loss, expected, rtol=1e-14, atol=0.0)
     assert (result.total_loss is None) == (backend == "autodiff")
+
+
+# ---------------------------------------------------------------- Hessian-vector products
+
+
+def product_inputs(engine, tasks=3):
+    x, y = (part[:tasks] for part in regression_batch()[:2])
+    v = torch.randn(tasks, engine.layout.size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return engine.flatten(), x, y, v
+
+
+@pytest.mark.parametrize("of_tasks", [False, True])
+def test_a_known_product_gives_what_the_first_gave(of_tasks, backend):
+    model = small_mlp()
+    engine = Engine(model, "mse", backend)
+    theta, x, y, v = product_inputs(engine)
+    params = theta.expand(len(x), -1) + torch.arange(len(x))[:, None] / 8 if of_tasks else theta
+    expected = Engine(model, "mse", backend).hvp(params, x, y, v)
+    for _ in range(3):
+        assert torch.equal(engine.hvp(params, x, y, v), expected)
+    assert torch.equal(engine.hvp(params[..., :], x.mT.contiguous().mT, y, v.T.contiguous().T), expected)
+    with_graph = engine.hvp(params.clone().requires_grad_(), x, y, v)
+    assert torch.equal(with_graph, expected)
+    assert not with_graph.requires_grad
+
+
+def test_a_product_after_a_parameter_was_frozen(backend):
+    model = small_mlp()
+    engine = Engine(model, "mse", backend)
+    given = product_inputs(engine)
+    expected = [engine.hvp(*given) for _ in range(2)][-1]
+    first = next(model.parameters()).requires_grad_(False)
+    assert engine.hvp(*given)[:, : first.numel()].abs().max() == 0
+    first.requires_grad_(True)
+    assert torch.equal(engine.hvp(*given), expected)
+
+
+@pytest.mark.parametrize("place", ["x", "y", "v"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_known_product_refuses_what_is_not_finite(place, bad, backend):
+    engine = Engine(small_mlp(), "mse", backend)
+    theta, x, y, v = product_inputs(engine)
+    for _ in range(2):
+        engine.hvp(theta, x, y, v)
+    given = {"x": x.clone(), "y": y.clone(), "v": v.clone()}
+    given[place][2].view(-1)[-1] = bad
+    with pytest.raises(ValueError, match=rf"^{place} \[.*\] holds 1 NaN or infinite values, the first at \[2"):
+        engine.hvp(theta, **given)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_known_meta_gradient_refuses_what_is_not_finite(place, backend):
+    engine = Engine(small_mlp(), "mse", backend)
+    theta, batch = engine.flatten(), [part.clone() for part in regression_batch()]
+    known(engine, theta, tuple(batch), 0.1, 2)
+    batch[place][1].view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=r"holds 1 NaN or infinite values, the first at \[1, 0"):
+        engine.meta_gradient(theta, tuple(batch), 0.1, 2)
