@@ -6,7 +6,11 @@
 #include "ops/ops.h"
 
 #if defined(__x86_64__)
+#ifdef FASTMAML_FEW_ISAS
+#define FASTMAML_ISAS(X) X(portable, true) X(avx2, avx2())
+#else
 #define FASTMAML_ISAS(X) X(portable, true) X(avx2, avx2()) X(avx2x16, avx2()) X(avx512, avx512())
+#endif
 #else
 #define FASTMAML_ISAS(X) X(portable, true)
 #endif
@@ -25,7 +29,7 @@ namespace {
 
 #if defined(__x86_64__)
 bool avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-bool avx512() {
+[[maybe_unused]] bool avx512() {
   return avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq");
 }
