@@ -39,10 +39,14 @@ $(RUN)/report.html: | $(STAMP)/build
 	  $(PY) -m fastmaml train glyphs --algorithm maml --ways 5 --shots 1 --time-limit $(TIME_LIMIT) --out $(RUN); \
 	fi
 
-# The core's own tests are linked with the module's objects, whose sources and flags are the same.
+# The core's own tests are linked with the module's objects, whose sources and flags are the same. Which kernels were launched is asked
+# after all that may launch them.
+EMULATED := $(if $(filter Linux,$(shell uname)),emulated)
+BUILT = $(abspath build/$(shell $(PY) -c "import sys; print(sys.implementation.cache_tag)"))
 test: $(STAMP)/build $(STAMP)/test
-	$(MAKE) --no-print-directory -j $(JOBS) -C csrc test BUILT=$(abspath build/$(shell $(PY) -c "import sys; print(sys.implementation.cache_tag)"))
-	$(PY) -m pytest -q -m "not slow" $(PYTEST)
+	$(MAKE) --no-print-directory -j $(JOBS) -C csrc test $(EMULATED) BUILT=$(BUILT)
+	$(PY) -m pytest -q -n $(JOBS) -m "not slow" $(PYTEST)
+	$(if $(PYTEST),,$(PY) -m pytest -q tests/emulated/test_kernel_coverage.py)
 
 # ---------------------------------------------------------------- its parts
 

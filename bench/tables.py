@@ -232,12 +232,12 @@ def scaling(content: Content) -> str:
 
 
 def startup(content: Content) -> str:
-    lines = [
-        [row["case"], *(number(row[key], 3) for key in ("first_ms", "later_ms", "extra_ms"))] for row in content["rows"]
-    ]
+    keys = ("first_ms", "later_ms", "extra_ms", "collector_ms")
+    lines = [[row["case"], *(number(row[key], 3) for key in keys)] for row in content["rows"]]
+    head = ["first call", "ms", "later, ms", "more, ms", "of it the garbage collector, ms"]
     text = (f"Import of fastmaml beyond torch's own {content['import_torch_s']:.2f} s: {content['import_fastmaml_s']:.3f} s "
             f"(median of {content['processes']} processes).")  # fmt: skip
-    return f"{text}\n\n{markdown(['first call', 'ms', 'later, ms', 'more, ms'], lines)}\n\n{belongs_to(content)}"
+    return f"{text}\n\n{markdown(head, lines)}\n\n{belongs_to(content)}"
 
 
 def sinusoid(content: Content) -> str:

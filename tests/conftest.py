@@ -112,9 +112,26 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which kernels were launched is asked last, after the tests that launch them."""
+def worker_of(config: pytest.Config) -> str:
+    """The name of this worker of `pytest -n`, "" in a process that runs all tests, or hands them out."""
+    return getattr(config, "workerinput", {}).get("workerid", "")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Which kernels were launched is asked last, after the tests that launch them; no worker knows what the others did."""
     items.sort(key=lambda item: item.path.name == "test_kernel_coverage.py")
+    if worker_of(config):
+        items[:] = [item for item in items if item.path.name != "test_kernel_coverage.py"]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if getattr(session.config.option, "numprocesses", None) and not worker_of(session.config):
+        kernel_launches.forget_workers()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if worker := worker_of(session.config):
+        kernel_launches.leave(worker)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -17,8 +18,16 @@ CORE, CUDA = ROOT / "build" / "core", ROOT / "build" / "cuda"
 
 def make(target: str) -> None:
     """`make -C csrc TARGET`, which does nothing where that is up to date. Raises AssertionError with the end of its output."""
-    done = subprocess.run(["make", "-C", str(ROOT / "csrc"), target], capture_output=True, text=True, check=False)
+    jobs = f"-j{len(os.sched_getaffinity(0))}"
+    command = ["make", jobs, "-C", str(ROOT / "csrc"), target, f"BUILT={built()}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"make -C csrc {target}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+def built() -> str:
+    """The folder with the objects of the Python module where it has been built in place, of these sources; "" elsewhere."""
+    folder, stamp = ROOT / "build" / str(sys.implementation.cache_tag), build.PACKAGE / build.STAMP
+    return str(folder) if folder.is_dir() and stamp.is_file() and stamp.read_text().strip() == build.stamp() else ""
 
 
 class Launched(NamedTuple):
@@ -60,6 +69,28 @@ def of_this_process() -> Counter[str]:
     return Counter({symbol: launches for symbol, (launches, _) in module.emulated_kernels().items()})
 
 
+def forget_workers() -> None:
+    for file in CORE.glob("pytest_*.launched"):
+        file.unlink()
+
+
+def leave(worker: str) -> None:
+    """Writes what this process launched for of_workers(): pytest's `worker` ends before the kernels are asked for."""
+    CORE.mkdir(parents=True, exist_ok=True)
+    lines = [build.stamp(), *(f"{launches} 0 0 {symbol}" for symbol, launches in of_this_process().items())]
+    (CORE / f"pytest_{worker}.launched").write_text("\n".join(lines) + "\n")
+
+
+def of_workers() -> Counter[str]:
+    """symbol -> launches by the workers of `pytest -n`, when that ran last on these sources."""
+    found: Counter[str] = Counter()
+    for file in CORE.glob("pytest_*.launched"):
+        stamp, _, text = file.read_text().partition("\n")
+        if stamp == build.stamp():
+            found.update({symbol: kernel.launches for symbol, kernel in parse(text).items()})
+    return found
+
+
 def readable_names() -> dict[str, str]:
     from fastmaml import _C
 
@@ -86,10 +117,11 @@ def ptxas_entries(log: str) -> set[str]:
 def summary() -> str:
     """One line on what was launched, "" where nothing was."""
     here, programs = of_this_process(), of_programs()
+    here.update(of_workers())
     if not sum(here.values()) + sum(programs.values()):
         return ""
     both = here + programs  # without the kernels that count 0
     return (
-        f"emulated CUDA kernels: {sum(here.values())} launches of {len(+here)} kernels in this process, "
+        f"emulated CUDA kernels: {sum(here.values())} launches of {len(+here)} kernels by pytest, "
         f"{sum(programs.values())} of {len(+programs)} by the C++ tests; {len(both)} of {len({*here, *programs})} covered"
     )

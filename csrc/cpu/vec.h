@@ -118,6 +118,19 @@ inline __attribute__((always_inline)) V multiply_add(V a, V b, V c) {
 #endif
     if constexpr (sizeof(V) == 32)
       return kFloats ? V(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c))) : V(_mm256_fmadd_pd(__m256d(a), __m256d(b), __m256d(c)));
+    if constexpr (sizeof(V) == 64) {  // 16 lanes where registers have 8
+      V sum;
+      for (int half = 0; half < 2; ++half) {
+        __m256 x, y, z;
+        const auto at = [half](auto& whole) { return reinterpret_cast<char*>(&whole) + half * sizeof(x); };
+        std::memcpy(&x, at(a), sizeof(x));
+        std::memcpy(&y, at(b), sizeof(x));
+        std::memcpy(&z, at(c), sizeof(x));
+        z = kFloats ? _mm256_fmadd_ps(x, y, z) : __m256(_mm256_fmadd_pd(__m256d(x), __m256d(y), __m256d(z)));
+        std::memcpy(at(sum), &z, sizeof(x));
+      }
+      return sum;
+    }
     for (size_t i = 0; i < sizeof(V) / sizeof(a[0]); ++i) c[i] = std::fma(a[i], b[i], c[i]);
     return c;
   }

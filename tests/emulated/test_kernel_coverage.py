@@ -13,9 +13,9 @@ if not hasattr(__import__("fastmaml._C")._C, "emulated_kernels"):
 
 @pytest.fixture(scope="module")
 def launches():
-    """Of the C++ test programs, which run first where they are not up to date, and of all tests of this process before."""
-    kernel_launches.make("launched")
-    return kernel_launches.of_programs() + kernel_launches.of_this_process()
+    """Of the C++ test programs, which run first where they are not up to date, and of all tests before."""
+    kernel_launches.make("emulated")
+    return kernel_launches.of_programs() + kernel_launches.of_workers() + kernel_launches.of_this_process()
 
 
 def missing(kernels, launches, names):

@@ -5,14 +5,12 @@
 
 #include "ops/ops.h"
 
+#ifndef FASTMAML_ISAS  // the sanitizers' builds name fewer
 #if defined(__x86_64__)
-#ifdef FASTMAML_FEW_ISAS
-#define FASTMAML_ISAS(X) X(portable, true) X(avx2, avx2())
-#else
 #define FASTMAML_ISAS(X) X(portable, true) X(avx2, avx2()) X(avx2x16, avx2()) X(avx512, avx512())
-#endif
 #else
 #define FASTMAML_ISAS(X) X(portable, true)
+#endif
 #endif
 
 namespace fastmaml {

@@ -2,7 +2,8 @@
 //   row_product    out[i, :] (+)= bias + sum over terms of a_i[term] (one row) times b[term]        rows come from anywhere
 //   outer_product  out (+)= sum over pixels of a_p (a column of `m` numbers) times b_p (a row)      the weight gradient
 // A tile is 6 rows by 2 vectors: 12 accumulators, 2 vectors of b and one broadcast fill the 16 registers of AVX2. Where there are 32
-// registers, tiles of 12 and 8 rows spread the loads of b and the ends of a tile over more products.
+// registers, tiles of 12 and 8 rows spread the loads of b and the ends of a tile over more products. A panel is not to be inlined: in the
+// middle of a caller's loops GCC 12 has fewer registers for a tile's (conv2d's weight gradient took 1.8 times as long).
 #pragma once
 
 #include "cpu/kernels/transpose.h"
@@ -87,7 +88,7 @@ inline __attribute__((always_inline)) void row_tile(const RowProduct<T>& p, cons
 }
 
 template <class T, int NV>
-inline void row_panel(const RowProduct<T>& p, const Term<T>* terms, int n_terms, int64_t from, int64_t to, int64_t j0, bool first) {
+__attribute__((noinline)) void row_panel(const RowProduct<T>& p, const Term<T>* terms, int n_terms, int64_t from, int64_t to, int64_t j0, bool first) {
   int64_t i = from;
   for (; i + kTallRows <= to; i += kTallRows) row_tile<T, kTallRows, NV>(p, terms, n_terms, i, j0, first);
   if constexpr (kMiddleRows < kTallRows)
@@ -187,7 +188,7 @@ inline __attribute__((always_inline)) void outer_tile(T* out, int64_t ldo, int64
 }
 
 template <class T, int NV>
-inline void outer_panel(T* out, int64_t ldo, int64_t valid, int64_t m, const OuterTerm<T>* terms, int n_terms, const int32_t* a_at,
+__attribute__((noinline)) void outer_panel(T* out, int64_t ldo, int64_t valid, int64_t m, const OuterTerm<T>* terms, int n_terms, const int32_t* a_at,
                         int64_t ldb, int64_t pixels, bool first) {
   constexpr int kMaxTerms = 2;
   OuterTerm<T> shifted[kMaxTerms];
