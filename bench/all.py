@@ -26,8 +26,17 @@ PARTS: dict[str, tuple[list[str], int]] = {
     "W6 peak memory": (["bench.peak_memory"], 25),
     "W3": (["bench.run", "W3"], 40),
     "W4": (["bench.run", "W4"], 50),
+    "plan": (["bench.plan"], 15),
 }
-RESUMED = {"bench.scaling", "bench.policy", "bench.learners", "bench.peak_memory", "bench.hvp", "bench.run"}
+RESUMED = {
+    "bench.scaling",
+    "bench.policy",
+    "bench.learners",
+    "bench.peak_memory",
+    "bench.hvp",
+    "bench.run",
+    "bench.plan",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

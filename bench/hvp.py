@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     for name in args.cases or HVP:
-        if name in results.entries:
+        if results.done(name):
             print(f"{name}: done before, in {args.out}")
             continue
         case = HVP[name]
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("")
         results.save(name, hvp.to_json(result))
         print("\n" + hvp.show(result), flush=True)
-    if all(name in results.entries for name in HVP):
+    if all(results.done(name) for name in HVP):
         results.finish()
     return 0
 

@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     good = True
     for name in known(args.cases, LEARNERS):
-        if name in results.entries:
+        if results.done(name):
             print(f"{name}: done before, in {args.out}")
             continue
         entry = measure(LEARNERS[name], args.rounds, args.seed, args.budget)
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(head, [[r["name"], number(r["median_ms"]), share(r["spread"]), f"{r['error_float64']:.0e}",
                             f"{r['error_float32']:.0e}", f"{r['ratio_to_fastmaml'] or 0:.2f}"] for r in entry["rows"]]))  # fmt: skip
         print("".join(f"{who}: not measured, {why}\n" for who, why in entry["absent"].items()), flush=True)
-    if all(name in results.entries for name in LEARNERS):
+    if all(results.done(name) for name in LEARNERS):
         results.finish()
     return 0 if good else 1
 

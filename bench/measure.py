@@ -39,14 +39,14 @@ def sources(own: str | None = None) -> str:
 
 
 def open_results(path: str, what: str, settings: Mapping[str, Any], again: bool, own: str | None = None) -> Results:
-    """The result file of a benchmark with these settings; an earlier one of other sources or settings is refused.
+    """The result file of a benchmark with these settings; an earlier one of another machine or other settings is refused.
 
     own: the file of a benchmark that holds implementations itself.
     """
     described = facts()
     kept = ("machine", "processor", "threads", "instruction_set", "versions")
-    identity = {"sources": sources(own), **{key: described[key] for key in kept if key in described}, **settings}
-    return Results(path, what.split("\n")[0], identity, described, again)
+    identity = {**{key: described[key] for key in kept if key in described}, **settings}
+    return Results(path, what.split("\n")[0], identity, described, again, sources(own))
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         points: list[memory.Point] = []
         for steps in args.inner_steps:
             key = f"{name}-k{steps}"
-            if key in results.entries:
+            if results.done(key):
                 points += [_point(value) for value in results.entries[key]["points"]]
                 print(f"{key}: done before, in {args.out}")
                 continue
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.save(key, {"points": [p.to_json() for p in found]})
             print(f"{key}: measured", flush=True)
         print(f"\n{MEMORY[name].network}, {MEMORY[name].tasks} tasks, {args.threads} threads\n{memory.show(points)}")
-    if all(f"{name}-k{steps}" in results.entries for name in MEMORY for steps in MEMORY_STEPS):
+    if all(results.done(f"{name}-k{steps}") for name in MEMORY for steps in MEMORY_STEPS):
         results.finish()
     return 0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,12 +18,11 @@ import torch
 
 import fastmaml as fm
 from bench.cases import CASES, HVP, MEMORY, MEMORY_STEPS
-from bench.measure import RESULTS
+from bench.measure import RESULTS, open_results
 from fastmaml.benchmark import hvp, peak
 from fastmaml.benchmark.baselines import fastmaml_maml
 from fastmaml.benchmark.problem import Case, problem
-from fastmaml.benchmark.results import Results, facts
-from fastmaml.benchmark.text import markdown, share, table
+from fastmaml.benchmark.text import share, table
 from fastmaml.benchmark.timing import interleaved
 from fastmaml.plan.calibration import calibrated
 from fastmaml.plan.predict import BATCH, OPTIMIZER_STATE, Prediction, predict, predict_call
@@ -76,22 +75,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in args.cases if name not in known]
     if unknown:
         _parser().error(f"there is no case {unknown[0]!r}; there are {', '.join(known)}")
-    identity = {"threads": args.threads, "rounds": args.rounds}
-    results = Results(args.out, (__doc__ or "").split("\n")[0], identity, facts(), args.again)
-    rows = []
-    for row in measured(args.cases or known, args.rounds, args.threads):
-        rows.append(row)
-        print(table(HEAD, [row.cells()]).split("\n")[-1], flush=True)
-        results.save(f"{row.case} {row.memory}", row._asdict() | {"good": row.good})
-    print("\n" + table(HEAD, [row.cells() for row in rows]))
-    bad = [row.case for row in rows if not row.good]
-    print(
-        f"{len(rows) - len(bad)} of {len(rows)} within {share(TIME_LIMIT)} of the time and {share(MEMORY_LIMIT)} of the memory"
-    )
-    if args.out:
+    try:
+        results = open_results(args.out, __doc__ or "", {"rounds": args.rounds}, args.again, __file__)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    chosen = runs(args.cases or known)
+    for key, (name, mode) in chosen.items():
+        if not results.done(key):
+            row = measured(name, mode, args.rounds, args.threads)
+            results.save(key, row._asdict())
+            print(table(HEAD, [row.cells()]).split("\n")[-1], flush=True)
+    rows = of_entries({key: results.entries[key] for key in chosen})
+    print(f"\n{table(HEAD, [row.cells() for row in rows])}\n{verdict(rows)}")
+    if all(results.done(key) for key in runs(known)):
         results.finish()
-        results.path.with_suffix(".md").write_text(markdown(HEAD, [row.cells() for row in rows]) + "\n")  # type: ignore[union-attr]
-    return 1 if bad else 0
+    return 0 if all(row.good for row in rows) else 1
+
+
+def of_entries(entries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """The rows of a result file."""
+    return [Row(**{field: entry[field] for field in Row._fields}) for entry in entries.values()]
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """How many rows keep to the limits, and which do not."""
+    bad = [f"{row.case} {row.memory}".strip() for row in rows if not row.good]
+    text = f"{len(rows) - len(bad)} of {len(rows)} rows within {share(TIME_LIMIT)} of the time and {share(MEMORY_LIMIT)} of the memory"
+    return f"{text}, all but {', '.join(bad)}." if bad else f"{text}."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,27 +112,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="of W1 to W6 (default: all)")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each case (default 7)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
-    parser.add_argument("--again", action="store_true", help="start the result file anew")
-    parser.add_argument(
-        "--out", default=str(RESULTS / "plan.json"), help='JSON file, and .md beside it; "" writes none'
-    )
+    parser.add_argument("--again", action="store_true", help="forget what an earlier run has measured")
+    parser.add_argument("--out", default=str(RESULTS / "plan.json"), help='JSON file; "" writes none')
     return parser
 
 
-def measured(names: Sequence[str], rounds: int, threads: int) -> Iterator[Row]:
-    """Meta-gradients with the memory the engine chooses and, for W6, in both modes; Hessian products without memory."""
+def runs(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """key -> case and memory: what the engine chooses, for W6 both modes; Hessian products have no choice."""
+    found = {}
     for name in names:
-        if name in HVP:
-            yield _hvp(name, rounds, threads)
-            continue
-        base, _, steps = name.rpartition("-k")
-        in_memory = base in MEMORY
-        case = replace(MEMORY[base], inner_steps=int(steps)) if in_memory else CASES[name]
-        source = peak.Source(
-            "fastmaml.benchmark.peak:built_in", {"case": base if in_memory else name, "inner_steps": case.inner_steps}
-        )
-        for mode in ("low", "stash") if in_memory else ("auto",):
-            yield _meta(name, case, mode, source, rounds, threads)
+        for mode in ("low", "stash") if name.rpartition("-k")[0] in MEMORY else ("",) if name in HVP else ("auto",):
+            found[f"{name} {mode}".strip()] = (name, mode)
+    return found
+
+
+def measured(name: str, mode: str, rounds: int, threads: int) -> Row:
+    """One row."""
+    if name in HVP:
+        return _hvp(name, rounds, threads)
+    base, _, steps = name.rpartition("-k")
+    case = replace(MEMORY[base], inner_steps=int(steps)) if base in MEMORY else CASES[name]
+    which = {"case": base if base in MEMORY else name, "inner_steps": case.inner_steps}
+    return _meta(name, case, mode, peak.Source("fastmaml.benchmark.peak:built_in", which), rounds, threads)
 
 
 def _meta(name: str, case: Case, mode: str, source: peak.Source, rounds: int, threads: int) -> Row:

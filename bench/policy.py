@@ -324,14 +324,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     good = True
     for name in known(args.cases, POLICY):
-        if name in results.entries:
+        if results.done(name):
             print(f"{name}: done before, in {args.out}")
             continue
         entry = measure(POLICY[name], args.rounds, args.seed, args.budget)
         results.save(name, entry)
         good &= OURS not in entry["absent"]
         print(show(entry) + "\n", flush=True)
-    if all(name in results.entries for name in POLICY):
+    if all(results.done(name) for name in POLICY):
         results.finish()
     return 0 if good else 1
 

@@ -95,14 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     how = meta.How(args.rounds, args.backend, args.memory, budget_s=args.budget, peak=not args.no_peak)
     good = True
     for name in names:
-        if name in results.entries:
+        if results.done(name):
             print(f"{name}: done before, in {args.out}")
             continue
         result = _measure(CASES[name], args, how, missing)
         good &= bool(result.rows) and result.rows[0].name == OURS
         results.save(name, meta.to_json(result))
         print("\n" + meta.show(result), flush=True)
-    if all(name in results.entries for name in CASES):
+    if all(results.done(name) for name in CASES):
         results.finish()
     return 0 if good else 1
 

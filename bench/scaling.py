@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     for name in known(args.curves, CURVES):
-        if name not in results.entries:
+        if not results.done(name):
             results.save(name, measure(CURVES[name], args.rounds, args.threads, args.limit))
         entry = results.entries[name]
         rows = [["ms", *(f"{p['ms']:.4g}" for p in entry["points"])]]
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(says(entry) + "\n", flush=True)
     if args.out:
         plot(results.entries, Path(args.out).with_suffix(".png"))
-    if all(name in results.entries for name in CURVES):
+    if all(results.done(name) for name in CURVES):
         results.finish()
     return 0
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import ranks
+from bench import plan, ranks
 from bench.cases import CASES
 from bench.measure import RESULTS, ROOT
 from bench.plots import PLOTS
@@ -58,7 +58,17 @@ def belongs_to(content: Content) -> str:
     ]
     if content.get("compiler"):
         parts.append(content["compiler"])
-    return f"{', '.join(filter(None, parts))}; {versions}; commit {content['commit']}, {content['date']}."
+    return f"{', '.join(filter(None, parts))}; {versions}; {_commits(content)}."
+
+
+def _commits(content: Content) -> str:
+    """Commit and day of the numbers, or of each case's where they differ."""
+    cases: dict[str, list[str]] = {}
+    for name, entry in content.get("entries", {}).items():
+        cases.setdefault(f"commit {entry['commit']}, {entry['date']}", []).append(name)
+    if len(cases) > 1:
+        return "; ".join(f"{commit}: {', '.join(names)}" for commit, names in cases.items())
+    return next(iter(cases), None) or f"commit {content['commit']}, {content['date']}"
 
 
 # ---------------------------------------------------------------- W1 to W4
@@ -231,6 +241,12 @@ def scaling(content: Content) -> str:
     return f"{markdown(head, lines)}\n\n{belongs_to(content)}"
 
 
+def predicted(content: Content) -> str:
+    """Time and memory, measured and by `fastmaml plan`."""
+    rows = plan.of_entries(content["entries"])
+    return f"{plan.verdict(rows)}\n\n{markdown(plan.HEAD, [row.cells() for row in rows])}\n\n{belongs_to(content)}"
+
+
 def startup(content: Content) -> str:
     keys = ("first_ms", "later_ms", "extra_ms", "collector_ms")
     lines = [[row["case"], *(number(row[key], 3) for key in keys)] for row in content["rows"]]
@@ -261,6 +277,7 @@ TABLES: dict[str, tuple[str, Callable[[Content], str], str]] = {
     "learners": ("learners", learners, "bench.learners"),
     "policy": ("policy", policy, "bench.policy"),
     "scaling": ("scaling", scaling, "bench.scaling"),
+    "plan": ("plan", predicted, "bench.plan"),
     "startup": ("startup", startup, "bench.startup"),
     "sinusoid": ("sinusoid_paper", sinusoid, "bench.sinusoid --paper"),
 }

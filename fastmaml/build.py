@@ -123,7 +123,8 @@ def cuda_compilations(csrc: Path, archs: tuple[str, ...]) -> list[Compilation]:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     result = []
-    for source in sorted((csrc / "cuda").glob("*.cu")):
+    longest_first = sorted((csrc / "cuda").glob("*.cu"), key=lambda source: (source.stem != "resident", source))
+    for source in longest_first:
         stamped = (f"-DFASTMAML_STAMP={stamp()}",) if source.stem == "cuda_ops" else ()
         result.append(Compilation(source, f"cuda/{source.stem}.o", ("-std=c++17", *CUDA_FLAGS, *codes, *stamped)))
     for source in (csrc / "program" / "op.cpp", csrc / "ops" / "workspace.cpp"):

@@ -54,10 +54,11 @@ def first_line(command: list[str]) -> str:
 
 
 class Results:
-    """One file: what it belongs to (`identity`), the facts of the run, and an entry for each case that is done.
+    """One file: what all of it belongs to (`identity`), the facts of the run, and an entry for each case that is done.
 
     A file of the same identity is continued. Raises ValueError, which names the first difference, for any other; with
-    again=True it is started anew. path "": nothing is written.
+    again=True it is started anew. path "": nothing is written. An entry says of what `sources`, a digest, it is, and of
+    which commit and day: one of other sources is not done, and stays until it is measured again.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class Results:
         identity: Mapping[str, Any],
         described: Mapping[str, Any],
         again: bool = False,
+        sources: str = "",
     ):
         self.path = Path(path) if str(path) else None
         self.identity = json.loads(json.dumps(identity))  # as it comes back from the file
         self.content: dict[str, Any] = {"what": what, **described, "identity": self.identity, "complete": False}
+        self.origin = {"sources": sources} | {key: described[key] for key in ("commit", "date") if key in described}
         self.entries: dict[str, Any] = {}
         if self.path is not None and self.path.is_file() and not again:
             self.entries = self._earlier(self.path)
@@ -86,11 +89,15 @@ class Results:
                 f"{path} was measured with {key} {before.get(key, 'unknown')}, not {self.identity[key]}: "
                 "--again starts it anew, --out names another file"
             )
-        return had["entries"]
+        return dict(had["entries"])
+
+    def done(self, name: str) -> bool:
+        """Whether the case is there, measured with these sources."""
+        return name in self.entries and self.entries[name].get("sources") == self.origin["sources"]
 
     def save(self, name: str, entry: Mapping[str, Any]) -> None:
         """Adds what one case gave and writes the file, whole or not at all."""
-        self.entries[name] = dict(entry)
+        self.entries[name] = {**entry, **self.origin}
         self._write()
 
     def finish(self) -> None:

@@ -1,166 +1,10 @@
-// Does every op of the emulated CUDA table compute what the reference computes? On random operands of small odd sizes, shared by the tasks
-// and per task, optional ones there and absent, aligned and not, in two orders of threads; and with the same bits each time.
-#include <algorithm>
+// The ops of the emulated CUDA table but for products, each against the reference (cuda_op_checks.h), and on numbers that are not random.
 #include <array>
-#include <chrono>
-#include <map>
-#include <set>
-#include <stdexcept>
 
-#include "cuda/cuda_tables.h"
-#include "cuda_op_runs.h"
-#include "cuda_product_cases.h"
+#include "cuda_op_checks.h"
 
 namespace fastmaml {
 namespace {
-
-int passed = 0, failed = 0;
-
-void report(bool ok, const std::string& what, const std::string& detail = "") {
-  ok ? ++passed : ++failed;
-  if (!ok) std::printf("FAIL  %s  %s\n", what.c_str(), detail.c_str());
-}
-
-// In float32 the device's rounding, of formulas with some cancellation and of conv2d's sums of 300 products. In float64 it is the reference
-// that is less exact: it adds up 5000 terms one by one.
-template <class T>
-constexpr double kTolerance = double(std::numeric_limits<T>::epsilon()) * (sizeof(T) == 4 ? 64 : 512);
-
-std::map<Op, double> largest_error[2];  // in units of epsilon, by type
-
-// ---------------------------------------------------------------- one case
-
-enum class Presence { always, never, either };
-
-// An average b is there except in the first step; what a pool adds is there if and only if there is a pool; what masks ([x], [y]) only
-// where there is a rectifier.
-Presence presence(const Case& c, const Role& role) {
-  const auto* momentum = std::get_if<Momentum>(&c.layer);
-  const auto* fused = std::get_if<NormPoolAct>(&c.layer);
-  if (role.optional && (role.name == "x" || role.name == "y"))
-    return (role.name == "x" ? rectified_input : rectified_output)(c.layer).on ? Presence::either : Presence::never;
-  if (!role.optional || (momentum && !momentum->first && role.name == "b")) return Presence::always;
-  if (fused && (role.name == "tap" || (c.op == Op::norm_pool_act_fwd && role.name == "winner")))
-    return fused->pooled ? Presence::always : Presence::never;
-  if (fused && role.name == "winner_dot" && c.op == Op::norm_pool_act_fwd_jvp && !fused->pooled) return Presence::never;
-  return Presence::either;
-}
-
-// Operands of which one is there if and only if the other is.
-std::vector<std::pair<std::string, std::string>> together(Op op) {
-  if (op == Op::norm_pool_act_fwd_jvp) return {{"x_dot", "winner_dot"}};
-  if (op == Op::sgd_adjoint) return {{"rate_grad", "g"}, {"u", "rate"}};
-  return {};
-}
-
-// Which optional operands are absent: none, all, each alone.
-std::vector<std::set<size_t>> absences(const Case& c) {
-  const std::vector<Role> role = roles(c.op);
-  std::set<size_t> all, never;
-  for (size_t k = 0; k < role.size(); ++k) {
-    if (presence(c, role[k]) == Presence::either) all.insert(k);
-    if (presence(c, role[k]) == Presence::never) never.insert(k);
-  }
-  std::vector<std::set<size_t>> out{never};
-  const auto add = [&](std::set<size_t> absent) {
-    absent.insert(never.begin(), never.end());
-    for (const auto& [one, other] : together(c.op))
-      for (size_t k : std::set<size_t>(absent))
-        for (size_t l : all)
-          if ((role[k].name == one && role[l].name == other) || (role[k].name == other && role[l].name == one)) absent.insert(l);
-    if (std::find(out.begin(), out.end(), absent) == out.end()) out.push_back(absent);
-  };
-  if (!all.empty()) add(all);
-  if (all.size() > 1)
-    for (size_t k : all) add({k});
-  return out;
-}
-
-// Each case has numbers of its own, whatever ran before.
-template <class T>
-Operands draw_all(const Case& c) {
-  Operands all;
-  const std::string name = name_of(c, sizeof(T), "");
-  std::seed_seq seed(name.begin(), name.end());
-  random_bits.seed(seed);
-  for (const Role& role : roles(c.op)) {
-    all.values.emplace_back();
-    for (int64_t t = 0; t < c.tasks; ++t) all.values.back().push_back(draw<T>(c, role.name));
-  }
-  return all;
-}
-
-// What the reference makes of it. Where y is around 0, rounding decides whether y_dot goes through a rectifier: the y that was got does.
-Operands definition(const Case& c, const Operands& given, const Operands& got) {
-  Operands want = on_reference(c, given, {});
-  if ((c.op != Op::linear_fwd_dual && c.op != Op::conv2d_fwd_dual) || !rectified_output(c.layer).on) return want;
-  Case jvp = c;
-  jvp.op = c.op == Op::linear_fwd_dual ? Op::linear_fwd_jvp : Op::conv2d_fwd_jvp;
-  const auto& v = given.values;
-  want.values[1] = on_reference(jvp, {{v[1], v[2], v[3], v[4], v[5], v[7], got.values[0]}}, {}).values[0];
-  return want;
-}
-
-template <class T>
-void check(const Case& c) {
-  const std::vector<Role> role = roles(c.op);
-  const Operands all = draw_all<T>(c);
-  const std::vector<std::set<size_t>> variants = absences(c);
-  for (const std::set<size_t>& absent : variants) {
-    Operands given = all;
-    std::string variant = "all operands";
-    for (size_t k : absent) {
-      given.values[k].clear();
-      variant = (variant == "all operands" ? "without " : variant + " ") + std::string(role[k].name);
-    }
-    const auto name = [&](const std::string& more) { return name_of(c, sizeof(T), variant + more); };
-    try {
-      const size_t written = op_outputs(c.op);
-      const Operands got = on_device<T>(c, given, {});
-      const Worst w = worst(c, got, definition(c, given, got));
-      report(w.error <= kTolerance<T>, name(""), w.where);
-      double& largest = largest_error[sizeof(T) / 8][c.op];
-      largest = std::max(largest, w.error / double(std::numeric_limits<T>::epsilon()));
-      bool kept = true;
-      for (size_t k = written; k < role.size(); ++k)
-        for (size_t t = 0; t < got.values[k].size(); ++t)
-          for (size_t i = 0; i < got.values[k][t].size(); ++i)
-            kept = kept && (got.values[k][t][i] == given.values[k][t][i] || got.values[k][t][i] == double(T(given.values[k][t][i])));
-      report(kept, name(": inputs stay as they are"));
-      if (absent != variants[0]) continue;
-
-      emu::set_order(emu::Order::random, 5);
-      report(same_bits(got, 0, on_device<T>(c, given, {}), c.tasks, written), name(": the same bits in another order of threads"));
-      emu::set_order(emu::Order::ascending);
-      How unaligned;
-      unaligned.aligned = false;
-      report(same_bits(got, 0, on_device<T>(c, given, unaligned), c.tasks, written), name(": the same bits where nothing is aligned"));
-      if (c.tasks > 1) {
-        How last;
-        last.first = c.tasks - 1;
-        last.tasks = 1;
-        report(same_bits(got, c.tasks - 1, on_device<T>(c, given, last), 1, written), name(": the last task alone has the same bits"));
-        How shared;
-        shared.shared = true;
-        Operands copies = given;
-        for (size_t k = written; k < role.size(); ++k)
-          for (Vec& x : copies.values[k]) x = copies.values[k][0];
-        report(same_bits(on_device<T>(c, copies, {}), 0, on_device<T>(c, given, shared), c.tasks, written),
-               name(": inputs shared by the tasks"));
-      }
-    } catch (const std::exception& e) {
-      report(false, name(""), e.what());
-    }
-  }
-}
-
-void check_ops(std::initializer_list<Op> ops, const Layer& layer, int64_t N, int64_t tasks, int64_t stat_N = 0) {
-  for (Op op : ops) {
-    const Case c{op, layer, N, tasks, stat_N};
-    check<float>(c);
-    check<double>(c);
-  }
-}
 
 // ---------------------------------------------------------------- cases
 
@@ -311,68 +155,6 @@ void losses() {
   check_ops({Op::cross_entropy, Op::cross_entropy_jvp}, Loss{Loss::Kind::cross_entropy, 5, 0.0}, 300, 2);
 }
 
-constexpr std::initializer_list<Op> kLinearOps = {Op::linear_fwd,        Op::linear_fwd_jvp,       Op::linear_fwd_dual,
-                                                  Op::linear_bwd_data,   Op::linear_bwd_data_jvp,  Op::linear_bwd_data_dual,
-                                                  Op::linear_bwd_weight, Op::linear_bwd_weight_jvp};
-constexpr std::initializer_list<Op> kConvOps = {Op::conv2d_fwd,        Op::conv2d_fwd_jvp,       Op::conv2d_fwd_dual,
-                                                Op::conv2d_bwd_data,   Op::conv2d_bwd_data_jvp,  Op::conv2d_bwd_data_dual,
-                                                Op::conv2d_bwd_weight, Op::conv2d_bwd_weight_jvp};
-
-constexpr std::initializer_list<Op> kRectifiedLinearOps = {Op::linear_fwd,      Op::linear_fwd_jvp,      Op::linear_fwd_dual,
-                                                           Op::linear_bwd_data, Op::linear_bwd_data_jvp, Op::linear_bwd_data_dual};
-constexpr std::initializer_list<Op> kRectifiedConvOps = {Op::conv2d_fwd,      Op::conv2d_fwd_jvp,      Op::conv2d_fwd_dual,
-                                                         Op::conv2d_bwd_data, Op::conv2d_bwd_data_jvp, Op::conv2d_bwd_data_dual};
-
-const std::initializer_list<Op>& ops_of(const ProductCase& c) {
-  const bool linear = std::holds_alternative<Linear>(c.layer);
-  if (rectified_output(c.layer).on) return linear ? kRectifiedLinearOps : kRectifiedConvOps;
-  return linear ? kLinearOps : kConvOps;
-}
-
-void products() {
-  for (const auto& cases : {large_product_cases(), small_product_cases(), rectified_cases()})
-    for (const ProductCase& c : cases) check_ops(ops_of(c), c.layer, c.N, c.tasks);
-}
-
-// On tensor cores: operands that keep 10 bits of their mantissa, or 21, or 16. Rounded to TF32, each of two factors is off by 2^-11 of
-// itself at most. In BF16 high is off by 2^-9, high + low by 2^-18, and low low, which is left out, is 2^-18 of the product at most:
-// together 3 2^-18.
-void tensor_products() {
-  struct Mode {
-    const char* name;
-    Precision precision;
-    double allowed;  // of the largest number of the result, whose rounding errors do not all point the same way
-  };
-  for (const auto& [mode, precision, allowed] : {Mode{"tf32", Precision::tf32, 0x1p-9},
-                                                 {"tf32x3", Precision::tf32x3, double(kTolerance<float>)},
-                                                 {"bf16x3", Precision::bf16x3, 0x1p-16}}) {
-    double largest = 0;
-    std::vector<ProductCase> cases = large_product_cases();
-    const std::vector<ProductCase> with_rectifiers = large_rectified_cases();
-    cases.insert(cases.end(), with_rectifiers.begin(), with_rectifiers.end());
-    for (const ProductCase& sizes : cases)
-      for (Op op : ops_of(sizes)) {
-        const Case c{op, sizes.layer, sizes.N, sizes.tasks};
-        const std::string name = name_of(c, 4, mode);
-        Operands given = draw_all<float>(c);
-        const std::set<size_t> absent = absences(c)[0];
-        for (size_t k : absent) given.values[k].clear();
-        const OpTable& table = cuda_emulated_tensor_ops(precision);
-        const auto on_tensor_cores = [&](const How& how) { return run<float>(table, c, given, how, emu::allocate, emu::free); };
-        const Operands got = on_tensor_cores({});
-        const Worst w = worst(c, got, definition(c, given, got));
-        report(w.error <= allowed, name, w.where);
-        largest = std::max(largest, w.error);
-        How unaligned;
-        unaligned.aligned = false;
-        emu::set_order(emu::Order::random, 5);
-        report(same_bits(got, 0, on_tensor_cores(unaligned), c.tasks, op_outputs(op)), name + ": the same bits where nothing is aligned");
-        emu::set_order(emu::Order::ascending);
-      }
-    std::printf("%-7s largest error %.1e, allowed %.1e\n", mode, largest, allowed);
-  }
-}
-
 // ---------------------------------------------------------------- beside random numbers
 
 // Ties, NaN and infinities: exactly the reference's choices.
@@ -466,72 +248,24 @@ void trees() {
       }
 }
 
-// ---------------------------------------------------------------- what ran
-
-void coverage() {
-  const std::set<Op> of_the_host{Op::pointwise_fwd_dual, Op::pointwise_bwd_dual,
-                                 Op::uniform_update};  // a device takes what they are made of
-  for (int op = 0; op < kOps; ++op) {
-    if (is_callers(static_cast<Op>(op))) continue;
-    const std::string name = op_name(static_cast<Op>(op));
-    if (of_the_host.count(static_cast<Op>(op))) {
-      report(!cuda_emulated_ops(4).run[op] && !cuda_emulated_ops(8).run[op], name + " is the host's");
-      continue;
-    }
-    report(cuda_emulated_ops(4).run[op] && cuda_emulated_ops(8).run[op], name + " is in the table");
-    report(largest_error[0].count(static_cast<Op>(op)) > 0, name + " was tested");
-  }
-  const std::map<std::string, emu::Kernel> ran = emu::kernels();
-  // test_cuda_resident.cpp and test_cuda_device.cpp launch these.
-  const auto no_op = [](const std::string& kernel) {
-    const auto is = [&](const char* name) { return kernel.find(name) != std::string::npos; };
-    return is("8resident") || is("6gather") || is("11copy_pieces");
-  };
-  size_t missing = 0;
-  for (const std::string& kernel : emu::compiled_kernels())
-    if (!ran.count(kernel) && !no_op(kernel)) {
-      ++missing;
-      report(false, "a kernel that never ran", kernel);
-    }
-  std::printf("%zu kernels, %zu never ran, %ld launches\n", emu::compiled_kernels().size(), missing, long(emu::launches()));
-}
-
-void print_errors() {
-  for (const auto& [op, error] : largest_error[0])
-    std::printf("%-28s largest error %6.1f eps in float32, %6.1f in float64\n", op_name(op), error, largest_error[1][op]);
-}
-
 }  // namespace
 }  // namespace fastmaml
 
 int main(int count, char** names) {
   using namespace fastmaml;
-  const auto timed = [&](const char* name, void (*cases)()) {
-    if (count > 1 && std::find(names + 1, names + count, std::string(name)) == names + count) return;
-    const auto start = std::chrono::steady_clock::now();
-    const int before = passed;
-    cases();
-    std::printf("%-10s %6d passed, %.1f s\n", name, passed - before,
-                std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  };
-  emu::set_order(emu::Order::ascending);
-  timed("vectors", vectors);
-  timed("pointwise", pointwise);
-  timed("norms", norms);
-  timed("pools", pools);
-  timed("fused", norm_pool_acts);
-  timed("losses", losses);
-  timed("products", products);
-  timed("tensor", tensor_products);
-  timed("special", [] {
-    special_numbers<float>();
-    special_numbers<double>();
-    large_means();
-    trees<float>();
-    trees<double>();
-  });
-  print_errors();
-  if (count == 1) coverage();
-  std::printf("%d passed, %d failed\n", passed, failed);
-  return failed != 0;
+  return run_groups({{"vectors", vectors},
+                     {"pointwise", pointwise},
+                     {"norms", norms},
+                     {"pools", pools},
+                     {"fused", norm_pool_acts},
+                     {"losses", losses},
+                     {"special",
+                      [] {
+                        special_numbers<float>();
+                        special_numbers<double>();
+                        large_means();
+                        trees<float>();
+                        trees<double>();
+                      }}},
+                    count, names, false);
 }

@@ -17,7 +17,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # bench is no installed package
 
 import fastmaml as fm  # noqa: E402
-from bench import divergence, measure, memory, run, sinusoid  # noqa: E402
+from bench import divergence, measure, memory, run, sinusoid, tables  # noqa: E402
 from bench.baselines import Missing, fetch, jax_network, learn2learn_maml  # noqa: E402
 from bench.cases import CASES, WORKLOADS  # noqa: E402
 from fastmaml.benchmark import meta, timing  # noqa: E402
@@ -230,14 +230,14 @@ def test_the_help_explains_the_columns(capsys):
 # ---------------------------------------------------------------- result files
 
 
-IDENTITY = {"sources": "abc", "rounds": 3}
+IDENTITY = {"rounds": 3}
 
 
 def test_a_result_file_is_continued_by_the_same_run_alone(tmp_path):
     path = tmp_path / "r.json"
-    Results(path, "what", IDENTITY, {"date": "today"}).save("one", {"ms": 1})
-    again = Results(path, "what", IDENTITY, {"date": "tomorrow"})
-    assert again.entries == {"one": {"ms": 1}}
+    Results(path, "what", IDENTITY, {"date": "today"}, sources="abc").save("one", {"ms": 1})
+    again = Results(path, "what", IDENTITY, {"date": "tomorrow"}, sources="abc")
+    assert again.entries == {"one": {"ms": 1, "sources": "abc", "date": "today"}} and again.done("one")
     again.save("two", {"ms": 2})
     again.finish()
     content = json.loads(path.read_text())
@@ -247,6 +247,21 @@ def test_a_result_file_is_continued_by_the_same_run_alone(tmp_path):
     ):
         Results(path, "what", {**IDENTITY, "rounds": 5}, {})
     assert not Results(path, "what", {**IDENTITY, "rounds": 5}, {}, again=True).entries
+
+
+def test_an_entry_of_other_sources_stays_until_it_is_measured_again(tmp_path):
+    path = tmp_path / "r.json"
+    old = Results(path, "what", IDENTITY, {"commit": "a", "date": "today"}, sources="abc")
+    for name in ("one", "two"):
+        old.save(name, {"ms": 1})
+    new = Results(path, "what", IDENTITY, {"commit": "b", "date": "tomorrow"}, sources="def")
+    assert not new.done("one")
+    new.save("one", {"ms": 2})
+    assert new.done("one") and not new.done("two")
+    content = json.loads(path.read_text())
+    assert [(e["ms"], e["commit"]) for e in content["entries"].values()] == [(2, "b"), (1, "a")]
+    facts = {**content, "versions": {"torch": "2"}, "machine": "m", "threads": 2}
+    assert tables.belongs_to(facts) == "m, 2 threads; torch 2; commit b, tomorrow: one; commit a, today: two."
 
 
 def test_a_case_that_is_done_is_not_measured_again(monkeypatch, tmp_path, capsys):

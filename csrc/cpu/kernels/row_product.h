@@ -88,7 +88,8 @@ inline __attribute__((always_inline)) void row_tile(const RowProduct<T>& p, cons
 }
 
 template <class T, int NV>
-__attribute__((noinline)) void row_panel(const RowProduct<T>& p, const Term<T>* terms, int n_terms, int64_t from, int64_t to, int64_t j0, bool first) {
+__attribute__((noinline)) void row_panel(const RowProduct<T>& p, const Term<T>* terms, int n_terms, int64_t from, int64_t to, int64_t j0,
+                                         bool first) {
   int64_t i = from;
   for (; i + kTallRows <= to; i += kTallRows) row_tile<T, kTallRows, NV>(p, terms, n_terms, i, j0, first);
   if constexpr (kMiddleRows < kTallRows)
@@ -188,8 +189,8 @@ inline __attribute__((always_inline)) void outer_tile(T* out, int64_t ldo, int64
 }
 
 template <class T, int NV>
-__attribute__((noinline)) void outer_panel(T* out, int64_t ldo, int64_t valid, int64_t m, const OuterTerm<T>* terms, int n_terms, const int32_t* a_at,
-                        int64_t ldb, int64_t pixels, bool first) {
+__attribute__((noinline)) void outer_panel(T* out, int64_t ldo, int64_t valid, int64_t m, const OuterTerm<T>* terms, int n_terms,
+                                           const int32_t* a_at, int64_t ldb, int64_t pixels, bool first) {
   constexpr int kMaxTerms = 2;
   OuterTerm<T> shifted[kMaxTerms];
   int64_t rows = kOuterRows;
