@@ -97,7 +97,7 @@ def speed(content: Content) -> str:
     head = ["ms", *(_title(CASES[name]) for name in entries)]
     without = [name for name in PEERS if name not in names]
     note = f"\n\nWithout a row in this run: {', '.join(without)}." if without else ""
-    return f"{markdown(head, lines)}{note}\n\n{belongs_to(content)}"
+    return f"{markdown(head, lines)}{note}\n\n{belongs_to({**content, 'entries': entries})}"
 
 
 def _ahead(rows: Mapping[str, Any], of: Sequence[str] | None, ours: str = OURS) -> str:
