@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +13,10 @@ import torch
 
 import fastmaml as fm
 from bench.cases import CASES
-from bench.kernels.cubins import BUILD, CSRC, Missing
+from bench.kernels.cubins import BUILD, Missing
 from bench.measure import ROOT
 from fastmaml.benchmark.problem import Case
+from tests import kernel_launches
 from tests.kernel_launches import Launched
 
 # H100 SXM, by its data sheet.
@@ -128,11 +128,10 @@ class Workload:
 
 def build_counter() -> Path:
     """Builds build/core/count. Raises Missing where that does not work."""
-    done = subprocess.run(
-        ["make", "-j", str(os.cpu_count() or 1), "-C", str(CSRC), "count"], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise Missing(f"the counting program does not build: {(done.stderr or done.stdout).strip()[-500:]}")
+    try:
+        kernel_launches.make("count")
+    except AssertionError as error:
+        raise Missing(f"the counting program does not build: {str(error)[-500:]}") from error
     return ROOT / "build" / "core" / "count"
 
 

@@ -1,9 +1,13 @@
-// Sizes of linear and conv2d for test_cuda_ops: odd ones, tiles one short and one over, and what makes choose.h take each of its ways.
+// Sizes of linear and conv2d for test_cuda_products and test_cuda_tensor, and their ops: odd ones, tiles one short and one over, and what
+// makes choose.h take each of its ways.
 #pragma once
 
+#include <initializer_list>
+#include <variant>
 #include <vector>
 
 #include "program/layers.h"
+#include "program/op.h"
 
 namespace fastmaml {
 
@@ -94,6 +98,24 @@ inline std::vector<ProductCase> rectified_cases() {
     cases.push_back(rectified(c, {true, leaky ? 0.2 : 0.0}, {true, leaky ? 0.0 : 0.3}));
   }
   return cases;
+}
+
+inline constexpr std::initializer_list<Op> kLinearOps = {Op::linear_fwd,        Op::linear_fwd_jvp,       Op::linear_fwd_dual,
+                                                         Op::linear_bwd_data,   Op::linear_bwd_data_jvp,  Op::linear_bwd_data_dual,
+                                                         Op::linear_bwd_weight, Op::linear_bwd_weight_jvp};
+inline constexpr std::initializer_list<Op> kConvOps = {Op::conv2d_fwd,        Op::conv2d_fwd_jvp,       Op::conv2d_fwd_dual,
+                                                       Op::conv2d_bwd_data,   Op::conv2d_bwd_data_jvp,  Op::conv2d_bwd_data_dual,
+                                                       Op::conv2d_bwd_weight, Op::conv2d_bwd_weight_jvp};
+
+inline constexpr std::initializer_list<Op> kRectifiedLinearOps = {Op::linear_fwd,      Op::linear_fwd_jvp,      Op::linear_fwd_dual,
+                                                                  Op::linear_bwd_data, Op::linear_bwd_data_jvp, Op::linear_bwd_data_dual};
+inline constexpr std::initializer_list<Op> kRectifiedConvOps = {Op::conv2d_fwd,      Op::conv2d_fwd_jvp,      Op::conv2d_fwd_dual,
+                                                                Op::conv2d_bwd_data, Op::conv2d_bwd_data_jvp, Op::conv2d_bwd_data_dual};
+
+inline const std::initializer_list<Op>& ops_of(const ProductCase& c) {
+  const bool linear = std::holds_alternative<Linear>(c.layer);
+  if (rectified_output(c.layer).on) return linear ? kRectifiedLinearOps : kRectifiedConvOps;
+  return linear ? kLinearOps : kConvOps;
 }
 
 }  // namespace fastmaml

@@ -267,5 +267,5 @@ int main(int count, char** names) {
                         trees<float>();
                         trees<double>();
                       }}},
-                    count, names, false);
+                    count, names, Covers::others);
 }

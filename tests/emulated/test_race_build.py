@@ -46,7 +46,8 @@ def counts(log):
     [
         ("test_cuda_device_race", 70),
         ("test_cuda_ops_race", 10_000),
-        ("test_cuda_products_race", 9_000),
+        ("test_cuda_products_race", 8_000),
+        ("test_cuda_tensor_race", 700),
         ("test_cuda_walk_race", 80),
         ("test_cuda_resident_race", 1_000),
         ("test_race", 250),

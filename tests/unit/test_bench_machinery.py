@@ -17,7 +17,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # bench is no installed package
 
 import fastmaml as fm  # noqa: E402
-from bench import divergence, measure, memory, run, sinusoid, tables  # noqa: E402
+from bench import divergence, measure, memory, plan, run, sinusoid, tables  # noqa: E402
 from bench.baselines import Missing, fetch, jax_network, learn2learn_maml  # noqa: E402
 from bench.cases import CASES, WORKLOADS  # noqa: E402
 from fastmaml.benchmark import meta, timing  # noqa: E402
@@ -443,3 +443,25 @@ def test_divergence_fails_where_training_differs(fake_tasks, tmp_path, monkeypat
     monkeypatch.setattr(divergence, "train", another_rate_on_cpu)
     assert divergence.main([*QUICK, "--run", str(tmp_path)]) == 1
     assert "cpu and autodiff DISAGREE" in capsys.readouterr().out
+
+
+def test_predictions_are_compared_run_by_run(monkeypatch, tmp_path, capsys):
+    assert plan.runs(["mlp-k1", "omniglot-t4-k5", "mlp32-t16-n32"]) == {
+        "mlp-k1 auto": ("mlp-k1", "auto"),
+        "omniglot-t4-k5 low": ("omniglot-t4-k5", "low"),
+        "omniglot-t4-k5 stash": ("omniglot-t4-k5", "stash"),
+        "mlp32-t16-n32": ("mlp32-t16-n32", ""),
+    }
+    out = tmp_path / "plan.json"
+    off = {"sinusoid-k1": 1.2, "sinusoid-k5": 1.5}  # of the time measured
+    rows = {name: plan.Row(name, "stash", 1.0, times, None, 2**24, 2**24) for name, times in off.items()}
+    monkeypatch.setattr(plan, "measured", lambda name, *_: rows[name])
+    order = ["--threads", "1", "--out", str(out)]
+    assert plan.main(["sinusoid-k1", *order]) == 0
+    monkeypatch.setattr(plan, "measured", lambda name, *_: {"sinusoid-k5": rows["sinusoid-k5"]}[name])  # no other is
+    assert plan.main(["sinusoid-k1", "sinusoid-k5", *order]) == 1
+    sentence = "1 of 2 rows within 30 % of the time and 15 % of the memory, all but sinusoid-k5 stash."
+    assert sentence in capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert content["entries"]["sinusoid-k1 auto"]["predicted_s"] == 1.2
+    assert tables.predicted(content).startswith(sentence)
