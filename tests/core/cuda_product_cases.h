@@ -1,6 +1,5 @@
 // Sizes of linear and conv2d for test_cuda_products and test_cuda_tensor, and their ops: odd ones, tiles one short and one over, and what
 // makes choose.h take each of its ways.
-// makes choose.h take each of its ways.
 #pragma once
 
 #include <initializer_list>
