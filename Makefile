@@ -16,7 +16,7 @@ CPP := $(shell find csrc tests/core bench/kernels -name '*.cpp' -o -name '*.h' -
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help train test env build core cuda cuda-all gpu lint format bench clean
+.PHONY: help train test env build core race cuda cuda-all gpu lint format bench clean
 
 help:
 	@echo "make train   environment, build, exact MAML on built-in images, evaluation, report (4 to 8 minutes on 2 cores)"
@@ -80,6 +80,10 @@ $(STAMP)/build: $(STAMP)/env $(SOURCES)
 # The C++ core and its tests, without Python and torch; SANITIZE=address,undefined or thread.
 core:
 	$(MAKE) --no-print-directory -j $(JOBS) -C csrc test
+
+# The CUDA kernels on the emulator with every access watched, and the program that counts launches: what `pytest -m race` asks for.
+race: $(STAMP)/build
+	$(MAKE) --no-print-directory -j $(JOBS) -C csrc race count BUILT=$(BUILT)
 
 # The CUDA library, by the nvcc of CUDA_HOME, of the PATH or of pip's packages, for sm_80, sm_90 and PTX; a float32 kernel that spills
 # registers is an error. cuda-all: sm_100 and sm_120 too.

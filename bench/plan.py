@@ -101,7 +101,8 @@ def of_entries(entries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
 def verdict(rows: Sequence[Row]) -> str:
     """How many rows keep to the limits, and which do not."""
     bad = [f"{row.case} {row.memory}".strip() for row in rows if not row.good]
-    text = f"{len(rows) - len(bad)} of {len(rows)} rows within {share(TIME_LIMIT)} of the time and {share(MEMORY_LIMIT)} of the memory"
+    limits = f"{share(TIME_LIMIT)} of the time and {share(MEMORY_LIMIT)} or {MEMORY_FLOOR // 2**20} MiB of the memory"
+    text = f"{len(rows) - len(bad)} of {len(rows)} rows within {limits}"
     return f"{text}, all but {', '.join(bad)}." if bad else f"{text}."
 
 

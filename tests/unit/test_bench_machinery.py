@@ -460,7 +460,7 @@ def test_predictions_are_compared_run_by_run(monkeypatch, tmp_path, capsys):
     assert plan.main(["sinusoid-k1", *order]) == 0
     monkeypatch.setattr(plan, "measured", lambda name, *_: {"sinusoid-k5": rows["sinusoid-k5"]}[name])  # no other is
     assert plan.main(["sinusoid-k1", "sinusoid-k5", *order]) == 1
-    sentence = "1 of 2 rows within 30 % of the time and 15 % of the memory, all but sinusoid-k5 stash."
+    sentence = "1 of 2 rows within 30 % of the time and 15 % or 1 MiB of the memory, all but sinusoid-k5 stash."
     assert sentence in capsys.readouterr().out
     content = json.loads(out.read_text())
     assert content["entries"]["sinusoid-k1 auto"]["predicted_s"] == 1.2
