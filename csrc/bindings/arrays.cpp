@@ -224,7 +224,23 @@ void Arrays::finite(const char* name, const Tensor& x) {
 void Arrays::result(Arg arg, int64_t size) { bind(arg, take(tasks_ * size), size); }
 
 void Arrays::params_result(Arg arg, std::optional<int64_t> rows) {
-  made_.push_back({arg, rows ? Sizes{tasks_, *rows, program_->param_count} : Sizes{tasks_, program_->param_count}, {}});
+  const int64_t P = program_->param_count;
+  made_.push_back({arg, rows ? Sizes{tasks_, *rows, P} : Sizes{tasks_, P}, false, true, {}});
+}
+
+void Arrays::summed_params(Arg arg, std::optional<int64_t> rows) {
+  const int64_t P = program_->param_count;
+  made_.push_back({arg, rows ? Sizes{*rows, P} : Sizes{P}, true, true, {}});
+}
+
+void Arrays::summed_step_rows(Arg arg, const InnerLoop& loop) {
+  made_.push_back({arg, {loop.steps, size_of(step_row_params(*program_, loop))}, true, false, {}});
+}
+
+void Arrays::task_weights(const std::optional<Tensor>& w) {
+  if (!w) return;
+  expect_sizes("task_weights", *w, {tasks_});
+  task_weights_ = real("task_weights", *w);
 }
 
 void Arrays::run(const Work& work) {
@@ -243,9 +259,13 @@ void Arrays::run(const Work& work) {
     bind(v.arg, to, v.of_tasks ? size : 0);
   }
   for (Made& made : made_) {
-    const int64_t size = numbers_in(made.sizes) / tasks_;
-    if (as_torch()) made.tensor = space_->empty(made.sizes, type());
-    bind(made.arg, made.tensor ? made.tensor->mutable_data_ptr() : take(tasks_ * size), size);
+    const int64_t size = numbers_in(made.sizes);
+    if (made.of_params && as_torch()) made.tensor = space_->empty(made.sizes, type());
+    void* const place = made.tensor ? made.tensor->mutable_data_ptr() : take(size);
+    if (made.summed)
+      space_->sum(made.arg, made.sum = place, task_weights_ ? data_of(*task_weights_) : nullptr, size);
+    else
+      bind(made.arg, place, size / tasks_);
   }
   space_->run(plan_, args_.data(), tasks_,
               [this](const Call& call) { call_callers_loss(call, element_bytes(), table_->device ? table_->backend : ""); });
@@ -286,49 +306,21 @@ Tensor Arrays::to_torch(const Params& params, const void* engine, const Sizes& s
 // A plan that runs on the host on parameters as torch has them reads the caller's memory, and writes into what is handed out.
 bool Arrays::as_torch() const { return plan_->as_torch(); }
 
-Tensor Arrays::params(Arg arg) const {
+const Arrays::Made* Arrays::find_made(Arg arg) const {
   const auto made = std::find_if(made_.begin(), made_.end(), [arg](const Made& m) { return m.arg == arg; });
-  if (made == made_.end()) throw std::logic_error("no params_result for this argument");
-  return made->tensor ? in_callers_type(*made->tensor) : to_torch(params(), args_[static_cast<int>(arg)].data, made->sizes);
+  return made == made_.end() ? nullptr : &*made;
+}
+
+Tensor Arrays::params(Arg arg) const {
+  const Made* made = find_made(arg);
+  if (!made) throw std::logic_error("no params_result for this argument");
+  if (made->tensor) return in_callers_type(*made->tensor);
+  return to_torch(params(), made->summed ? made->sum : args_[static_cast<int>(arg)].data, made->sizes);
 }
 
 Tensor Arrays::step_rows(Arg arg, const InnerLoop& loop) const {
   const Params params = step_row_params(*program_, loop);
+  if (const Made* made = find_made(arg)) return to_torch(params, made->sum, made->sizes);
   return to_torch(params, args_[static_cast<int>(arg)].data, {tasks_, loop.steps, size_of(params)});
 }
-
-void Arrays::reduce(void* sum, Arg arg, int64_t size, const std::optional<Tensor>& task_weights) {
-  std::optional<Tensor> weights;
-  if (task_weights) {
-    expect_sizes("task_weights", *task_weights, {tasks_});
-    kept_.push_back(*(weights = real("task_weights", *task_weights)));
-  }
-  space_->reduce(*table_, sum, args_[static_cast<int>(arg)].data, weights ? data_of(*weights) : nullptr, tasks_, size);
-}
-
-Tensor Arrays::reduced(const Params& params, bool as_torch, Arg arg, const Sizes& sizes, const std::optional<Tensor>& task_weights) {
-  const int64_t size = numbers_in(sizes);
-  if (as_torch) {
-    const Tensor sum = space_->empty(sizes, type());
-    reduce(sum.mutable_data_ptr(), arg, size, task_weights);
-    return in_callers_type(sum);
-  }
-  void* sum = take(size);
-  reduce(sum, arg, size, task_weights);
-  return to_torch(params, sum, sizes);
-}
-
-Tensor Arrays::reduced_params(Arg arg, const std::optional<Tensor>& task_weights) {
-  return reduced(params(), as_torch(), arg, {program_->param_count}, task_weights);
-}
-
-Tensor Arrays::reduced_params(Arg arg, int64_t rows, const std::optional<Tensor>& task_weights) {
-  return reduced(params(), as_torch(), arg, {rows, program_->param_count}, task_weights);
-}
-
-Tensor Arrays::reduced_step_rows(Arg arg, const InnerLoop& loop, const std::optional<Tensor>& task_weights) {
-  const Params params = step_row_params(*program_, loop);
-  return reduced(params, false, arg, {loop.steps, size_of(params)}, task_weights);
-}
-
 }  // namespace fastmaml

@@ -53,21 +53,20 @@ class Arrays {
   // Where the results will be. They live in this object until a function below hands them out.
   void result(Arg arg, int64_t size);                             // [size] a task
   void params_result(Arg arg, std::optional<int64_t> rows = {});  // [P] or [rows, P] a task, for params() below
+  // Of a result their weighted sum over the tasks, their mean without weights. Once before they are asked for:
+  void task_weights(const std::optional<Tensor>& w);              // [T]
+  void summed_params(Arg arg, std::optional<int64_t> rows = {});  // [P] or [rows, P], for params() below
+  void summed_step_rows(Arg arg, const InnerLoop& loop);          // [K, R], for summed() below
 
   void run(const Work& work);
 
-  Tensor nothing() const;                           // [0], for a result that was not asked for
-  Tensor values(Arg arg) const;                     // [T], for a result of size 1
-  Tensor values(Arg arg, int64_t size) const;       // [T, size]
-  Tensor outputs(Arg arg, int64_t examples) const;  // [T, N, *output]
-  Tensor inputs(Arg arg, int64_t examples) const;   // [T, N, *input]
-  Tensor params(Arg arg) const;                     // [T, P] or [T, rows, P], of a params_result
-  // Results of rows x P a task, or with a loop's step rows of K x R.
-  Tensor step_rows(Arg arg, const InnerLoop& loop) const;  // [T, K, R]
-  // Their weighted sum over the tasks (their mean without weights), which uses the result up.
-  Tensor reduced_params(Arg arg, const std::optional<Tensor>& task_weights);                            // [P]
-  Tensor reduced_params(Arg arg, int64_t rows, const std::optional<Tensor>& task_weights);              // [rows, P]
-  Tensor reduced_step_rows(Arg arg, const InnerLoop& loop, const std::optional<Tensor>& task_weights);  // [K, R]
+  Tensor nothing() const;                                  // [0], for a result that was not asked for
+  Tensor values(Arg arg) const;                            // [T], for a result of size 1
+  Tensor values(Arg arg, int64_t size) const;              // [T, size]
+  Tensor outputs(Arg arg, int64_t examples) const;         // [T, N, *output]
+  Tensor inputs(Arg arg, int64_t examples) const;          // [T, N, *input]
+  Tensor params(Arg arg) const;                            // [T, P] or [T, rows, P] of a params_result, without T of a summed one
+  Tensor step_rows(Arg arg, const InnerLoop& loop) const;  // [T, K, R] of a result of K x R, without T of a summed one
 
  private:
   using Type = torch::headeronly::ScalarType;
@@ -86,8 +85,6 @@ class Arrays {
   const Params& params() const { return plan_->program->params; }  // in the plan's order
   bool as_torch() const;
   Tensor to_torch(const Params& params, const void* engine, const Sizes& sizes) const;  // sizes: [..., numbers in `params`]
-  void reduce(void* sum, Arg arg, int64_t size, const std::optional<Tensor>& task_weights);
-  Tensor reduced(const Params& params, bool as_torch, Arg arg, const Sizes& sizes, const std::optional<Tensor>& task_weights);
   Tensor copy_of(Arg arg, const Sizes& sizes) const;
   Tensor in_callers_type(Tensor x) const;
 
@@ -106,11 +103,15 @@ class Arrays {
     bool of_tasks;
   };
   std::vector<Vectors> vectors_;
-  struct Made {
+  struct Made {  // a result that is made where and as the plan has it
     Arg arg;
-    Sizes sizes;                   // with the tasks
+    Sizes sizes;                   // with the tasks, or where they are summed without
+    bool summed, of_params;        // or of step rows
     std::optional<Tensor> tensor;  // where the plan writes it, if that needs no move
+    void* sum = nullptr;           // else, where it is summed
   };
+  const Made* find_made(Arg arg) const;
+  std::optional<Tensor> task_weights_;
   std::vector<Made> made_;
   std::shared_ptr<const Plan> plan_;
   std::unique_ptr<Space> space_;

@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cstring>
 #include <stdexcept>
 
 #include "bindings/parts.h"
@@ -221,30 +220,28 @@ MetaGradientResults meta_gradient_call(const std::string& program, const std::st
   arrays.buffers(buffers);
   const bool rate_grad = loop.rate_grad && K > 0, rows_grad = !loop.rows.empty() && K > 0;
   arrays.result(Arg::loss, 1);
-  loop.per_task ? arrays.params_result(Arg::grad) : arrays.result(Arg::grad, P);
+  arrays.task_weights(task_weights);
+  loop.per_task ? arrays.params_result(Arg::grad) : arrays.summed_params(Arg::grad);
   arrays.result(Arg::output, how.query_examples * arrays.program().output_shape().size());
   arrays.result(Arg::support_losses, K);
   if (how.loss_weights) arrays.result(Arg::query_losses, queries);
   if (rate_grad && loop.per_task) arrays.params_result(Arg::rate_grad, rate_rows);
-  if (rate_grad && !loop.per_task) arrays.result(Arg::rate_grad, rate_rows * P);
-  if (rows_grad) arrays.result(Arg::step_rows_grad, step_rows->numel());
+  if (rate_grad && !loop.per_task) arrays.summed_params(Arg::rate_grad, rate_rows);
+  if (rows_grad)
+    loop.per_task ? arrays.result(Arg::step_rows_grad, step_rows->numel()) : arrays.summed_step_rows(Arg::step_rows_grad, loop);
   arrays.run(work);
 
   const Tensor query_losses = how.loss_weights ? arrays.values(Arg::query_losses, queries) : arrays.values(Arg::loss, 1);
   const Tensor loss = arrays.values(Arg::loss), output = arrays.outputs(Arg::output, how.query_examples);
   const Tensor support_losses = arrays.values(Arg::support_losses, K);
   Tensor by_rates = arrays.nothing(), by_rows = arrays.nothing();
-  if (loop.per_task) {
-    if (loop.rate_grad && !rate_grad) by_rates = torch::stable::new_zeros(theta, {arrays.tasks(), rate_rows, P});
-    if (rate_grad) by_rates = arrays.params(Arg::rate_grad);
-    if (rows_grad) by_rows = arrays.step_rows(Arg::step_rows_grad, loop);
-    return {loss, arrays.params(Arg::grad), output, support_losses, by_rates, by_rows, query_losses, arrays.nothing()};
-  }
-  if (loop.rate_grad && !rate_grad) by_rates = torch::stable::new_zeros(theta, {rate_rows, P});
-  if (rate_grad) by_rates = arrays.reduced_params(Arg::rate_grad, rate_rows, task_weights);
-  if (rows_grad) by_rows = arrays.reduced_step_rows(Arg::step_rows_grad, loop, task_weights);
-  const Tensor grad = arrays.reduced_params(Arg::grad, task_weights);
-  const Tensor total = loss.is_cpu() ? weighted_sum(loss, task_weights) : arrays.nothing();
+  if (rate_grad) by_rates = arrays.params(Arg::rate_grad);
+  if (loop.rate_grad && !rate_grad)
+    by_rates =
+        loop.per_task ? torch::stable::new_zeros(theta, {arrays.tasks(), rate_rows, P}) : torch::stable::new_zeros(theta, {rate_rows, P});
+  if (rows_grad) by_rows = arrays.step_rows(Arg::step_rows_grad, loop);
+  const Tensor grad = arrays.params(Arg::grad);
+  const Tensor total = loss.is_cpu() && !loop.per_task ? weighted_sum(loss, task_weights) : arrays.nothing();
   return {loss, grad, output, support_losses, by_rates, by_rows, query_losses, total};
 }
 

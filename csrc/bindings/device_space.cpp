@@ -194,6 +194,23 @@ class DeviceSpace : public Space {
   }
 
   void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) override {
+    place_sums(args, tasks, plan->table->real_bytes);
+    walk(plan, args, tasks, loss);
+    for (const Sum& sum : sums_)
+      plan->table->tree_reduce(sum.out, args[static_cast<int>(sum.arg)].data, sum.w, tasks, sum.size, sum.size, stream_);
+    sums_.clear();
+  }
+
+ private:
+  const Device& device_;
+  const stable::Device place_;
+  const CurrentDevice current_;
+  const uintptr_t stream_;
+  std::vector<Tensor> taken_;
+  std::shared_ptr<Recorded> replayed_;
+  std::unique_lock<std::mutex> replaying_;  // goes before replayed_
+
+  void walk(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) {
     Run run{*plan->table, plan->schedule, plan->workspace, args, tasks, 1, stream_};
     if (plan->takes_resident()) {
       const ResidentCode& code = plan->resident;
@@ -206,19 +223,6 @@ class DeviceSpace : public Space {
     if (!callers && replayed(plan, run, args)) return;
     run_layered(run, static_cast<std::byte*>(take(layered_bytes(run))));
   }
-
-  void reduce(const OpTable& table, void* out, void* x, const void* w, int64_t tasks, int64_t size) override {
-    table.tree_reduce(out, x, w, tasks, size, size, stream_);
-  }
-
- private:
-  const Device& device_;
-  const stable::Device place_;
-  const CurrentDevice current_;
-  const uintptr_t stream_;
-  std::vector<Tensor> taken_;
-  std::shared_ptr<Recorded> replayed_;
-  std::unique_lock<std::mutex> replaying_;  // goes before replayed_
 
   // The recording of such a call, if it was made often enough to have one.
   std::shared_ptr<Recorded> recorded(const std::shared_ptr<const Plan>& plan, int64_t tasks, const View* args) {

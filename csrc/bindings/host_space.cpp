@@ -11,6 +11,7 @@
 #include "bindings/results.h"
 #include "bindings/space.h"
 #include "bindings/threads.h"
+#include "ops/tree_sum.h"
 #include "program/param_layout.h"
 
 namespace fastmaml {
@@ -88,31 +89,41 @@ class HostSpace : public Space {
     const bool prepares = !moves_.empty() || !checks_.empty();
     if (plan->program->loss.kind == Loss::Kind::caller) {
       run.caller = loss;
+      place_sums(args, tasks, plan->table->real_bytes);
       if (prepares) in_parallel(tasks, [&](int64_t task) { prepare(task, 1); });
       expect_none_refused();
       run_segments(run, place_->arenas, workers, in_parallel);
+      for (const Sum& sum : sums_) reduce(*plan->table, sum, args[static_cast<int>(sum.arg)].data, tasks);
     } else {
       if (prepares) run.before = prepare;
+      std::deque<TreeSum> sums;
+      for (const Sum& s : sums_)
+        sums.emplace_back(*plan->table, s.arg, s.out, s.w, tasks, s.size, plan->lanes(), workers,
+                          take(TreeSum::room(*plan->table, tasks, s.size, plan->lanes(), workers)));
+      run.sums = &sums;
       run_resident(run, place_->arenas, workers, in_parallel);
       expect_none_refused();
+      for (TreeSum& sum : sums) sum.finish(workers, in_parallel);
     }
     moves_.clear();
     checks_.clear();
+    sums_.clear();
   }
 
-  void reduce(const OpTable& table, void* out, void* x, const void* w, int64_t tasks, int64_t size) override {
+ private:
+  void reduce(const OpTable& table, const Sum& sum, void* x, int64_t tasks) {
     constexpr int64_t kShare = 16 * 1024;  // numbers that are worth a thread
-    const int64_t shares = std::min<int64_t>(thread_count(), tasks * size / kShare), bytes = int64_t(table.real_bytes);
+    const int64_t size = sum.size, shares = std::min<int64_t>(thread_count(), tasks * size / kShare), bytes = int64_t(table.real_bytes);
     const int64_t share = shares > 1 ? (size + shares - 1) / shares : size;
     const auto columns = [&](int64_t i) {
       const int64_t from = i * share, count = std::min(share, size - from);
       if (count <= 0) return;
-      table.tree_reduce(static_cast<std::byte*>(out) + from * bytes, static_cast<std::byte*>(x) + from * bytes, w, tasks, count, size, 0);
+      table.tree_reduce(static_cast<std::byte*>(sum.out) + from * bytes, static_cast<std::byte*>(x) + from * bytes, sum.w, tasks, count,
+                        size, 0);
     };
     shares > 1 ? in_parallel(shares, columns) : columns(0);
   }
 
- private:
   struct Move {
     const Params* params;
     void* to;

@@ -125,6 +125,7 @@ Plan make_plan(const std::string& text, const OpTable& backend, Work work) {
       plan.schedule = stream(plan.schedule, {kCacheBytes / int64_t(table.real_bytes), kChunkBytes / int64_t(table.real_bytes)});
     if (!table.device && plan.lanes() == 1) plan.schedule = in_chunks(plan.schedule, {kChunkedBytes / int64_t(table.real_bytes)});
     if (plan.lanes() > 1) plan.schedule = lane_schedule(std::move(plan.schedule));
+    plan.schedule = join_updates(std::move(plan.schedule), supports);  // of what was cut in chunks nothing: their gradients are added up
     plan.workspace = plan_workspace(plan.schedule, table);
   };
   if (is_part(work.kind)) {

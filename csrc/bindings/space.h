@@ -33,10 +33,23 @@ class Space {
   }
   // run() throws std::invalid_argument with this name if one of the `count` numbers of a task is not finite. Memory of the host only.
   virtual void expect_finite(const char* /* name */, const void* /* x */, int64_t /* count */, size_t /* real_bytes */) {}
-  // Args are inputs and places for results; results may be elsewhere afterwards, which `args` says then.
+  // run() is to sum this result [size] over the tasks, by OpTable::tree_reduce, into `out`. w [tasks] and out must last until then.
+  void sum(Arg arg, void* out, const void* w, int64_t size) { sums_.push_back({arg, out, w, size}); }
+  // Args are inputs and places for results that are not summed; results may be elsewhere afterwards, which `args` says then.
   virtual void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) = 0;
-  // table.tree_reduce of x [tasks, size]
-  virtual void reduce(const OpTable& table, void* out, void* x, const void* w, int64_t tasks, int64_t size) = 0;
+
+ protected:
+  struct Sum {
+    Arg arg;
+    void* out;
+    const void* w;
+    int64_t size;
+  };
+  std::vector<Sum> sums_;
+  // Where every task's own numbers are to be, for a run that sums them when it is over.
+  void place_sums(View* args, int64_t tasks, size_t real_bytes) {
+    for (const Sum& sum : sums_) args[static_cast<int>(sum.arg)] = {take(size_t(tasks * sum.size) * real_bytes), sum.size, 1};
+  }
 };
 
 std::unique_ptr<Space> host_space();

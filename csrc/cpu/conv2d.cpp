@@ -267,7 +267,7 @@ void backward_weight(const Call& call, T* dw, const T* const* x, const T* const*
       for (int64_t kh = 0; kh < s.KH; ++kh) {
         OuterTerm<T> row[2];
         for (int i = 0; i < n_terms; ++i) row[i] = {terms[i].a + kh * p.WP * s.C, terms[i].b};
-        outer_product(dw + kh * s.KW * s.C * s.F, s.KW * s.C, s.F, row, n_terms, work.a_at + from, ld, block, first);
+        outer_product(dw + kh * s.KW * s.C * s.F, s.KW * s.C, s.F, row, n_terms, work.a_at + from, ld, block, OuterEnd<T>{first});
       }
       first = false;
     }

@@ -146,7 +146,7 @@ void winograd_backward_weight(const Conv2d& s, int64_t N, void* scratch, T* dw, 
     for (int64_t point = 0; point < kPoints; ++point) {
       OuterTerm<T> terms[2];
       for (int i = 0; i < n_terms; ++i) terms[i] = {work.v[i] + point * ldv, work.z[i] + point * ldz};
-      outer_product(work.u[0] + point * s.C * s.F, s.C, s.F, terms, n_terms, work.a_at, s.F, pixels, first == 0);
+      outer_product(work.u[0] + point * s.C * s.F, s.C, s.F, terms, n_terms, work.a_at, s.F, pixels, OuterEnd<T>{first == 0});
     }
   }
   winograd_filter_gradient(dw, work.u[0], s.C * s.F);

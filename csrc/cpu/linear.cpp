@@ -122,17 +122,18 @@ void linear_bwd_data_dual(const Call& call) {
                            at<T>(call, 5, t));
 }
 
-// dw [out, in] = sum over terms of dy^T x; at most two terms.
+// dw [out, in] = sum over terms of dy^T x; at most two terms. With a base, which may be dw: base - rate times that.
 template <class T>
-void weight_gradient(Task<T>& task, T* dw, const T* const* dy, const T* const* x, int n_terms) {
+void weight_gradient(Task<T>& task, T* dw, const T* const* dy, const T* const* x, int n_terms, const T* base = nullptr, T rate = T(0)) {
   const Linear& s = task.s;
   const int64_t ld = padded_cols<T>(s.in);
   OuterTerm<T> terms[2];
   for (int64_t from = 0; from < task.N; from += kBlockPixels) {
     const int64_t count = task.N - from < kBlockPixels ? task.N - from : kBlockPixels;
+    const OuterEnd<T> end{from == 0, base && from > 0 ? dw : base, rate};
     if (OuterPack<T>::pays(s.out, s.in, count)) {
       for (int i = 0; i < n_terms; ++i) terms[i] = {dy[i], x[i] + from * s.in};
-      packed_outer_product(dw, s.out, s.in, terms, n_terms, task.work.y_at + from, count, from == 0, task.work.pack);
+      packed_outer_product(dw, s.out, s.in, terms, n_terms, task.work.y_at + from, count, end, task.work.pack);
       continue;
     }
     for (int i = 0; i < n_terms; ++i) {
@@ -143,17 +144,20 @@ void weight_gradient(Task<T>& task, T* dw, const T* const* dy, const T* const* x
       }
       terms[i] = {dy[i], rows};
     }
-    outer_product(dw, s.out, s.in, terms, n_terms, task.work.y_at + from, ld, count, from == 0);
+    outer_product(dw, s.out, s.in, terms, n_terms, task.work.y_at + from, ld, count, end);
   }
 }
 
 template <class T>
-void bias_gradient(Task<T>& task, T* db, const T* dy) {
+void bias_gradient(Task<T>& task, T* db, const T* dy, const T* base = nullptr, T rate = T(0)) {
   if (!db) return;
   const int64_t out = task.s.out;
   column_sums<T, 1>(task.N, out, task.work.sums,
                     [&](auto lane, int64_t n, int64_t o, auto* sum) { sum[0] = load<decltype(lane)>(dy + n * out + o); });
-  for (int64_t o = 0; o < out; ++o) db[o] = T(task.work.sums[o]);
+  for (int64_t o = 0; o < out; ++o) {
+    const T sum = T(task.work.sums[o]);
+    db[o] = base ? base[o] - rate * sum : sum;
+  }
 }
 
 template <class T>
@@ -178,6 +182,29 @@ void linear_bwd_weight_jvp(const Call& call) {
   }
 }
 
+template <class T>
+void linear_update(const Call& call) {
+  for (int64_t t = 0; t < call.tasks; ++t) {
+    Task<T> task(call);
+    const T *x = at<T>(call, 2, t), *dy = at<T>(call, 3, t), rate = *at<T>(call, 6, t);
+    weight_gradient<T>(task, at<T>(call, 0, t), &dy, &x, 1, at<T>(call, 4, t), rate);
+    bias_gradient<T>(task, at<T>(call, 1, t), dy, at<T>(call, 5, t), rate);
+  }
+}
+
+template <class T>
+void linear_adjoint(const Call& call) {
+  for (int64_t t = 0; t < call.tasks; ++t) {
+    Task<T> task(call);
+    const T *dy = at<T>(call, 4, t), *dy_dot = at<T>(call, 5, t), rate = *at<T>(call, 6, t);
+    const T* x[2] = {at<T>(call, 2, t), at<T>(call, 3, t)};
+    const T* d[2] = {dy_dot, dy};
+    T *w = at<T>(call, 0, t), *b = at<T>(call, 1, t);
+    weight_gradient<T>(task, w, d, x, x[1] ? 2 : 1, w, rate);
+    bias_gradient<T>(task, b, dy_dot, b, rate);
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -190,6 +217,8 @@ void add_linear_ops(OpTable& table) {
   set_op(table, Op::linear_bwd_data_dual, linear_bwd_data_dual<T>, scratch_bytes<T>);
   set_op(table, Op::linear_bwd_weight, linear_bwd_weight<T>, scratch_bytes<T>);
   set_op(table, Op::linear_bwd_weight_jvp, linear_bwd_weight_jvp<T>, scratch_bytes<T>);
+  set_op(table, Op::linear_update, linear_update<T>, scratch_bytes<T>);
+  set_op(table, Op::linear_adjoint, linear_adjoint<T>, scratch_bytes<T>);
 }
 template void add_linear_ops<float>(OpTable&);
 template void add_linear_ops<double>(OpTable&);

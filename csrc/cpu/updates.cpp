@@ -188,6 +188,16 @@ void cg_residual(const Call& call) {
 }
 
 template <class T>
+void tree_add(void* a_, const void* b_, int64_t size) {
+  T* a = static_cast<T*>(a_);
+  const T* b = static_cast<const T*>(b_);
+  for_lanes<T>(size, [&](auto lane, int64_t i) {
+    using V = decltype(lane);
+    store(a + i, load<V>(a + i) + load<V>(b + i));
+  });
+}
+
+template <class T>
 void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t size, int64_t stride, uintptr_t /* stream */) {
   T *out = static_cast<T*>(out_), *x = static_cast<T*>(x_);
   const T* w = static_cast<const T*>(w_);
@@ -202,14 +212,7 @@ void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t si
           store(leaf, load<decltype(lane)>(leaf) * w[t]);
         });
     for (int64_t apart = 1; apart < tasks; apart *= 2)
-      for (int64_t t = 0; t + apart < tasks; t += 2 * apart) {
-        T* a = x + t * stride + from;
-        const T* b = x + (t + apart) * stride + from;
-        for_lanes<T>(count, [&](auto lane, int64_t i) {
-          using V = decltype(lane);
-          store(a + i, load<V>(a + i) + load<V>(b + i));
-        });
-      }
+      for (int64_t t = 0; t + apart < tasks; t += 2 * apart) tree_add<T>(x + t * stride + from, x + (t + apart) * stride + from, count);
     for_lanes<T>(count, [&](auto lane, int64_t i) { store(out + from + i, load<decltype(lane)>(x + from + i) * mean); });
   }
 }
@@ -229,6 +232,7 @@ void add_update_ops(OpTable& table) {
   set_op(table, Op::cg_step, cg_step<Layout>);
   set_op(table, Op::cg_residual, cg_residual<Layout>);
   table.tree_reduce = tree_reduce<typename Layout::Type>;
+  table.tree_add = tree_add<typename Layout::Type>;
 }
 FASTMAML_BOTH_LAYOUTS(add_update_ops)
 

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <string>
 #include <vector>
@@ -125,6 +126,7 @@ struct OpTable {
   // out[i] = sum_t w[t] x[t][i] (w null: the mean) by a fixed binary tree over t; x [T, size] is overwritten. `stride` from task to task:
   // on the host `size` may be a share of that, for threads to divide the work by; a device takes all at once.
   void (*tree_reduce)(void* out, void* x, const void* w, int64_t tasks, int64_t size, int64_t stride, uintptr_t stream) = nullptr;
+  void (*tree_add)(void* a, const void* b, int64_t size) = nullptr;  // a += b, as at a node of that tree; on the host
 
   bool supports(Op op) const { return run[static_cast<int>(op)] != nullptr; }
 };
@@ -155,6 +157,7 @@ class Arenas {
 };
 
 class StepClock;  // step_clock.h
+class TreeSum;    // tree_sum.h
 
 struct Run {
   const OpTable& table;
@@ -168,7 +171,8 @@ struct Run {
   // Called by the worker that is about to walk the tasks first .. first + count - 1, which it does not where this is false: run_resident
   // only.
   std::function<bool(int64_t first, int64_t count)> before = {};
-  StepClock* clocks = nullptr;  // one a worker, to measure every Step
+  std::deque<TreeSum>* sums = nullptr;  // of results that are summed over tasks, in the place of their `args`: run_resident only
+  StepClock* clocks = nullptr;          // one a worker, to measure every Step
 };
 
 // Every Step once, over all tasks; the arena holds all tasks at once.

@@ -10,12 +10,28 @@
 #include "ops/huge_pages.h"
 #include "ops/ops.h"
 #include "ops/step_clock.h"
+#include "ops/tree_sum.h"
 
 namespace fastmaml {
 namespace {
 
-// The Steps from .. to - 1 for the tasks first .. first + count - 1, whose slots start at `arena`.
-void walk(const Run& run, int64_t worker, std::byte* arena, std::byte* scratch, int64_t first, int64_t count, size_t from, size_t to) {
+using Args = std::array<View, kArgs>;
+
+// From task `first` on.
+Args args_from(const Run& run, int64_t first) {
+  Args args;
+  std::copy(run.args, run.args + kArgs, args.begin());
+  for (const Slot& slot : run.schedule.slots) {
+    if (slot.arg == Arg::none) continue;
+    View& view = args[static_cast<int>(slot.arg)];
+    if (view)
+      view.data = static_cast<std::byte*>(view.data) + size_t(first * view.task_stride) * element_bytes(slot.type, run.table.real_bytes);
+  }
+  return args;
+}
+
+// The Steps from .. to - 1 for `count` tasks, whose slots start at `arena` and whose arguments are `args`.
+void walk(const Run& run, const Args& args, int64_t worker, std::byte* arena, std::byte* scratch, int64_t count, size_t from, size_t to) {
   const Schedule& schedule = run.schedule;
   StepClock* const clock = run.clocks ? run.clocks + worker : nullptr;
   if (clock) clock->start();
@@ -32,8 +48,8 @@ void walk(const Run& run, int64_t worker, std::byte* arena, std::byte* scratch, 
       const Slot& slot = schedule.slots[operand.slot];
       const size_t bytes = element_bytes(slot.type, run.table.real_bytes);
       if (slot.arg != Arg::none) {
-        view = run.args[static_cast<int>(slot.arg)];
-        view.data = static_cast<std::byte*>(view.data) + (first * view.task_stride + operand.offset) * bytes;
+        view = args[static_cast<int>(slot.arg)];
+        view.data = static_cast<std::byte*>(view.data) + operand.offset * bytes;
       } else {
         view.data = arena + (run.workspace.offset[operand.slot] + operand.offset * bytes) * run.lanes;
         view.task_stride = int64_t(run.workspace.task_bytes / bytes);
@@ -72,12 +88,16 @@ size_t slot_bytes(const Run& run) {
   return groups * run.lanes * run.workspace.task_bytes;
 }
 
+bool is_summed(const Run& run, Arg arg) {
+  return run.sums && std::any_of(run.sums->begin(), run.sums->end(), [arg](const TreeSum& sum) { return sum.arg() == arg; });
+}
+
 void check(const Run& run) {
   if (run.lanes != run.table.lanes && run.table.lanes != kAnyLanes)
     throw std::invalid_argument(std::string("backend ") + run.table.backend + " has no layout of " + std::to_string(run.lanes) +
                                 " tasks side by side in this table");
   for (const Slot& slot : run.schedule.slots)
-    if (slot.arg != Arg::none && slot.size > 0 && !run.args[static_cast<int>(slot.arg)])
+    if (slot.arg != Arg::none && slot.size > 0 && !run.args[static_cast<int>(slot.arg)] && !is_summed(run, slot.arg))
       throw std::invalid_argument(std::string("argument ") + arg_name(slot.arg) + " is missing");
   if (!run.caller && has_callers_ops(run.schedule)) throw std::invalid_argument("the loss is the caller's, who gave none");
 }
@@ -88,7 +108,7 @@ void run_layered(const Run& run, Arenas& arenas) { run_layered(run, arenas.get(0
 
 void run_layered(const Run& run, std::byte* arena) {
   check(run);
-  walk(run, 0, arena, arena + slot_bytes(run), 0, run.tasks, 0, run.schedule.steps.size());
+  walk(run, args_from(run, 0), 0, arena, arena + slot_bytes(run), run.tasks, 0, run.schedule.steps.size());
 }
 
 size_t layered_bytes(const Run& run) { return slot_bytes(run) + run.workspace.scratch_bytes; }
@@ -104,7 +124,12 @@ void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor
     std::byte* arena = arenas.get(int(worker), bytes);
     const int64_t first = group * run.lanes, count = std::min<int64_t>(run.lanes, run.tasks - first);
     if (run.before && !run.before(first, count)) return;
-    walk(run, worker, arena, arena + slots, first, count, 0, run.schedule.steps.size());
+    Args args = args_from(run, first);
+    if (run.sums)
+      for (TreeSum& sum : *run.sums) args[static_cast<int>(sum.arg())] = {sum.take(), sum.size(), 1};
+    walk(run, args, worker, arena, arena + slots, count, 0, run.schedule.steps.size());
+    if (run.sums)
+      for (TreeSum& sum : *run.sums) sum.give(group, args[static_cast<int>(sum.arg())].data);
   });
 }
 
@@ -121,9 +146,9 @@ void run_segments(const Run& run, Arenas& arenas, int workers, const ParallelFor
     over_groups(groups, workers, parallel_for, [&](int64_t worker, int64_t group) {
       const int64_t first = group * run.lanes;
       std::byte* scratch = arena + all + worker * run.workspace.scratch_bytes;
-      walk(run, worker, arena + group * slots, scratch, first, std::min<int64_t>(run.lanes, run.tasks - first), from, to);
+      walk(run, args_from(run, first), worker, arena + group * slots, scratch, std::min<int64_t>(run.lanes, run.tasks - first), from, to);
     });
-    if (to < steps.size()) walk(run, 0, arena, nullptr, 0, run.tasks, to, to + 1);
+    if (to < steps.size()) walk(run, args_from(run, 0), 0, arena, nullptr, run.tasks, to, to + 1);
     from = to + 1;
   }
 }

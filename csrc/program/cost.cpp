@@ -44,7 +44,8 @@ struct OperandSize {
   int64_t operator()(const CallerLoss& s) const { return role == "loss" ? 1 : N * s.C * s.H * s.W; }
   int64_t operator()(const Add& s) const { return N * s.size; }
   int64_t operator()(const Linear& s) const {
-    return one_of(role, {"x"}) ? N * s.in : one_of(role, {"y"}) ? N * s.out : one_of(role, {"w"}) ? s.in * s.out : s.out;
+    if (role == "rate") return 1;
+    return one_of(role, {"x"}) ? N * s.in : one_of(role, {"y"}) ? N * s.out : one_of(role, {"w", "w_next", "w_adj"}) ? s.in * s.out : s.out;
   }
   int64_t operator()(const Conv2d& s) const {
     if (one_of(role, {"x"})) return N * s.C * s.H * s.W;
@@ -87,6 +88,7 @@ int terms(const Step& step) {
     case Op::conv2d_bwd_data_dual:
       return 3;
     case Op::linear_bwd_weight_jvp:
+    case Op::linear_adjoint:
     case Op::conv2d_bwd_weight_jvp:
       return 1 + has(3);  // x dy_dot, x_dot dy
     default:

@@ -71,6 +71,8 @@ size_t op_outputs(Op op) {
     case Op::linear_bwd_data_dual:
     case Op::linear_bwd_weight:
     case Op::linear_bwd_weight_jvp:
+    case Op::linear_update:
+    case Op::linear_adjoint:
     case Op::conv2d_fwd_dual:
     case Op::conv2d_bwd_data_dual:
     case Op::conv2d_bwd_weight:
@@ -109,6 +111,7 @@ size_t op_outputs(Op op) {
 
 bool op_in_place(Op op) {
   switch (op) {
+    case Op::linear_adjoint:
     case Op::rate_grad:
     case Op::adjoint_update:
     case Op::sgd_adjoint:

@@ -28,6 +28,8 @@ namespace fastmaml {
   X(linear_bwd_data_dual, "dx dx_dot dy dy_dot w w_dot [x]")                                                                       \
   X(linear_bwd_weight, "dw [db] x dy")                                                                                             \
   X(linear_bwd_weight_jvp, "dw_dot [db_dot] x [x_dot] dy dy_dot")                                                                  \
+  X(linear_update, "w_next [b_next] x dy w [b] rate")         /* w_next = w - rate dw: uniform_update of linear_bwd_weight  */     \
+  X(linear_adjoint, "w_adj [b_adj] x [x_dot] dy dy_dot rate") /* w_adj -= rate dw_dot (in place)                            */     \
   /* conv2d: the same roles */                                                                                                     \
   X(conv2d_fwd, "y x w [b]")                                                                                                       \
   X(conv2d_fwd_jvp, "y_dot x [x_dot] w w_dot [b_dot] [y]")                                                                         \

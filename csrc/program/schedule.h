@@ -107,6 +107,10 @@ struct Schedule {
 // where they are supported.
 Schedule fuse(Schedule schedule, const std::function<bool(Op)>& supports);
 
+// The same work with plain descent's updates, and their adjoints in the sweep, made by the weight gradients of linear layers, where they
+// are supported (join_updates.cpp).
+Schedule join_updates(Schedule schedule, const std::function<bool(Op)>& supports);
+
 // The same work with the gradients by large images made and used up a few images at a time (stream.cpp).
 struct StreamSizes {  // in numbers
   int64_t whole;      // a gradient of at most that many stays as it is

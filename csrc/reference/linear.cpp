@@ -1,4 +1,6 @@
 // linear: y = x w + b.     x [N, in]   w [in, out], or [out, in] where so it is said   b [out]   y [N, out]
+#include <vector>
+
 #include "reference/reference.h"
 
 namespace fastmaml::reference {
@@ -135,6 +137,38 @@ void linear_bwd_weight_jvp(const Call& call) {
     if (x_dot) add_weight_gradient(dw_dot, x_dot, dy, N, shape);
     add_weight_gradient(dw_dot, x, dy_dot, N, shape);
     if (db_dot) bias_gradient(db_dot, dy_dot, N, shape);
+  }
+}
+
+// w_next = w - rate dw;   b_next = b - rate db
+void linear_update(const Call& call) {
+  const Linear& shape = call.shape<Linear>();
+  const View gradient[] = {call[0], call[1], call[2], call[3]};
+  linear_bwd_weight(with_operands(call, gradient));
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real w_next = real(call, 0, task), b_next = real(call, 1, task);
+    const Real w = real(call, 4, task), b = real(call, 5, task), rate = real(call, 6, task);
+    for (int64_t i = 0; i < shape.in * shape.out; ++i) w_next[i] = w[i] - rate[0] * w_next[i];
+    for (int64_t o = 0; b_next && o < shape.out; ++o) b_next[o] = b[o] - rate[0] * b_next[o];
+  }
+}
+
+// w_adj -= rate dw';   b_adj -= rate db'
+void linear_adjoint(const Call& call) {
+  const Linear& shape = call.shape<Linear>();
+  const int64_t N = call.step.examples;
+  std::vector<double> room(size_t(shape.in * shape.out + shape.out));
+  for (int64_t task = 0; task < call.tasks; ++task) {
+    const Real w_adj = real(call, 0, task), b_adj = real(call, 1, task), x = real(call, 2, task), x_dot = real(call, 3, task);
+    const Real dy = real(call, 4, task), dy_dot = real(call, 5, task), rate = real(call, 6, task);
+    const Real dw_dot{room.data(), 1}, db_dot{room.data() + shape.in * shape.out, 1};
+    fill(dw_dot, shape.in * shape.out, 0.0);
+    if (x_dot) add_weight_gradient(dw_dot, x_dot, dy, N, shape);
+    add_weight_gradient(dw_dot, x, dy_dot, N, shape);
+    for (int64_t i = 0; i < shape.in * shape.out; ++i) w_adj[i] -= rate[0] * dw_dot[i];
+    if (!b_adj) continue;
+    bias_gradient(db_dot, dy_dot, N, shape);
+    for (int64_t o = 0; o < shape.out; ++o) b_adj[o] -= rate[0] * db_dot[o];
   }
 }
 

@@ -40,6 +40,7 @@ inline Call with_operands(const Call& call, const View* operand) {
 FASTMAML_OPS(X)
 #undef X
 
+void tree_add(void* a, const void* b, int64_t size);
 void tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size, int64_t stride, uintptr_t stream);
 
 }  // namespace fastmaml::reference

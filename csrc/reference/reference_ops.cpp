@@ -14,6 +14,7 @@ const OpTable& reference_ops() {
     FASTMAML_OPS(X)
 #undef X
     t.tree_reduce = reference::tree_reduce;
+    t.tree_add = reference::tree_add;
     return t;
   }();
   return table;

@@ -64,6 +64,10 @@ void proximal(const Call& call) {
   }
 }
 
+void tree_add(void* a, const void* b, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) static_cast<double*>(a)[i] += static_cast<const double*>(b)[i];
+}
+
 // out = sum_t w[t] x[t], or the mean where w is null; neighbours first, so the order depends on the task index alone.
 void tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size, int64_t stride, uintptr_t /* stream */) {
   double* sum = static_cast<double*>(out);
@@ -73,9 +77,9 @@ void tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size,
     for (int64_t t = 0; t < tasks; ++t)
       for (int64_t i = 0; i < size; ++i) leaf[t * stride + i] *= weight[t];
   for (int64_t apart = 1; apart < tasks; apart *= 2)
-    for (int64_t t = 0; t + apart < tasks; t += 2 * apart)
-      for (int64_t i = 0; i < size; ++i) leaf[t * stride + i] += leaf[(t + apart) * stride + i];
-  for (int64_t i = 0; i < size; ++i) sum[i] = weight ? leaf[i] : leaf[i] / static_cast<double>(tasks);
+    for (int64_t t = 0; t + apart < tasks; t += 2 * apart) tree_add(leaf + t * stride, leaf + (t + apart) * stride, size);
+  const double mean = weight ? 1.0 : 1.0 / static_cast<double>(tasks);
+  for (int64_t i = 0; i < size; ++i) sum[i] = leaf[i] * mean;
 }
 
 }  // namespace fastmaml::reference

@@ -19,7 +19,7 @@ REORDERED = (
     "state",
     "mask",
 )  # copied to the engine's order of parameters
-REDUCED = (1, 4, 5)  # of meta_gradient's results: made for every task, then summed
+REDUCED = (1, 4, 5)  # of meta_gradient's results: summed over the tasks
 
 
 def arenas(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
@@ -32,15 +32,23 @@ def workers(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
     return max(1, min(threads, math.ceil(call.tasks / costs["lanes"])))
 
 
-def arrays(call: EngineCall, costs: Mapping[str, Any]) -> int:
-    """Arguments in the engine's order, results of every task, and the tensors they are handed over as."""
+def summed_at_once(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
+    """How many tasks have a place for what is summed: those of the groups that are walked, and a partial sum for each level."""
+    groups = math.ceil(call.tasks / costs["lanes"])
+    if call.callers_loss:  # which sees all tasks at once
+        return call.tasks
+    return int(costs["lanes"]) * min(groups, math.ceil(math.log2(groups)) + workers(call, costs, threads))
+
+
+def arrays(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
+    """Arguments in the engine's order, results of every task or their sums, and the tensors they are handed over as."""
     results = [size(shape) for shape in call.results]
     reduces = call.kind == "meta_gradient" and "per_task=1" not in call.loop
     reordered = sum(_of_parameters(call, costs))
     of_tasks = 0
     for i, shape in enumerate(call.results):
         if reduces and i in REDUCED:
-            of_tasks += call.tasks * results[i] + (0 if costs["as_torch"] else results[i])  # and the sum
+            of_tasks += summed_at_once(call, costs, threads) * results[i] + (0 if costs["as_torch"] else results[i])
         elif not (costs["as_torch"] and _is_of_parameters(shape, call)):
             of_tasks += results[i]
     return call.real_bytes * (reordered + images(call) + sum(results) + of_tasks)

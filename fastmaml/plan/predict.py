@@ -143,7 +143,7 @@ def _parts(
         MODEL: sum(t.numel() * t.element_size() for t in learner.state_dict().values()),
         BATCH: sum(t.numel() * t.element_size() for t in batch),
         ARENAS: max(memory.arenas(call, costs, threads) for call, costs in zip(calls, plans)),
-        ARRAYS: max(memory.arrays(call, costs) for call, costs in zip(calls, plans)),
+        ARRAYS: max(memory.arrays(call, costs, threads) for call, costs in zip(calls, plans)),
         PLANS: sum({call: memory.plans(costs) for call, costs in zip(calls, plans)}.values()),
         GRADIENTS: (2 if all(call.uniform_rate for call in calls) else 3)
         * trained,  # the start as one vector, .grad, the rates
@@ -177,7 +177,7 @@ def _why(call: EngineCall, chosen: str, stash: Mode, low: Mode) -> str:
         return f"memory={call.memory!r} was asked for"
     from fastmaml import _C
 
-    budget = _C.stash_budget(call.backend, "\nloss caller" in call.program)
+    budget = _C.stash_budget(call.backend, call.callers_loss)
     least = _mib(stash.arena_bytes)
     room = f"the {_mib(budget)} MiB that auto gives an arena here"
     if chosen == "stash":

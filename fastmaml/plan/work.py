@@ -34,6 +34,10 @@ class EngineCall(NamedTuple):
     inputs: tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes of the tensors
     results: tuple[tuple[int, ...], ...]
 
+    @property
+    def callers_loss(self) -> bool:
+        return "\nloss caller" in self.program
+
     def costs(self, memory: str | None = None) -> dict[str, Any]:
         """_C.costs of its plan, with another memory mode where given."""
         from fastmaml import _C

@@ -7,6 +7,8 @@
 #include <map>
 #include <set>
 #include <stdexcept>
+#include <string>
+#include <string_view>
 
 #include "cuda/cuda_tables.h"
 #include "cuda_op_runs.h"
@@ -163,20 +165,17 @@ inline void check_ops(std::initializer_list<Op> ops, const Layer& layer, int64_t
 
 // ---------------------------------------------------------------- what ran
 
-inline bool is_product(Op op) {
-  const std::string name = op_name(op);
-  return name.rfind("linear_", 0) == 0 || name.rfind("conv2d_", 0) == 0;
-}
-
-enum class Covers { products, others, nothing };
+inline bool is_linear(Op op) { return std::string_view(op_name(op)).starts_with("linear_"); }
+inline bool is_conv2d(Op op) { return std::string_view(op_name(op)).starts_with("conv2d_"); }
+inline bool is_no_product(Op op) { return !is_linear(op) && !is_conv2d(op); }
 
 // Every op of this program's kind is in the table and was tested. That every kernel ran, tests/emulated/test_kernel_coverage.py asks.
-inline void coverage(Covers covers) {
-  const std::set<Op> of_the_host{Op::pointwise_fwd_dual, Op::pointwise_bwd_dual,
-                                 Op::uniform_update};  // a device takes what they are made of
+inline void coverage(bool (*covers)(Op)) {
+  const std::set<Op> of_the_host{Op::pointwise_fwd_dual, Op::pointwise_bwd_dual, Op::uniform_update, Op::linear_update,
+                                 Op::linear_adjoint};  // a device takes what they are made of
   for (int i = 0; i < kOps; ++i) {
     const Op op = static_cast<Op>(i);
-    if (is_callers(op) || is_product(op) != (covers == Covers::products)) continue;
+    if (is_callers(op) || !covers(op)) continue;
     const std::string name = op_name(op);
     if (of_the_host.count(op)) {
       report(!cuda_emulated_ops(4).run[i] && !cuda_emulated_ops(8).run[i], name + " is the host's");
@@ -192,8 +191,8 @@ struct Group {
   void (*cases)();
 };
 
-// The groups that are named, or all and then coverage. The exit status of the program.
-inline int run_groups(std::initializer_list<Group> groups, int count, char** names, Covers covers) {
+// The groups that are named, or all and then coverage of the ops that the program covers. Its exit status.
+inline int run_groups(std::initializer_list<Group> groups, int count, char** names, bool (*covers)(Op)) {
   emu::set_order(emu::Order::ascending);
   for (const Group& group : groups) {
     if (count > 1 && std::find(names + 1, names + count, std::string(group.name)) == names + count) continue;
@@ -205,7 +204,7 @@ inline int run_groups(std::initializer_list<Group> groups, int count, char** nam
   }
   for (const auto& [op, error] : largest_error[0])
     std::printf("%-28s largest error %6.1f eps in float32, %6.1f in float64\n", op_name(op), error, largest_error[1][op]);
-  if (count == 1 && covers != Covers::nothing) coverage(covers);
+  if (count == 1 && covers) coverage(covers);
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

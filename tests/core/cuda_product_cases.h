@@ -1,11 +1,12 @@
-// Sizes of linear and conv2d for test_cuda_products and test_cuda_tensor, and their ops: odd ones, tiles one short and one over, and what
-// makes choose.h take each of its ways.
+// Sizes of linear and conv2d for test_cuda_linear, test_cuda_conv2d and test_cuda_tensor, and their ops: odd ones, tiles one short and one
+// over, and what makes choose.h take each of its ways.
 #pragma once
 
 #include <initializer_list>
 #include <variant>
 #include <vector>
 
+#include "cuda_op_checks.h"
 #include "program/layers.h"
 #include "program/op.h"
 
@@ -116,6 +117,13 @@ inline const std::initializer_list<Op>& ops_of(const ProductCase& c) {
   const bool linear = std::holds_alternative<Linear>(c.layer);
   if (rectified_output(c.layer).on) return linear ? kRectifiedLinearOps : kRectifiedConvOps;
   return linear ? kLinearOps : kConvOps;
+}
+
+// Those of linear, or of conv2d.
+inline void check_products(bool (*chosen)(Op)) {
+  for (const auto& cases : {large_product_cases(), small_product_cases(), rectified_cases()})
+    for (const ProductCase& c : cases)
+      if (chosen(*ops_of(c).begin())) check_ops(ops_of(c), c.layer, c.N, c.tasks);
 }
 
 }  // namespace fastmaml

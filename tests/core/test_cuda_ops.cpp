@@ -267,5 +267,5 @@ int main(int count, char** names) {
                         trees<float>();
                         trees<double>();
                       }}},
-                    count, names, Covers::others);
+                    count, names, is_no_product);
 }

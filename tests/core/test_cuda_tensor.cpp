@@ -49,5 +49,5 @@ void tensor_products() {
 
 int main(int count, char** names) {
   using namespace fastmaml;
-  return run_groups({{"tensor", tensor_products}}, count, names, Covers::nothing);
+  return run_groups({{"tensor", tensor_products}}, count, names, nullptr);
 }

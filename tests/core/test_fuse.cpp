@@ -184,6 +184,37 @@ void sweeps() {
   same_sweep("steps=3 queries=1,2,3", 0, 3, 3, 0);  // a query's gradient comes between
 }
 
+// Plain descent with one rate: every layer of an MLP makes its own update, and of the sweep those whose lambda nobody reads afterwards.
+void updates() {
+  const Program net = with_torch_weights(Program::parse(kMlp));
+  for (const bool stash : {false, true})
+    for (const std::string loop : {"steps=1", "steps=3", "steps=3 order=1", "steps=3 order=0", "steps=3 queries=1,2,3"}) {
+      Adaptation how;
+      how.support_examples = 4;
+      how.query_examples = 3;
+      how.loop = InnerLoop::parse(loop);
+      how.loss_weights = how.loop.queries.size() > 1;
+      how.stash = stash;
+      how.uniform_rate = true;
+      const Schedule parts = meta_gradient_schedule(net, how), joined = join_updates(parts, everything);
+      const auto count = [&](Op op) {
+        return int(std::count_if(joined.steps.begin(), joined.steps.end(), [op](const Step& s) { return s.op == op; }));
+      };
+      const int layers = int(std::count_if(net.nodes.begin(), net.nodes.end(), [](const Node& n) { return n.kind == NodeKind::linear; }));
+      const std::string what = loop + (stash ? ", stash" : "") + ": ";
+      report(results(parts) == results(joined), what + "joined updates have the parts' bits");
+      report(count(Op::uniform_update) == 0 && count(Op::linear_update) == how.loop.steps * layers, what + "all updates are joined");
+      report(count(Op::linear_adjoint) > 0 || how.loop.order == 0, what + "so are adjoints");
+      report(to_string(join_updates(parts, [](Op op) { return op != Op::linear_update; })) == to_string(parts),
+             what + "not without the op");
+      for (const std::string& isa : available_cpu_isas()) {
+        set_cpu_isa(isa);
+        expect_error(what + "cpu " + isa, apart(results(parts), results(joined, cpu_ops(8))), 1e-10);
+      }
+      set_cpu_isa("");
+    }
+}
+
 std::string block(const std::string& mode, const std::string& rest) {
   return "fastmaml 1\ninput 2 7 6\nparam 0 5 2 3 3\nparam 90 5\nparam 95 5\n" +
          std::string(mode == "frozen" ? "buffer 0 5\nbuffer 5 5\n" : "") +
@@ -284,6 +315,7 @@ int main() {
   networks();
   rectified_networks();
   sweeps();
+  updates();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
 }

@@ -915,6 +915,31 @@ void test_vectors() {
   expect_close("proximal is in place", {run({Op::proximal, flat}, {a, {2}, b, {9, 18, 31}})[0]}, {{3, 6, 1}}, 0);
 }
 
+// An update by the layer is its gradient and then the update.
+void test_linear_updates() {
+  const int64_t N = 4, in = 3, out = 2;
+  for (const bool out_in : {false, true}) {
+    Linear layer{in, out};
+    layer.out_in = out_in;
+    const Vec x = draw(N * in), x_dot = draw(N * in), dy = draw(N * out), dy_dot = draw(N * out), w = draw(in * out), b = draw(out),
+              rate{0.3};
+    const auto less = [&](const Vec& from, const Vec& gradient) {
+      return run({Op::uniform_update, Vector{int64_t(from.size())}}, {hole(from.size()), from, gradient, rate})[0];
+    };
+    const std::string name = out_in ? " [out, in]" : " [in, out]";
+    const Values grad = run({Op::linear_bwd_weight, layer, N}, {hole(in * out), hole(out), x, dy});
+    const Values next = run({Op::linear_update, layer, N}, {hole(in * out), hole(out), x, dy, w, b, rate});
+    expect_close("linear_update" + name, {next[0], next[1]}, {less(w, grad[0]), less(b, grad[1])}, 0);
+    expect_close("linear_update without b" + name, {run({Op::linear_update, layer, N}, {hole(in * out), {}, x, dy, w, {}, rate})[0]},
+                 {less(w, grad[0])}, 0);
+    for (const Vec& tangent : {x_dot, Vec{}}) {
+      const Values grad_dot = run({Op::linear_bwd_weight_jvp, layer, N}, {hole(in * out), hole(out), x, tangent, dy, dy_dot});
+      const Values adjoint = run({Op::linear_adjoint, layer, N}, {w, b, x, tangent, dy, dy_dot, rate});
+      expect_close("linear_adjoint is in place" + name, {adjoint[0], adjoint[1]}, {less(w, grad_dot[0]), less(b, grad_dot[1])}, 0);
+    }
+  }
+}
+
 // A pointwise function and its tangent in one are the two alone.
 void test_pointwise_dual() {
   const int64_t size = 7;
@@ -1156,6 +1181,7 @@ void test_table() {
 int main() {
   test_vectors();
   test_clips();
+  test_linear_updates();
   test_pointwise_dual();
   test_momentum();
   test_adam();

@@ -1,5 +1,5 @@
 # `pytest -m race`: the CUDA kernels with every access of every thread watched. Clean on the engine's kernels, and each planted fault is
-# found in each of five orders of threads. Takes minutes, most of them in test_cuda_products_race.
+# found in each of five orders of threads. Takes minutes, most of them in test_cuda_conv2d_race and test_cuda_linear_race.
 from __future__ import annotations
 
 import re
@@ -46,7 +46,8 @@ def counts(log):
     [
         ("test_cuda_device_race", 70),
         ("test_cuda_ops_race", 10_000),
-        ("test_cuda_products_race", 8_000),
+        ("test_cuda_linear_race", 3_000),
+        ("test_cuda_conv2d_race", 4_000),
         ("test_cuda_tensor_race", 700),
         ("test_cuda_walk_race", 80),
         ("test_cuda_resident_race", 1_000),

@@ -156,11 +156,28 @@ struct OuterTerm {
   const T* b;  // pixel p's row starts at b + p * ldb
 };
 
+// What becomes of a sum: it is added to `out`, or if it is the first, is `out`; or where there is a `base`, laid out as `out` and maybe the
+// same, `out` is base - rate times the sum.
+template <class T>
+struct OuterEnd {
+  bool first;
+  const T* base = nullptr;
+  T rate = T(0);
+  OuterEnd at(int64_t offset) const { return {first, base ? base + offset : nullptr, rate}; }
+};
+
 template <class T, int MR, int NV>
 inline __attribute__((always_inline)) void outer_tile(T* out, int64_t ldo, int64_t valid, const OuterTerm<T>* terms, int n_terms,
-                                                      const int32_t* a_at, int64_t ldb, int64_t pixels, bool first) {
+                                                      const int32_t* a_at, int64_t ldb, int64_t pixels, const OuterEnd<T>& end) {
   using V = Vec<T>;
-  constexpr int64_t L = kLanes<T>;
+  constexpr int64_t L = kLanes<T>, kLine = 64 / sizeof(T), kSoon = 16;  // pixels whose products take as long as a line from L3
+  const int64_t ahead = pixels < kSoon ? 4 * NV * L : 0;
+  if (end.base)
+    for (int i = 0; i < MR; ++i)
+      for (int64_t c = 0; c < NV * L; c += kLine) {
+        __builtin_prefetch(out + i * ldo + ahead + c, 1);
+        __builtin_prefetch(end.base + i * ldo + ahead + c);
+      }
   V acc[MR][NV];
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < NV; ++v) acc[i][v] = V{};
@@ -178,49 +195,52 @@ inline __attribute__((always_inline)) void outer_tile(T* out, int64_t ldo, int64
   }
   for (int i = 0; i < MR; ++i) {
     T* row = out + i * ldo;
+    const T* base = end.base ? end.base + i * ldo : nullptr;
     if (valid >= NV * L) {
-      for (int v = 0; v < NV; ++v) store(row + v * L, first ? acc[i][v] : acc[i][v] + load<V>(row + v * L));
+      for (int v = 0; v < NV; ++v)
+        store(row + v * L, base ? load<V>(base + v * L) - end.rate * acc[i][v] : end.first ? acc[i][v] : acc[i][v] + load<V>(row + v * L));
     } else {
       T tile[NV * L];
       for (int v = 0; v < NV; ++v) store(tile + v * L, acc[i][v]);
-      for (int64_t j = 0; j < valid; ++j) row[j] = first ? tile[j] : row[j] + tile[j];
+      for (int64_t j = 0; j < valid; ++j) row[j] = base ? base[j] - end.rate * tile[j] : end.first ? tile[j] : row[j] + tile[j];
     }
   }
 }
 
 template <class T, int NV>
 __attribute__((noinline)) void outer_panel(T* out, int64_t ldo, int64_t valid, int64_t m, const OuterTerm<T>* terms, int n_terms,
-                                           const int32_t* a_at, int64_t ldb, int64_t pixels, bool first) {
+                                           const int32_t* a_at, int64_t ldb, int64_t pixels, const OuterEnd<T>& end) {
   constexpr int kMaxTerms = 2;
   OuterTerm<T> shifted[kMaxTerms];
   int64_t rows = kOuterRows;
   for (int64_t i = 0; i < m; i += rows) {
     for (int t = 0; t < n_terms; ++t) shifted[t] = {terms[t].a + i, terms[t].b};
     T* to = out + i * ldo;
+    const OuterEnd<T> of = end.at(i * ldo);
     rows = m - i >= kOuterRows ? kOuterRows : m - i >= kTileRows ? kTileRows : m - i;
     switch (rows) {
       case kOuterRows:
-        outer_tile<T, kOuterRows, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        outer_tile<T, kOuterRows, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, of);
         break;
 #ifdef __AVX512F__
       case kTileRows:
-        outer_tile<T, kTileRows, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        outer_tile<T, kTileRows, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, of);
         break;
 #endif
       case 5:
-        outer_tile<T, 5, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        outer_tile<T, 5, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, of);
         break;
       case 4:
-        outer_tile<T, 4, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        outer_tile<T, 4, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, of);
         break;
       case 3:
-        outer_tile<T, 3, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        outer_tile<T, 3, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, of);
         break;
       case 2:
-        outer_tile<T, 2, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        outer_tile<T, 2, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, of);
         break;
       default:
-        outer_tile<T, 1, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, first);
+        outer_tile<T, 1, NV>(to, ldo, valid, shifted, n_terms, a_at, ldb, pixels, of);
         break;
     }
   }
@@ -229,15 +249,22 @@ __attribute__((noinline)) void outer_panel(T* out, int64_t ldo, int64_t valid, i
 // out [m, cols] (+)= sum over terms (at most 2) and pixels of a_p b_p; rows of b are ldb (whole vectors) long.
 template <class T>
 inline void outer_product(T* out, int64_t m, int64_t cols, const OuterTerm<T>* terms, int n_terms, const int32_t* a_at, int64_t ldb,
-                          int64_t pixels, bool first) {
-  constexpr int64_t L = kLanes<T>;
+                          int64_t pixels, const OuterEnd<T>& end) {
+  constexpr int64_t L = kLanes<T>, kPanel = kTileVecs * L, kFew = 16 * 1024, kMany = 128 * 1024;  // bytes, of an L1 of 32 KiB
+  // All of a few pixels' b stays in L1, and a large `out` is all there is to move: then its rows are written from end to end.
+  const bool by_rows = n_terms * pixels * ldb * int64_t(sizeof(T)) <= kFew && m * cols * int64_t(sizeof(T)) > kMany;
+  const int64_t rows = by_rows ? kOuterRows : m;
   OuterTerm<T> shifted[2];
-  for (int64_t j = 0; j < ldb; j += kTileVecs * L) {
-    for (int t = 0; t < n_terms; ++t) shifted[t] = {terms[t].a, terms[t].b + j};
-    if (j + kTileVecs * L <= ldb)
-      outer_panel<T, kTileVecs>(out + j, cols, cols - j, m, shifted, n_terms, a_at, ldb, pixels, first);
-    else
-      outer_panel<T, 1>(out + j, cols, cols - j, m, shifted, n_terms, a_at, ldb, pixels, first);
+  for (int64_t i = 0; i < m; i += rows) {
+    const int64_t some = m - i < rows ? m - i : rows;
+    for (int64_t j = 0; j < ldb; j += kPanel) {
+      for (int t = 0; t < n_terms; ++t) shifted[t] = {terms[t].a + i, terms[t].b + j};
+      const int64_t at = i * cols + j;
+      if (j + kPanel <= ldb)
+        outer_panel<T, kTileVecs>(out + at, cols, cols - j, some, shifted, n_terms, a_at, ldb, pixels, end.at(at));
+      else
+        outer_panel<T, 1>(out + at, cols, cols - j, some, shifted, n_terms, a_at, ldb, pixels, end.at(at));
+    }
   }
 }
 
@@ -258,7 +285,7 @@ struct OuterPack {
 // outer_product by way of copies; b's rows are cols numbers long. A few rows of `out` are written from end to end before the next.
 template <class T>
 inline void packed_outer_product(T* out, int64_t m, int64_t cols, const OuterTerm<T>* terms, int n_terms, const int32_t* a_at,
-                                 int64_t pixels, bool first, const OuterPack<T>& room) {
+                                 int64_t pixels, const OuterEnd<T>& end, const OuterPack<T>& room) {
   constexpr int64_t L = kLanes<T>, kPanel = kTileVecs * L;
   const int64_t ldb = padded_cols<T>(cols);
   for (int64_t p = 0; p < pixels; ++p) room.at[p] = int32_t(p * kOuterRows);
@@ -284,10 +311,11 @@ inline void packed_outer_product(T* out, int64_t m, int64_t cols, const OuterTer
     for (int64_t j = 0; j < ldb; j += kPanel) {
       for (int t = 0; t < n_terms; ++t) packed[t] = {room.a[t], room.b[t] + j * pixels};
       T* to = out + i * cols + j;
+      const OuterEnd<T> of = end.at(i * cols + j);
       if (j + kPanel <= ldb)
-        outer_panel<T, kTileVecs>(to, cols, cols - j, rows, packed, n_terms, room.at, kPanel, pixels, first);
+        outer_panel<T, kTileVecs>(to, cols, cols - j, rows, packed, n_terms, room.at, kPanel, pixels, of);
       else
-        outer_panel<T, 1>(to, cols, cols - j, rows, packed, n_terms, room.at, L, pixels, first);
+        outer_panel<T, 1>(to, cols, cols - j, rows, packed, n_terms, room.at, L, pixels, of);
     }
   }
 }
