@@ -33,11 +33,14 @@ def workers(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
 
 
 def summed_at_once(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
-    """How many tasks have a place for what is summed: those of the groups that are walked, and a partial sum for each level."""
+    """How many tasks have a place for what is summed.
+
+    Of the groups that are walked, of each other worker's one that waits for its neighbour, and a partial sum for each level.
+    """
     groups = math.ceil(call.tasks / costs["lanes"])
     if call.callers_loss:  # which sees all tasks at once
         return call.tasks
-    return int(costs["lanes"]) * min(groups, math.ceil(math.log2(groups)) + workers(call, costs, threads))
+    return int(costs["lanes"]) * min(groups, math.ceil(math.log2(groups)) + 2 * workers(call, costs, threads) - 1)
 
 
 def arrays(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
