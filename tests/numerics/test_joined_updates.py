@@ -2,6 +2,8 @@
 # The same results as with a vector of equal rates, whose updates stand alone.
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from compare import expect_close
@@ -20,7 +22,7 @@ def problem(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     widths, support, query = SHAPES[name]
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for i, o in zip(widths, widths[1:]):
+    for i, o in pairwise(widths):
         layers += [nn.Linear(i, o), nn.ReLU()]
     model = nn.Sequential(*layers[:-1]).double()
     x = torch.rand(3, support + query, widths[0], dtype=torch.float64) - 0.5
@@ -34,7 +36,9 @@ def ops_of(engine: fm.Engine, batch: tuple[torch.Tensor, ...], loop: str, unifor
     program = engine._program("x", batch[0], engine.flatten())
     assert program is not None
     sizes = {"real_bytes": 8, "support_examples": batch[0].shape[1], "query_examples": batch[2].shape[1]}
-    steps = _C.costs(program.text, "meta_gradient", loop=loop, uniform_rate=uniform_rate, memory=memory, **sizes)["steps"]
+    steps = _C.costs(program.text, "meta_gradient", loop=loop, uniform_rate=uniform_rate, memory=memory, **sizes)[
+        "steps"
+    ]
     return {step["op"] for step in steps}
 
 

@@ -131,7 +131,7 @@ def test_a_model_on_autodiff_is_refused_with_its_reason() -> None:
 @pytest.mark.parametrize(
     ("case", "memory", "changes"),
     [
-        ("mlp-k1", "auto", {"tasks": 8}),
+        ("mlp-k1", "auto", {"tasks": 32}),  # with fewer, pages of 2 MiB that are touched in part are a sixth of it
         ("omniglot-t4", "stash", {"inner_steps": 3}),
         ("omniglot-t4", "low", {"inner_steps": 3}),
     ],
