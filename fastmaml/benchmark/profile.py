@@ -24,7 +24,7 @@ from fastmaml.engine import Engine
 
 OUTER_LR = 1e-6  # so small that the network stays as it is
 LEAST_S, MOST_CALLS = 0.5, 50  # so long, or so often, is the call repeated under the profile
-WAITING = "waiting: for the last task, a thread or a core"
+WAITING = "sums over tasks, and waiting for the last task, a thread or a core"
 OUTSIDE = "outside the walks: Python, conversion, optimizer"
 
 
