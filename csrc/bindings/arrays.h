@@ -56,7 +56,7 @@ class Arrays {
   // Of a result their weighted sum over the tasks, their mean without weights. Once before they are asked for:
   void task_weights(const std::optional<Tensor>& w);              // [T]
   void summed_params(Arg arg, std::optional<int64_t> rows = {});  // [P] or [rows, P], for params() below
-  void summed_step_rows(Arg arg, const InnerLoop& loop);          // [K, R], for summed() below
+  void summed_step_rows(Arg arg, const InnerLoop& loop);          // [K, R], for step_rows() below
 
   void run(const Work& work);
 
