@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from compare import expect_close
+from equal_rates import expect_the_results_of_a_vector
 from torch import nn
 
 import fastmaml as fm
@@ -47,22 +47,9 @@ def ops_of(engine: fm.Engine, batch: tuple[torch.Tensor, ...], loop: str, unifor
 @pytest.mark.parametrize("how", [{}, {"truncate": 1}, {"first_order": True}], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_have_the_results_of_updates_that_stand_alone(name, how, per_step, memory, compiled):
-    from fastmaml import _C
-
     model, batch = problem(name)
     engine = fm.Engine(model, "cross_entropy", compiled.name, memory=memory)
-    theta = engine.flatten()
-    one = torch.tensor([[0.3], [0.2], [0.1]], dtype=torch.float64) if per_step else 0.3
-    vector = (one if per_step else torch.tensor([[one]], dtype=torch.float64)).expand(-1, len(theta)).contiguous()
-    _C.set_cpu_layout("tasks")
-    try:
-        found, expected = (
-            engine.meta_gradient(theta, batch, lr, 3, inner_lr_grad=False, **how) for lr in (one, vector)
-        )
-    finally:
-        _C.set_cpu_layout("auto")
-    for what in ("loss", "grad", "query_output", "support_losses"):
-        expect_close(getattr(found, what), getattr(expected, what), 1e-12, what)
+    expect_the_results_of_a_vector(engine, batch, per_step, "tasks", how)
 
 
 def test_are_joined_where_one_rate_is_known(cpu):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import expect_close
+from equal_rates import expect_the_results_of_a_vector
 from torch import nn
 
 import fastmaml as fm
@@ -22,22 +22,8 @@ def problem() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 @pytest.mark.parametrize("per_step", [False, True])
 @pytest.mark.parametrize("how", [{}, {"truncate": 1}, {"first_order": True}], ids=str)
 def test_is_the_vector_of_equal_rates(how, per_step, layout, memory, compiled):
-    from fastmaml import _C
-
     model, batch = problem()
-    engine = fm.Engine(model, "mse", compiled.name, memory=memory)
-    theta = engine.flatten()
-    one = torch.tensor([[0.3], [0.2], [0.1]], dtype=torch.float64) if per_step else 0.3
-    vector = (one if per_step else torch.tensor([[one]], dtype=torch.float64)).expand(-1, len(theta)).contiguous()
-    _C.set_cpu_layout(layout)
-    try:
-        found, expected = (
-            engine.meta_gradient(theta, batch, lr, 3, inner_lr_grad=False, **how) for lr in (one, vector)
-        )
-    finally:
-        _C.set_cpu_layout("auto")
-    for name in ("loss", "grad", "query_output", "support_losses"):
-        expect_close(getattr(found, name), getattr(expected, name), 1e-12, name)
+    expect_the_results_of_a_vector(fm.Engine(model, "mse", compiled.name, memory=memory), batch, per_step, layout, how)
 
 
 def test_the_plan_reads_no_rates(cpu):
