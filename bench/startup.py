@@ -59,11 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, print, write."""
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
-    torch_s, ours_s = _medians(IMPORTED, [], args.processes)
+    with tempfile.TemporaryDirectory() as bytecode:
+        return _measure(args, bytecode)
+
+
+def _measure(args: argparse.Namespace, bytecode: str) -> int:
+    torch_s, ours_s = _medians(IMPORTED, [], args.processes, bytecode)
     print(f"import torch {torch_s:.2f} s, import fastmaml beyond it {ours_s:.3f} s ({args.processes} processes)")
     rows = []
     for name in args.cases:
-        first, later, collected = _medians(FIRST_CALL, [name, str(args.threads)], args.processes)
+        first, later, collected = _medians(FIRST_CALL, [name, str(args.threads)], args.processes, bytecode)
         rows.append({"case": name, "first_ms": 1e3 * first, "later_ms": 1e3 * later, "extra_ms": 1e3 * (first - later),
                      "collector_ms": 1e3 * collected})  # fmt: skip
     keys = ("first_ms", "later_ms", "extra_ms", "collector_ms")
@@ -80,16 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _medians(program: str, arguments: list[str], processes: int) -> list[float]:
-    """Of the numbers that a program prints as a list, over so many processes behind one that leaves the bytecode."""
+def _medians(program: str, arguments: list[str], processes: int, bytecode: str) -> list[float]:
+    """Of the numbers that a program prints as a list, over so many processes behind one that leaves its bytecode in the folder."""
     found = []
-    with tempfile.TemporaryDirectory() as bytecode:
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        environment["PYTHONPYCACHEPREFIX"] = bytecode
-        for _ in range(1 + processes):
-            done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True,
-                                  env=environment)  # fmt: skip
-            found.append(json.loads(done.stdout.strip().split("\n")[-1]))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = bytecode
+    for _ in range(1 + processes):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True,
+                              env=environment)  # fmt: skip
+        found.append(json.loads(done.stdout.strip().split("\n")[-1]))
     return [statistics.median(column) for column in zip(*found[1:])]
 
 

@@ -130,25 +130,29 @@ void check(const Case& c) {
       report(kept, name(": inputs stay as they are"));
       if (absent != variants[0]) continue;
 
-      emu::set_order(emu::Order::random, 5);
-      report(same_bits(got, 0, on_device<T>(c, given, {}), c.tasks, written), name(": the same bits in another order of threads"));
-      emu::set_order(emu::Order::ascending);
+      // The race build finds a race in any order and leaves numbers to the other one: it runs each way of access once.
+      const bool numbers = !emu::watched();
+      if (numbers) {
+        emu::set_order(emu::Order::random, 5);
+        report(same_bits(got, 0, on_device<T>(c, given, {}), c.tasks, written), name(": the same bits in another order of threads"));
+        emu::set_order(emu::Order::ascending);
+      }
       How unaligned;
       unaligned.aligned = false;
       report(same_bits(got, 0, on_device<T>(c, given, unaligned), c.tasks, written), name(": the same bits where nothing is aligned"));
-      if (c.tasks > 1) {
-        How last;
-        last.first = c.tasks - 1;
-        last.tasks = 1;
-        report(same_bits(got, c.tasks - 1, on_device<T>(c, given, last), 1, written), name(": the last task alone has the same bits"));
-        How shared;
-        shared.shared = true;
-        Operands copies = given;
-        for (size_t k = written; k < role.size(); ++k)
-          for (Vec& x : copies.values[k]) x = copies.values[k][0];
-        report(same_bits(on_device<T>(c, copies, {}), 0, on_device<T>(c, given, shared), c.tasks, written),
-               name(": inputs shared by the tasks"));
-      }
+      if (c.tasks == 1) continue;
+      How shared;
+      shared.shared = true;
+      const Operands of_shared = on_device<T>(c, given, shared);
+      if (!numbers) continue;
+      How last;
+      last.first = c.tasks - 1;
+      last.tasks = 1;
+      report(same_bits(got, c.tasks - 1, on_device<T>(c, given, last), 1, written), name(": the last task alone has the same bits"));
+      Operands copies = given;
+      for (size_t k = written; k < role.size(); ++k)
+        for (Vec& x : copies.values[k]) x = copies.values[k][0];
+      report(same_bits(on_device<T>(c, copies, {}), 0, of_shared, c.tasks, written), name(": inputs shared by the tasks"));
     } catch (const std::exception& e) {
       report(false, name(""), e.what());
     }

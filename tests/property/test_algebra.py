@@ -62,17 +62,18 @@ def test_permuting_tasks_permutes_results_bit_for_bit(case, compiled, seed, dtyp
         expect_same_bits(getattr(b, name), getattr(a, name)[list(order)], f"{case} {name}")
     # the sum over tasks is a fixed tree over positions, so another order rounds differently
     eps = torch.finfo(dtype).eps
-    bound = 64 * eps * float(task_gradients(made, case, theta, data).abs().max())
+    each = made.meta_gradient(theta, data, inner_lr=case.inner_lr, inner_steps=2, per_task=True).grad
+    bound = 64 * eps * float(each.abs().max())
     expect_close(b.grad, a.grad, 0.0, case, atol=bound)
 
 
-def task_gradients(made, case, theta, data, inner_steps=2) -> torch.Tensor:
-    """[T, P]: each task's own gradient, through task weights that select it."""
+def task_gradients(made, case, theta, data) -> torch.Tensor:
+    """[T, P]: each task's own gradient after one step, through task weights that select it."""
     T = data.support_x.shape[0]
     rows = torch.eye(T, dtype=theta.dtype)
     return torch.stack(
         [
-            made.meta_gradient(theta, data, inner_lr=case.inner_lr, inner_steps=inner_steps, task_weights=rows[t]).grad
+            made.meta_gradient(theta, data, inner_lr=case.inner_lr, inner_steps=1, task_weights=rows[t]).grad
             for t in range(T)
         ]
     )
@@ -154,6 +155,7 @@ def test_a_diverged_task_harms_no_other(case, compiled, dtype):
 @given(seed=seeds, dtype=dtypes, tasks=st.sampled_from([1, 2, 7, 16, 25]))
 def test_bits_are_equal_for_one_and_two_threads(case, compiled, threads, seed, dtype, tasks):
     dtype = torch.float64 if compiled.name == "reference" else dtype
+    tasks = min(tasks, 7) if compiled.name == "cuda_emulated" else tasks  # the host's threads take no part in its kernels
     s, made, data = setup(case), engine(case, compiled), batch(case, seed, tasks, dtype)
     results = []
     for count in (1, 2, 2):
@@ -240,7 +242,7 @@ def test_the_gradient_is_linear_in_task_weights(case, backend, seed, scale):
     s, made, data = setup(case), engine(case, backend), batch(case, seed, 3)
     w = normal(3, seed=seed)
     how = {"inner_lr": case.inner_lr, "inner_steps": 1}
-    each = task_gradients(made, case, s.theta, data, 1)
+    each = task_gradients(made, case, s.theta, data)
     got = made.meta_gradient(s.theta, data, **how, task_weights=scale * w).grad
     expect_close(got, scale * (w @ each), 0.0, case, atol=1e-12 * scale * float(each.abs().max()))
 

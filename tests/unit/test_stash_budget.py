@@ -31,10 +31,10 @@ def test_keeping_and_computing_again_give_the_same_bits(name: str) -> None:
 
 
 def test_a_stash_beyond_the_budget_is_not_kept() -> None:
-    engine = fm.Engine(fm.models.conv4(filters=64), backend="cpu")
-    program = engine._program("x", torch.zeros(1, 1, 1, 28, 28), engine.flatten())
+    engine = fm.Engine(fm.models.conv4(filters=64, image_size=112), backend="cpu")
+    program = engine._program("x", torch.zeros(1, 1, 1, 112, 112), engine.flatten())
     assert program is not None
-    examples = _C.machine_memory() // 2**21  # an image takes more than a megabyte
+    examples = _C.machine_memory() // 2**25  # an image takes more than 16 megabytes
 
     def costs(memory: str) -> dict[str, Any]:
         sizes = {"support_examples": examples, "query_examples": 5, "loop": "steps=5", "memory": memory}

@@ -19,6 +19,8 @@ Watcher* watcher = nullptr;
 bool counts_bytes_alone = false;
 int64_t blocks_at_once = 16;
 
+bool watched() { return watcher != nullptr; }
+
 namespace {
 
 std::mutex one_launch;

@@ -53,6 +53,9 @@ struct Launched {
 // `see` hears of every launch from now on, until it is empty. With run = false kernels are announced and not run.
 void listen(std::function<void(const Launched&)> see, bool run = true);
 
+// Whether this is the race build.
+bool watched();
+
 // The race build stops looking for races and counts bytes alone, which is several times as fast.
 void only_count_bytes(bool only);
 
