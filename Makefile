@@ -45,7 +45,7 @@ EMULATED := $(if $(filter Linux,$(shell uname)),emulated)
 BUILT = $(abspath build/$(shell $(PY) -c "import sys; print(sys.implementation.cache_tag)"))
 test: $(STAMP)/build $(STAMP)/test
 	$(MAKE) --no-print-directory -j $(JOBS) -C csrc test $(EMULATED) BUILT=$(BUILT)
-	$(PY) -m pytest -q -n $(JOBS) --dist loadgroup -m "not slow" $(PYTEST)
+	$(PY) -m pytest -q -n $(JOBS) -m "not slow" $(PYTEST)
 	$(if $(PYTEST),,$(PY) -m pytest -q tests/emulated/test_kernel_coverage.py)
 
 # ---------------------------------------------------------------- its parts

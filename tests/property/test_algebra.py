@@ -7,7 +7,7 @@ import torch
 from cases import CONV4, LAYER_NORM, MLP, NETWORK_CASES, RESIDUAL, SINE, SMOOTH_CASES, TANH, NetworkCase, draw_data
 from compare import expect_close, expect_same_bits
 from engines import engine, normal, setup
-from hypothesis import given
+from for_all import for_all
 from hypothesis import strategies as st
 
 import fastmaml as fm
@@ -29,7 +29,7 @@ def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @every_network
-@given(seed=seeds)
+@for_all(seed=seeds)
 def test_hvp_is_symmetric(case, backend, seed):
     s, made, data = setup(case), engine(case, backend), batch(case, seed, 2)
     params = s.theta + 0.1 * normal(2, s.P, seed=seed)
@@ -40,7 +40,7 @@ def test_hvp_is_symmetric(case, backend, seed):
 
 
 @every_network
-@given(seed=seeds, a=st.floats(-3, 3), b=st.floats(-3, 3))
+@for_all(seed=seeds, a=st.floats(-3, 3), b=st.floats(-3, 3))
 def test_hvp_is_linear(case, backend, seed, a, b):
     s, made, data = setup(case), engine(case, backend), batch(case, seed, 2)
     u, w = normal(2, s.P, seed=seed + 1), normal(2, s.P, seed=seed + 2)
@@ -51,7 +51,7 @@ def test_hvp_is_linear(case, backend, seed, a, b):
 
 
 @every_network
-@given(seed=seeds, dtype=dtypes, order=st.permutations(range(5)))
+@for_all(seed=seeds, dtype=dtypes, order=st.permutations(range(5)))
 def test_permuting_tasks_permutes_results_bit_for_bit(case, compiled, seed, dtype, order):
     dtype = torch.float64 if compiled.name == "reference" else dtype
     s, made, data = setup(case), engine(case, compiled), batch(case, seed, 5, dtype)
@@ -84,7 +84,7 @@ def alone(data, t):
 
 
 @every_network
-@given(seed=seeds, dtype=dtypes, tasks=st.integers(2, 19), data=st.data())
+@for_all(seed=seeds, dtype=dtypes, tasks=st.integers(2, 19), data=st.data())
 def test_a_tasks_bits_do_not_depend_on_its_batch(case, compiled, seed, dtype, tasks, data):
     # alone, in a batch of another size and at another place: loss, outputs, adapted parameters and its own meta-
     # gradient
@@ -115,7 +115,7 @@ def test_a_tasks_bits_do_not_depend_on_its_batch(case, compiled, seed, dtype, ta
 
 
 @pytest.mark.parametrize("case", [MLP, CONV4], ids=str)
-@given(seed=seeds, dtype=dtypes, blocks=st.sampled_from([2, 4]), size=st.sampled_from([1, 2, 4]))
+@for_all(seed=seeds, dtype=dtypes, blocks=st.sampled_from([2, 4]), size=st.sampled_from([1, 2, 4]))
 def test_sums_of_aligned_blocks_make_the_whole_sum(case, compiled, seed, dtype, blocks, size):
     # The sum over tasks is one binary tree, so ranks that own aligned power-of-two blocks reproduce it bit for bit.
     dtype = torch.float64 if compiled.name == "reference" else dtype
@@ -152,7 +152,7 @@ def test_a_diverged_task_harms_no_other(case, compiled, dtype):
 
 
 @every_network
-@given(seed=seeds, dtype=dtypes, tasks=st.sampled_from([1, 2, 7, 16, 25]))
+@for_all(seed=seeds, dtype=dtypes, tasks=st.sampled_from([1, 2, 7, 16, 25]))
 def test_bits_are_equal_for_one_and_two_threads(case, compiled, threads, seed, dtype, tasks):
     dtype = torch.float64 if compiled.name == "reference" else dtype
     tasks = min(tasks, 7) if compiled.name == "cuda_emulated" else tasks  # the host's threads take no part in its kernels
@@ -176,7 +176,7 @@ def test_two_threads_really_run(cpu, threads):
 
 
 @every_network
-@given(seed=seeds)
+@for_all(seed=seeds)
 def test_running_twice_gives_the_same_bits(case, backend, seed):
     s, made, data, other = setup(case), engine(case, backend), batch(case, seed, 3), batch(case, seed + 1, 5)
     how = {"inner_lr": case.inner_lr, "inner_steps": 2}
@@ -188,7 +188,7 @@ def test_running_twice_gives_the_same_bits(case, backend, seed):
 
 
 @every_network
-@given(seed=seeds)
+@for_all(seed=seeds)
 def test_no_inner_steps_is_the_plain_gradient(case, backend, seed):
     s, made, data = setup(case), engine(case, backend), batch(case, seed, 3)
     got = made.meta_gradient(s.theta, data, inner_lr=0.4, inner_steps=0)
@@ -202,7 +202,7 @@ def test_no_inner_steps_is_the_plain_gradient(case, backend, seed):
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-@given(seed=seeds)
+@for_all(seed=seeds)
 def test_first_order_is_the_limit_of_small_rates(case, backend, seed):
     # exact - first order = -a H q + O(a^2): the difference shrinks in proportion to a, and is there at all
     s, made, data = setup(case), engine(case, backend), batch(case, seed, 2)
@@ -217,7 +217,7 @@ def test_first_order_is_the_limit_of_small_rates(case, backend, seed):
     assert difference(1e-9) < 1e-3 * difference(1e-5) + 1e-13
 
 
-@given(seed=seeds)
+@for_all(seed=seeds)
 @pytest.mark.parametrize("case", SMOOTH_CASES, ids=str)
 def test_finite_differences_of_the_query_loss(case, backend, seed):
     s, made, data = setup(case), engine(case, backend), batch(case, seed, 2)
@@ -237,7 +237,7 @@ def test_finite_differences_of_the_query_loss(case, backend, seed):
 
 
 @every_network
-@given(seed=seeds, scale=st.floats(0.1, 4))
+@for_all(seed=seeds, scale=st.floats(0.1, 4))
 def test_the_gradient_is_linear_in_task_weights(case, backend, seed, scale):
     s, made, data = setup(case), engine(case, backend), batch(case, seed, 3)
     w = normal(3, seed=seed)
@@ -247,7 +247,7 @@ def test_the_gradient_is_linear_in_task_weights(case, backend, seed, scale):
     expect_close(got, scale * (w @ each), 0.0, case, atol=1e-12 * scale * float(each.abs().max()))
 
 
-@given(seed=seeds)
+@for_all(seed=seeds)
 def test_permuting_support_examples_changes_nothing_but_rounding(backend, seed):
     case = TANH
     s, made, data = setup(case), engine(case, backend), batch(case, seed, 2)

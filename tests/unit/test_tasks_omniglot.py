@@ -29,8 +29,6 @@ EVALUATION_ALPHABETS = {
 GIVEN_DATA, GIVEN_CACHE = os.environ.get("FASTMAML_DATA"), cache_folder()
 SMALL = Part("images_background", 3, "")
 
-pytestmark = pytest.mark.xdist_group("omniglot")  # what takes long here is made once for a worker
-
 
 def png(code: int, side: int = 105) -> bytes:
     """A 1-bit picture, white but for 2 by 2 finished pixels of ink for every bit of `code`."""

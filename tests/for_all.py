@@ -1,0 +1,37 @@
+"""Hypothesis for tests that run on every backend: the emulator, a thousand times as slow, sees fewer of the examples."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import given, settings
+
+EMULATED_EXAMPLES = 3
+BACKENDS = ("backend", "compiled")  # the fixtures of conftest.py that name one
+
+
+def for_all(**strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """hypothesis.given for a test that has one of the BACKENDS among its other arguments."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        parameters = inspect.signature(test).parameters
+        (named,) = [name for name in BACKENDS if name in parameters]
+
+        @functools.wraps(test)
+        def run(**fixtures: Any) -> None:
+            emulated = fixtures[named].name == "cuda_emulated"
+
+            @settings(max_examples=EMULATED_EXAMPLES if emulated else settings.default.max_examples)
+            @given(**strategies)
+            def on_example(**drawn: Any) -> None:
+                test(**fixtures, **drawn)
+
+            on_example()
+
+        run.__signature__ = inspect.Signature([p for name, p in parameters.items() if name not in strategies])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
