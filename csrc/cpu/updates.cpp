@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "cpu/layout.h"
+#include "cpu/vec_math.h"
 
 FASTMAML_CPU_BEGIN
 namespace {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/cpu.h"
+#include "cpu/vec_math.h"
 
 FASTMAML_CPU_BEGIN
 

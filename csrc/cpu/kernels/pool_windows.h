@@ -1,7 +1,7 @@
 // The windows of a pool on [N, H, W, C], and the taps of max-pools as vectors.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/vec_math.h"
 #include "program/layers.h"
 
 FASTMAML_CPU_BEGIN
@@ -41,7 +41,7 @@ inline __attribute__((always_inline)) I load_bytes(const int8_t* p) {
   } else {
     [[maybe_unused]] constexpr bool kFour = sizeof(I{}[0]) == 4;
 #ifdef __AVX512F__
-    if constexpr (sizeof(I) == 64) {  // masked by nothing, as in vec.h
+    if constexpr (sizeof(I) == 64) {  // masked by nothing, as in vec_math.h
       if constexpr (kFour)
         return I(_mm512_maskz_cvtepi8_epi32(__mmask16(-1), _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
       else

@@ -1,5 +1,6 @@
 // Group norm and layer norm in lanes. Formulas: ALGORITHMS section 6, reference/group_norm.cpp.
 #include "cpu/lanes/lanes.h"
+#include "cpu/vec_math.h"
 
 FASTMAML_CPU_BEGIN
 namespace {
