@@ -24,6 +24,6 @@ def prepare(problem: Problem, backend: str = "cpu", memory: str = "auto") -> Cal
 
     def call() -> Answer:
         result = engine.meta_gradient(theta, problem.batch, case.inner_lr, case.inner_steps, inner_lr_grad=False)
-        return result.loss.mean(), [result.grad]
+        return result.loss.mean() if result.total_loss is None else result.total_loss, [result.grad]
 
     return call
