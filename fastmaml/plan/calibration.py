@@ -85,8 +85,8 @@ class _Runs:
         for sample in SAMPLES:
             for memory in ("stash", "low"):
                 self._meta_gradient(sample, memory)
-            if sample.loss == "mse":
-                self._products(sample)
+            for examples in sample.products:
+                self._products(sample, examples)
 
     def rates(self) -> Rates:
         measured = ((name, list(at), ratio) for (name, at), ratio in self.steps.items())
@@ -97,10 +97,10 @@ class _Runs:
         batch = sample.batch(self.workers * sample.tasks, learner.engine)
         self._learn(lambda: learner(*batch))
 
-    def _products(self, sample: Sample) -> None:
+    def _products(self, sample: Sample, examples: int) -> None:
         """A Hessian-vector product and conjugate gradients, whose vectors have ops of their own."""
         engine = sample.make("low").engine
-        x, y, *_ = sample.batch(self.workers * sample.tasks, engine)
+        x, y = sample.examples(self.workers * sample.tasks, examples, engine)
         theta = engine.flatten()
         v = theta.expand(len(x), -1)
         self._learn(lambda: engine.hvp(theta, x, y, v))

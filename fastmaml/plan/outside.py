@@ -16,6 +16,7 @@ from fastmaml.plan.work import EngineCall, engine_calls
 
 REPEATS = 5  # of each network; the fastest counts
 SUMMED_KINDS = ("meta_gradient",)  # a vector over the parameters for each task is summed
+CHECKED = ("v",)  # every number is looked at: is it finite?
 
 
 class Costs(NamedTuple):
@@ -26,8 +27,8 @@ class Costs(NamedTuple):
     learner_tensor_s: float  # for each parameter tensor
     image_byte_s: float  # for every byte of images that are put into the engine's order
     order_byte_s: float  # for every byte of parameters, rates and gradients that are put into the other order
-    task_byte_s: float  # the same for a vector of each task, which the threads share out
-    moved_byte_s: float  # for every byte that is summed over tasks or handed over for each of them
+    task_byte_s: float  # for a vector of each task that is put into another order, checked or summed, which the threads share out
+    learner_byte_s: float  # for every byte of a learner's parameters, whose gradients are scaled and handed out
     update_number_s: float
     update_tensor_s: float
 
@@ -55,7 +56,7 @@ def measure() -> Costs:
     around: list[_Measured] = []
     updates: list[_Measured] = []
     for sample in SAMPLES:
-        for tasks in sorted({1, 4 * sample.tasks}) if 1 < sample.tasks < LANES else [1]:
+        for tasks in sorted({1, sample.tasks, 4 * sample.tasks if sample.tasks < LANES else 1}):
             learner = sample.make("stash")
             batch = sample.batch(tasks, learner.engine)
             around.append(_around(learner, lambda: learner(*batch).loss.backward()))  # noqa: B023
@@ -99,9 +100,10 @@ def _update(learner: Any) -> _Measured:
 def _work(call: EngineCall, tensors: int) -> list[float]:
     """What the seconds around a call are proportional to, in Costs' order."""
     one, of_tasks = ordered(call)
-    summed = call.tasks * call.parameters if call.kind in SUMMED_KINDS and not of_tasks else 0
-    moved = summed + sum(size(shape) for shape in call.results)
-    counts = (images(call), one, of_tasks, moved)
+    if call.kind in SUMMED_KINDS and not of_tasks:
+        of_tasks = call.tasks * call.parameters
+    of_tasks += sum(size(shape) for name, shape in call.inputs if name in CHECKED)
+    counts = (images(call), one, of_tasks, call.parameters if tensors else 0)
     return [1.0, float(tensors > 0), float(tensors), *(float(call.real_bytes * count) for count in counts)]
 
 

@@ -27,6 +27,7 @@ class Sample:
     query: int
     tasks: int = 1  # for each worker
     inner: inner.Optimizer = field(default_factory=lambda: inner.SGD(0.01))
+    products: tuple[int, ...] = ()  # numbers of examples whose Hessian products are measured too
 
     @property
     def steps(self) -> int:
@@ -43,16 +44,15 @@ class Sample:
         )
 
     def batch(self, tasks: int, engine: Engine) -> tuple[Any, ...]:
-        """Random examples; targets near the network's own outputs keep a regression in range."""
-        random = torch.Generator().manual_seed(0)
+        """Support and query sets."""
+        return (*self.examples(tasks, self.support, engine, 0), *self.examples(tasks, self.query, engine, 1))
 
-        def examples(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-            x = torch.rand(tasks, count, *self.shape, generator=random)
-            if self.classes:
-                return x, torch.arange(count).remainder(self.classes).repeat(tasks, 1)
-            return x, engine.forward(engine.flatten(), x) + 0.1
-
-        return (*examples(self.support), *examples(self.query))
+    def examples(self, tasks: int, count: int, engine: Engine, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random ones; targets near the network's own outputs keep a regression in range."""
+        x = torch.rand(tasks, count, *self.shape, generator=torch.Generator().manual_seed(seed))
+        if self.classes:
+            return x, torch.arange(count).remainder(self.classes).repeat(tasks, 1)
+        return x, engine.forward(engine.flatten(), x) + 0.1
 
 
 def _functions() -> nn.Module:
@@ -63,16 +63,16 @@ def _functions() -> nn.Module:
 
 
 SAMPLES = (
-    Sample(lambda: models.mlp([1, 32, 32, 1]), (1,), 0, 8, 12, tasks=LANES),
-    Sample(lambda: models.mlp([2, 56, 56, 2]), (2,), 0, 12, 8, tasks=LANES),
+    Sample(lambda: models.mlp([1, 32, 32, 1]), (1,), 0, 8, 12, tasks=LANES, products=(8,)),
+    Sample(lambda: models.mlp([2, 56, 56, 2]), (2,), 0, 12, 8, tasks=LANES, products=(12,)),
     Sample(_functions, (48,), 6, 6, 20, inner=inner.SGD(0.01, momentum=0.9)),
     Sample(lambda: models.mlp([40, 96, 96, 10]), (40,), 10, 24, 40, inner=inner.Adam(0.01)),
     Sample(lambda: models.mlp([600, 300, 150, 75, 10]), (600,), 10, 10, 60, tasks=4),
     Sample(lambda: models.mlp([1000, 360, 90, 6]), (1000,), 6, 6, 90, tasks=4),
-    Sample(lambda: models.mlp([24, 24, 24, 24]), (24,), 0, 40, 24, tasks=4),
-    Sample(lambda: models.mlp([48, 48, 48, 48]), (48,), 0, 40, 24, tasks=4),
-    Sample(lambda: models.mlp([160, 160, 160, 160]), (160,), 0, 40, 12, tasks=4),
-    Sample(lambda: models.mlp([640, 640, 640, 640]), (640,), 0, 40, 6),
+    Sample(lambda: models.mlp([24, 24, 24, 24]), (24,), 0, 40, 24, tasks=4, products=(2, 12, 40, 160)),
+    Sample(lambda: models.mlp([48, 48, 48, 48]), (48,), 0, 40, 24, tasks=4, products=(2, 12, 40, 160)),
+    Sample(lambda: models.mlp([160, 160, 160, 160]), (160,), 0, 40, 12, tasks=4, products=(2, 12, 40, 160)),
+    Sample(lambda: models.mlp([640, 640, 640, 640]), (640,), 0, 40, 6, products=(2, 12, 40, 160)),
     Sample(lambda: models.conv4(filters=64, image_size=24), (1, 24, 24), 5, 5, 30),
     Sample(lambda: models.conv4(3, filters=32, image_size=64), (3, 64, 64), 5, 5, 25),
     Sample(lambda: models.conv4(3, filters=32, image_size=96), (3, 96, 96), 5, 8, 3),
