@@ -42,9 +42,8 @@ def features(step: Step) -> list[float]:
 class Rates:
     """Measured Steps of one number of workers at once, and the times that Steps of other sizes take."""
 
-    def __init__(self, measured: Iterable[tuple[str, list[float], float]], scale: float = 1.0):
-        """measured: (key, features, seconds over the yardstick); scale: of a whole walk over the sum of its Steps."""
-        self.scale = scale
+    def __init__(self, measured: Iterable[tuple[str, list[float], float]]):
+        """measured: (key, features, seconds over the yardstick)."""
         self._at: dict[str, tuple[Any, Any]] = {}
         by_key: dict[str, list[tuple[list[float], float]]] = {}
         for name, at, ratio in measured:
@@ -69,16 +68,14 @@ class Rates:
         nearest = np.argsort(distance, kind="stable")[:NEIGHBOURS]
         weight = 1.0 / (distance[nearest] + 0.05) ** 1.5
         ratio = math.exp(float((weight * found[1][nearest]).sum() / weight.sum()))
-        return self.scale * ratio * yardstick(step, lanes)
+        return ratio * yardstick(step, lanes)
 
     def knows(self, step: Step, lanes: int) -> bool:
         return key(step, lanes) in self._at
 
     def to_json(self) -> dict[str, Any]:
-        rows = {name: [[*map(float, a), float(r)] for a, r in zip(at, ratio)] for name, (at, ratio) in self._at.items()}
-        return {"scale": self.scale, "measured": rows}
+        return {name: [[*map(float, a), float(r)] for a, r in zip(at, ratio)] for name, (at, ratio) in self._at.items()}
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> Rates:
-        measured = ((name, row[:-1], math.exp(row[-1])) for name, rows in kept["measured"].items() for row in rows)
-        return cls(measured, kept["scale"])
+        return cls((name, row[:-1], math.exp(row[-1])) for name, rows in kept.items() for row in rows)
