@@ -26,7 +26,7 @@ PARTS: dict[str, tuple[list[str], int]] = {
     "W6 peak memory": (["bench.peak_memory"], 25),
     "W3": (["bench.run", "W3"], 40),
     "W4": (["bench.run", "W4"], 50),
-    "plan": (["bench.plan"], 15),
+    "plan": (["bench.plan"], 40),
 }
 RESUMED = {
     "bench.scaling",

@@ -60,8 +60,8 @@ def _identity(workers: int) -> str:
     from fastmaml import _C
 
     of = hashlib.sha256(Path(_C.__file__).read_bytes())
-    for module in (outside, rates, samples):
-        of.update(Path(str(module.__file__)).read_bytes())  # what is measured, and how it is kept
+    for file in (__file__, outside.__file__, rates.__file__, samples.__file__):
+        of.update(Path(str(file)).read_bytes())  # what is measured, and how it is kept
     of.update(f"{machine()} {torch.__version__} {_C.cpu_isa()} {workers}".encode())
     return of.hexdigest()[:24]
 
@@ -112,7 +112,8 @@ class _Runs:
         for _ in repeats():
             _C.profile_start()
             run()
-            plans += _C.profile_stop()
+            (plan,) = _C.profile_stop()
+            plans.append(plan)
         plan = min(plans, key=lambda plan: sum(step["seconds"] for step in plan["steps"]))
         for step in plan["steps"]:
             at = key(step, plan["lanes"]), tuple(features(step))

@@ -45,9 +45,9 @@ def counts(log):
     "program, at_least",
     [
         ("test_cuda_device_race", 70),
-        ("test_cuda_ops_race", 10_000),
-        ("test_cuda_linear_race", 3_000),
-        ("test_cuda_conv2d_race", 4_000),
+        ("test_cuda_ops_race", 9_000),
+        ("test_cuda_linear_race", 2_500),
+        ("test_cuda_conv2d_race", 3_400),
         ("test_cuda_tensor_race", 700),
         ("test_cuda_walk_race", 80),
         ("test_cuda_resident_race", 1_000),

@@ -456,7 +456,7 @@ def test_predictions_are_compared_run_by_run(monkeypatch, tmp_path, capsys):
     off = {"sinusoid-k1": 1.2, "sinusoid-k5": 1.5}  # of the time measured
     rows = {name: plan.Row(name, "stash", 1.0, times, None, 2**24, 2**24) for name, times in off.items()}
     monkeypatch.setattr(plan, "measured", lambda name, *_: rows[name])
-    order = ["--threads", "1", "--out", str(out)]
+    order = ["--threads", "1", "--passes", "1", "--out", str(out)]
     assert plan.main(["sinusoid-k1", *order]) == 0
     monkeypatch.setattr(plan, "measured", lambda name, *_: {"sinusoid-k5": rows["sinusoid-k5"]}[name])  # no other is
     assert plan.main(["sinusoid-k1", "sinusoid-k5", *order]) == 1
@@ -465,3 +465,27 @@ def test_predictions_are_compared_run_by_run(monkeypatch, tmp_path, capsys):
     content = json.loads(out.read_text())
     assert content["entries"]["sinusoid-k1 auto"]["predicted_s"] == 1.2
     assert tables.predicted(content).startswith(sentence)
+
+
+def test_the_smallest_of_all_passes_counts(monkeypatch, tmp_path):
+    out = tmp_path / "plan.json"
+    seen = iter(
+        [(2.0, 1.5, 64), (1.0, 1.6, None), (3.0, 1.2, None)]
+    )  # measured, predicted, memory where it is asked for
+
+    def one_pass(name, mode, rounds, threads, machine_of, memory):
+        measured_s, predicted_s, held = next(seen)
+        assert memory == (held is not None)
+        return plan.Row(name, mode, measured_s, predicted_s, measured_s / 100, held, held)
+
+    monkeypatch.setattr(plan, "_one_pass", one_pass)
+    assert plan.main(["sinusoid-k1", "--threads", "1", "--passes", "2", "--out", str(out)]) == 1  # 1.5 of 1.0
+    row = json.loads(out.read_text())["entries"]["sinusoid-k1 auto"]
+    assert (row["measured_s"], row["predicted_s"], row["others"], row["measured_bytes"], row["passes"]) == (
+        1.0, 1.5, 0.01, 64, 2,
+    )  # fmt: skip
+    assert plan.main(["sinusoid-k1", "--threads", "1", "--passes", "3", "--out", str(out)]) == 0  # the third alone
+    entry = json.loads(out.read_text())["entries"]["sinusoid-k1 auto"]
+    assert (entry["measured_s"], entry["predicted_s"], entry["others"], entry["passes"]) == (1.0, 1.2, 0.01, 3)
+    del entry["passes"]  # of a file from before there were any
+    assert plan.of_entries({"old": entry})[0].passes == 1
