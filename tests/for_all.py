@@ -24,9 +24,8 @@ def for_all(**strategies: Any) -> Callable[[Callable[..., None]], Callable[..., 
         @functools.wraps(test)
         def run(**fixtures: Any) -> None:
             emulated = fixtures[named].name == "cuda_emulated"
-            own = (
-                f"{test.__module__} {test.__qualname__} {fixtures.get('case')}"  # hypothesis would seed all tests alike
-            )
+            # Hypothesis, which sees one function, would show all tests the same examples.
+            own = f"{test.__module__} {test.__qualname__} {fixtures.get('case')}"
 
             @seed(zlib.crc32(own.encode()))
             @settings(max_examples=EMULATED_EXAMPLES if emulated else settings.default.max_examples)
