@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     known = [*CASES, *(f"{name}-k{steps}" for name in MEMORY for steps in MEMORY_STEPS), *HVP]
+    if args.passes < 1:
+        _parser().error(f"--passes is {args.passes}; it must be at least 1")
     unknown = [name for name in args.cases if name not in known]
     if unknown:
         _parser().error(f"there is no case {unknown[0]!r}; there are {', '.join(known)}")

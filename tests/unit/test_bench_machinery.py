@@ -469,9 +469,8 @@ def test_predictions_are_compared_run_by_run(monkeypatch, tmp_path, capsys):
 
 def test_the_smallest_of_all_passes_counts(monkeypatch, tmp_path):
     out = tmp_path / "plan.json"
-    seen = iter(
-        [(2.0, 1.5, 64), (1.0, 1.6, None), (3.0, 1.2, None)]
-    )  # measured, predicted, memory where it is asked for
+    # measured, predicted, and memory where it is asked for
+    seen = iter([(2.0, 1.5, 64), (1.0, 1.6, None), (3.0, 1.2, None)])
 
     def one_pass(name, mode, rounds, threads, machine_of, memory):
         measured_s, predicted_s, held = next(seen)
