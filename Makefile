@@ -107,7 +107,7 @@ format: $(STAMP)/lint
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
 
-# Everything that bench/README.md shows, four to five hours; BENCH="--parts startup" takes a part. Interrupted, it goes on the next time.
+# Everything that bench/README.md shows, about five hours; BENCH="--parts startup" takes a part. Interrupted, it goes on the next time.
 bench: $(STAMP)/build
 	$(PY) -m bench.all $(BENCH)
 
