@@ -13,6 +13,16 @@ import fastmaml as fm
 @pytest.mark.parametrize("examples", [1, 2, 3, 5, 6, 7, 12, 20, 33, 400])
 @pytest.mark.parametrize("widths", [(300, 70, 5), (13, 270, 3), (37, 160, 300)], ids=str)
 def test_is_the_reference(widths, examples, cpu):
+    _compare(widths, examples)
+
+
+# of 2.2 MB, which is more than is read in place, and in rows of more than a copied run
+@pytest.mark.parametrize("examples", [1, 6, 7, 16, 17])
+def test_a_matrix_from_memory_is_the_reference(examples, cpu):
+    _compare((3, 1104, 250), examples)
+
+
+def _compare(widths, examples):
     torch.manual_seed(0)
     a, b, c = widths
     model = nn.Sequential(nn.Linear(a, b), nn.Tanh(), nn.Linear(b, c, bias=False)).double()

@@ -22,11 +22,25 @@ struct PanelSum {  // out [rows, cols] = bias + sum over terms of a [rows, depth
   int matrix[2];
 };
 
-inline constexpr int64_t kSlicePanels = 4;  // a plain matrix is copied half a kilobyte of each of its rows at a time
+inline constexpr int64_t kSlicePanels = 4;
+inline constexpr int64_t kNearBytes = 2 * 1024 * 1024;  // a matrix no larger may come from a cache, if only the last
 
 template <class T>
 inline int64_t panel_room() {
   return kBlockK * kSlicePanels * kTileVecs * kLanes<T>;
+}
+
+// How much of a plain matrix is copied at a time. For few rows all there is to wait for is the matrix, which arrives fastest in long runs;
+// for many it is copied half a kilobyte of each of its rows at a time, so that a sum goes through memory once for kBlockK products.
+struct Slice {
+  int64_t width, depth;
+};
+template <class T>
+inline Slice slice_of(int64_t rows, int64_t whole) {
+  constexpr int64_t kFewRows = 16, kRun = 4096 / sizeof(T), kWidth = kSlicePanels * kTileVecs * kLanes<T>;
+  if (rows > kFewRows || whole <= kWidth) return {kWidth, kBlockK};
+  const int64_t width = whole < kRun ? whole : kRun;
+  return {width, panel_room<T>() / width};
 }
 
 // to [panel][depth][a panel's width] = rows `first` .. `first + depth` of columns `left` .. `left + width` (whole vectors) of b [.., cols]
@@ -73,16 +87,18 @@ inline void pack_transposed(T* to, const T* b, int64_t cols, int64_t length, int
 template <class T, bool kTransposed>
 inline void panel_product(const PanelSum<T>* sums, int count, const PanelMatrix<T> (&matrices)[2], int64_t rows, int64_t cols,
                           int64_t depth, const int32_t* a_at, const int32_t* out_at) {
-  constexpr int64_t L = kLanes<T>, kPanel = kTileVecs * L, kWidth = kTransposed ? kPanel : kSlicePanels * kPanel;
+  constexpr int64_t L = kLanes<T>, kPanel = kTileVecs * L;
   const int64_t whole = padded_cols<T>(cols);
-  // where a copy would be read once, or look the same
-  const bool in_place = !kTransposed && cols == whole && (rows <= kTallRows || cols <= kPanel);
+  // where a copy would look the same, or would be read once and not even spare waiting for memory
+  const bool near = depth * cols * int64_t(sizeof(T)) <= kNearBytes;
+  const bool in_place = !kTransposed && cols == whole && (cols <= kPanel || (rows <= kTallRows && near));
+  const Slice slice = kTransposed ? Slice{kPanel, kBlockK} : slice_of<T>(in_place ? kBlockRows : rows, whole);
   for (int64_t from = 0; from < rows; from += kBlockRows) {
     const int64_t to = from + kBlockRows < rows ? from + kBlockRows : rows;
-    for (int64_t left = 0; left < whole; left += kWidth) {
-      const int64_t width = whole - left < kWidth ? whole - left : kWidth;
-      for (int64_t first = 0; first < depth; first += kBlockK) {
-        const int64_t k = depth - first < kBlockK ? depth - first : kBlockK;
+    for (int64_t left = 0; left < whole; left += slice.width) {
+      const int64_t width = whole - left < slice.width ? whole - left : slice.width;
+      for (int64_t first = 0; first < depth; first += slice.depth) {
+        const int64_t k = depth - first < slice.depth ? depth - first : slice.depth;
         for (const PanelMatrix<T>& m : matrices)
           if (!m.b || in_place)
             continue;

@@ -250,26 +250,19 @@ __attribute__((noinline)) void outer_panel(T* out, int64_t ldo, int64_t valid, i
 template <class T>
 inline void outer_product(T* out, int64_t m, int64_t cols, const OuterTerm<T>* terms, int n_terms, const int32_t* a_at, int64_t ldb,
                           int64_t pixels, const OuterEnd<T>& end) {
-  constexpr int64_t L = kLanes<T>, kPanel = kTileVecs * L, kFew = 16 * 1024, kMany = 128 * 1024;  // bytes, of an L1 of 32 KiB
-  // All of a few pixels' b stays in L1, and a large `out` is all there is to move: then its rows are written from end to end.
-  const bool by_rows = n_terms * pixels * ldb * int64_t(sizeof(T)) <= kFew && m * cols * int64_t(sizeof(T)) > kMany;
-  const int64_t rows = by_rows ? kOuterRows : m;
+  constexpr int64_t L = kLanes<T>, kPanel = kTileVecs * L;
   OuterTerm<T> shifted[2];
-  for (int64_t i = 0; i < m; i += rows) {
-    const int64_t some = m - i < rows ? m - i : rows;
-    for (int64_t j = 0; j < ldb; j += kPanel) {
-      for (int t = 0; t < n_terms; ++t) shifted[t] = {terms[t].a + i, terms[t].b + j};
-      const int64_t at = i * cols + j;
-      if (j + kPanel <= ldb)
-        outer_panel<T, kTileVecs>(out + at, cols, cols - j, some, shifted, n_terms, a_at, ldb, pixels, end.at(at));
-      else
-        outer_panel<T, 1>(out + at, cols, cols - j, some, shifted, n_terms, a_at, ldb, pixels, end.at(at));
-    }
+  for (int64_t j = 0; j < ldb; j += kPanel) {
+    for (int t = 0; t < n_terms; ++t) shifted[t] = {terms[t].a, terms[t].b + j};
+    if (j + kPanel <= ldb)
+      outer_panel<T, kTileVecs>(out + j, cols, cols - j, m, shifted, n_terms, a_at, ldb, pixels, end.at(j));
+    else
+      outer_panel<T, 1>(out + j, cols, cols - j, m, shifted, n_terms, a_at, ldb, pixels, end.at(j));
   }
 }
 
 // Room for copies of a and b. Where the columns of a lie far apart, a tile finds a cache line for each pixel that it uses half of, and
-// every panel finds them again.
+// every panel finds them again. Where `out` is large, writing a panel's width of all its rows leaves each page after a line or two.
 template <class T>
 struct OuterPack {
   T *a[2], *b[2];
@@ -277,8 +270,9 @@ struct OuterPack {
   static int64_t a_size(int64_t pixels) { return kOuterRows * pixels; }
   static int64_t b_size(int64_t cols, int64_t pixels) { return padded_cols<T>(cols) * pixels; }
   static bool pays(int64_t m, int64_t cols, int64_t pixels) {
-    constexpr int64_t kBytes = 32 * 1024;  // of a, as much as L1
-    return cols > kTileVecs * kLanes<T> && m * pixels * int64_t(sizeof(T)) > kBytes;
+    constexpr int64_t kBytes = sizeof(T), kNear = 32 * 1024, kSmall = 128 * 1024, kNarrow = 256;  // an L1; a part of L2; a few panels
+    const bool far = cols > kTileVecs * kLanes<T> && m * pixels * kBytes > kNear;
+    return far || (cols * kBytes > kNarrow && m * cols * kBytes > kSmall);
   }
 };
 
