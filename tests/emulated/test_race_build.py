@@ -49,8 +49,8 @@ def counts(log):
         ("test_cuda_linear_race", 2_500),
         ("test_cuda_conv2d_race", 3_400),
         ("test_cuda_tensor_race", 700),
-        ("test_cuda_walk_race", 80),
-        ("test_cuda_resident_race", 1_000),
+        ("test_cuda_walk_race", 50),
+        ("test_cuda_resident_race", 500),
         ("test_race", 250),
     ],
 )
