@@ -173,7 +173,7 @@ void check(const std::string& name, const Schedule& schedule, const Results& def
     const Results got = resident<T>(schedule, code, how);
     report(emu::launches() == before + 1, label + ": is one launch");
     report(worst(got, definition) <= tolerance, label + " against the reference", number(worst(got, definition)));
-    if (emu::watched()) return;  // the same accesses again, whose bits the build that is not watched compares
+    if (emu::watched()) return;  // else the same accesses again, whose bits the other build compares, and ops that test_cuda_ops watches
     const double from_layered = worst(got, layered<T>(cuda_emulated_ops(sizeof(T)), schedule, how));
     report(from_layered <= tolerance, label + " against the layered walk", number(from_layered));
     for (const emu::Order order : {emu::Order::descending, emu::Order::random}) {

@@ -16,19 +16,25 @@ def test_is_the_reference(widths, examples, cpu):
     _compare(widths, examples)
 
 
-# of 2.2 MB, which is more than is read in place, and in rows of more than a copied run
+# Of 2.2 MB, which is more than is read in place, and in rows of more than a copied run; and one whose last run is a part of a vector.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("examples", [1, 6, 7, 16, 17])
-def test_a_matrix_from_memory_is_the_reference(examples, cpu):
-    _compare((3, 1104, 250), examples)
+@pytest.mark.parametrize("widths", [(3, 1104, 250), (3, 1105, 20)], ids=str)
+def test_long_rows_are_the_reference(widths, examples, dtype, cpu):
+    _compare(widths, examples, dtype)
 
 
-def _compare(widths, examples):
+def _compare(widths, examples, dtype=torch.float64):
     torch.manual_seed(0)
     a, b, c = widths
     model = nn.Sequential(nn.Linear(a, b), nn.Tanh(), nn.Linear(b, c, bias=False)).double()
-    ours, exact = (fm.Engine(model, "mse", name) for name in ("cpu", "reference"))
-    theta = ours.flatten().expand(2, -1) + 0.01 * torch.randn(2, len(ours.flatten()), dtype=torch.float64)
+    exact, ours = fm.Engine(model, "mse", "reference"), fm.Engine(model.to(dtype), "mse", "cpu")
+    start = ours.flatten().double()
+    theta = start.expand(2, -1) + 0.01 * torch.randn(2, len(start), dtype=torch.float64)
     x, y, v = (torch.randn(2, *shape, dtype=torch.float64) for shape in ((examples, a), (examples, c), theta.shape[1:]))
-    for name, found, expected in zip(("loss", "grad"), ours.grad(theta, x, y), exact.grad(theta, x, y), strict=True):
-        expect_close(found, expected, 1e-11, name)
-    expect_close(ours.hvp(theta, x, y, v), exact.hvp(theta, x, y, v), 1e-11, "hvp")
+    theta, x, y, v = (given.to(dtype) for given in (theta, x, y, v))
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+    wide = [given.double() for given in (theta, x, y, v)]
+    for name, found, expected in zip(("loss", "grad"), ours.grad(theta, x, y), exact.grad(*wide[:3]), strict=True):
+        expect_close(found.double(), expected, tolerance, name)
+    expect_close(ours.hvp(theta, x, y, v).double(), exact.hvp(*wide), tolerance, "hvp")

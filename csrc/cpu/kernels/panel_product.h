@@ -30,17 +30,14 @@ inline int64_t panel_room() {
   return kBlockK * kSlicePanels * kTileVecs * kLanes<T>;
 }
 
-// How much of a plain matrix is copied at a time. For few rows all there is to wait for is the matrix, which arrives fastest in long runs;
-// for many it is copied half a kilobyte of each of its rows at a time, so that a sum goes through memory once for kBlockK products.
-struct Slice {
-  int64_t width, depth;
-};
+// Columns of a plain matrix that are copied at a time, as deep as there is room for. For few rows all there is to wait for is the matrix,
+// which arrives fastest in long runs; for many, few columns are copied of each of its rows, so that a sum goes through memory once for
+// kBlockK products.
 template <class T>
-inline Slice slice_of(int64_t rows, int64_t whole) {
-  constexpr int64_t kFewRows = 16, kRun = 4096 / sizeof(T), kWidth = kSlicePanels * kTileVecs * kLanes<T>;
-  if (rows > kFewRows || whole <= kWidth) return {kWidth, kBlockK};
-  const int64_t width = whole < kRun ? whole : kRun;
-  return {width, panel_room<T>() / width};
+inline int64_t slice_width(int64_t rows, int64_t whole) {
+  constexpr int64_t kFewRows = 16, kRun = 4096 / sizeof(T);
+  if (rows > kFewRows) return kSlicePanels * kTileVecs * kLanes<T>;
+  return whole < kRun ? whole : kRun;
 }
 
 // to [panel][depth][a panel's width] = rows `first` .. `first + depth` of columns `left` .. `left + width` (whole vectors) of b [.., cols]
@@ -92,13 +89,14 @@ inline void panel_product(const PanelSum<T>* sums, int count, const PanelMatrix<
   // where a copy would look the same, or would be read once and not even spare waiting for memory
   const bool near = depth * cols * int64_t(sizeof(T)) <= kNearBytes;
   const bool in_place = !kTransposed && cols == whole && (cols <= kPanel || (rows <= kTallRows && near));
-  const Slice slice = kTransposed ? Slice{kPanel, kBlockK} : slice_of<T>(in_place ? kBlockRows : rows, whole);
+  const int64_t most = kTransposed ? kPanel : in_place ? kSlicePanels * kPanel : slice_width<T>(rows, whole);
   for (int64_t from = 0; from < rows; from += kBlockRows) {
     const int64_t to = from + kBlockRows < rows ? from + kBlockRows : rows;
-    for (int64_t left = 0; left < whole; left += slice.width) {
-      const int64_t width = whole - left < slice.width ? whole - left : slice.width;
-      for (int64_t first = 0; first < depth; first += slice.depth) {
-        const int64_t k = depth - first < slice.depth ? depth - first : slice.depth;
+    for (int64_t left = 0; left < whole; left += most) {
+      const int64_t width = whole - left < most ? whole - left : most, room = panel_room<T>() / width;
+      const int64_t deep = room < kBlockK ? room : kBlockK;
+      for (int64_t first = 0; first < depth; first += deep) {
+        const int64_t k = depth - first < deep ? depth - first : deep;
         for (const PanelMatrix<T>& m : matrices)
           if (!m.b || in_place)
             continue;

@@ -250,14 +250,21 @@ __attribute__((noinline)) void outer_panel(T* out, int64_t ldo, int64_t valid, i
 template <class T>
 inline void outer_product(T* out, int64_t m, int64_t cols, const OuterTerm<T>* terms, int n_terms, const int32_t* a_at, int64_t ldb,
                           int64_t pixels, const OuterEnd<T>& end) {
-  constexpr int64_t L = kLanes<T>, kPanel = kTileVecs * L;
+  constexpr int64_t L = kLanes<T>, kPanel = kTileVecs * L, kFew = 16 * 1024, kMany = 128 * 1024;  // bytes, of an L1 of 32 KiB
+  // All of a few pixels' b stays in L1, and a large `out` is all there is to move: then its rows are written from end to end.
+  const bool by_rows = n_terms * pixels * ldb * int64_t(sizeof(T)) <= kFew && m * cols * int64_t(sizeof(T)) > kMany;
+  const int64_t rows = by_rows ? kOuterRows : m;
   OuterTerm<T> shifted[2];
-  for (int64_t j = 0; j < ldb; j += kPanel) {
-    for (int t = 0; t < n_terms; ++t) shifted[t] = {terms[t].a, terms[t].b + j};
-    if (j + kPanel <= ldb)
-      outer_panel<T, kTileVecs>(out + j, cols, cols - j, m, shifted, n_terms, a_at, ldb, pixels, end.at(j));
-    else
-      outer_panel<T, 1>(out + j, cols, cols - j, m, shifted, n_terms, a_at, ldb, pixels, end.at(j));
+  for (int64_t i = 0; i < m; i += rows) {
+    const int64_t some = m - i < rows ? m - i : rows;
+    for (int64_t j = 0; j < ldb; j += kPanel) {
+      for (int t = 0; t < n_terms; ++t) shifted[t] = {terms[t].a + i, terms[t].b + j};
+      const int64_t at = i * cols + j;
+      if (j + kPanel <= ldb)
+        outer_panel<T, kTileVecs>(out + at, cols, cols - j, some, shifted, n_terms, a_at, ldb, pixels, end.at(at));
+      else
+        outer_panel<T, 1>(out + at, cols, cols - j, some, shifted, n_terms, a_at, ldb, pixels, end.at(at));
+    }
   }
 }
 
