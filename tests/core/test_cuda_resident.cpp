@@ -10,6 +10,7 @@
 #include "cuda/cuda_tables.h"
 #include "cuda/emulated/emu.h"
 #include "networks.h"
+#include "task_results.h"
 
 namespace fastmaml {
 namespace {
@@ -83,8 +84,6 @@ loss cross_entropy smoothing=0.1
 
 // ---------------------------------------------------------------- walks
 
-using Results = std::vector<std::vector<double>>;  // by Arg
-
 struct How {
   int64_t tasks = 3;             // of the batch
   int64_t first = 0, count = 0;  // which of them the walk takes; 0: all
@@ -154,12 +153,6 @@ double worst(const Results& got, const Results& want) {
     }
   }
   return w;
-}
-
-bool last_task_is(const Results& all, const Results& alone) {
-  for (size_t a = 0; a < all.size(); ++a)
-    if (!std::equal(alone[a].begin(), alone[a].end(), all[a].end() - std::ptrdiff_t(alone[a].size()))) return false;
-  return true;
 }
 
 // ---------------------------------------------------------------- checks

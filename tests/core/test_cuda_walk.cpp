@@ -8,6 +8,7 @@
 #include "cuda/cuda_tables.h"
 #include "cuda/emulated/emu.h"
 #include "networks.h"
+#include "task_results.h"
 
 namespace fastmaml {
 namespace {
@@ -72,8 +73,6 @@ loss cross_entropy smoothing=0
 
 constexpr int64_t kTasks = 3;
 
-using Results = std::vector<std::vector<double>>;  // by Arg
-
 // What a walk over the tasks first .. first + tasks - 1 writes.
 template <class T>
 Results results(const OpTable& table, const Schedule& schedule, int64_t first = 0, int64_t tasks = kTasks) {
@@ -109,12 +108,6 @@ double worst(const Results& got, const Results& want) {
     }
   }
   return w;
-}
-
-bool last_task_is(const Results& all, const Results& alone) {
-  for (size_t a = 0; a < all.size(); ++a)
-    if (!std::equal(alone[a].begin(), alone[a].end(), all[a].end() - std::ptrdiff_t(alone[a].size()))) return false;
-  return true;
 }
 
 bool supported(Op op) { return cuda_emulated_ops(sizeof(float)).supports(op); }
