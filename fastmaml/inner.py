@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fastmaml.parameters import InnerLr
+from fastmaml.problem.parameters import InnerLr
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fastmaml import backend as choosing
+from fastmaml.engine import backend as choosing
 
 OPS = ("forward", "grad", "hvp", "linearise", "curvature", "vjp", "adapt", "meta_gradient", "solve", "passes")
 ON_THE_HOST = ("plain_meta_gradient", "scaled_parts")  # refuse backend "cuda", whose engines then call the others

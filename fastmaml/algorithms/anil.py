@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
-from fastmaml.linear_head import LinearHead
-from fastmaml.losses import Loss
-from fastmaml.parameters import InnerLr, ParameterLayout
+from fastmaml.algorithms.linear_head import LinearHead
+from fastmaml.problem.losses import Loss
+from fastmaml.problem.parameters import InnerLr, ParameterLayout
 
 
 class ANIL(Learner):

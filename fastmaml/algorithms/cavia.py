@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmaml.algorithms.learner import Learner, MetaStep
-from fastmaml.engine_results import MetaGradient
-from fastmaml.losses import Loss
-from fastmaml.parameters import InnerLr, ParameterLayout
+from fastmaml.engine.results import MetaGradient
+from fastmaml.problem.losses import Loss
+from fastmaml.problem.parameters import InnerLr, ParameterLayout
 
 
 class CAVIA(Learner):

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml import models
-from fastmaml.benchmark.baselines import Missing
 from fastmaml.benchmark.cases import HvpCase
 from fastmaml.benchmark.exact import disagreement, distance, flat, in_a_line, mean_loss, network
-from fastmaml.benchmark.hvp_peers import PEERS as PEERS
-from fastmaml.benchmark.hvp_peers import REPEATED, Product
 from fastmaml.benchmark.meta import OURS
+from fastmaml.benchmark.peers import Missing
+from fastmaml.benchmark.peers.hvp import PEERS as PEERS
+from fastmaml.benchmark.peers.hvp import REPEATED, Product
 from fastmaml.benchmark.problem import forward_flops, random_model
 from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import Clock, Times, interleaved, sgemm
-from fastmaml.engine import Engine
-from fastmaml.losses import Loss
+from fastmaml.engine.engine import Engine
+from fastmaml.problem.losses import Loss
 
 DIRECTIONS = 8  # of a repeated row
 

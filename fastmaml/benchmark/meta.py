@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastmaml.benchmark import peak
-from fastmaml.benchmark.baselines import (
+from fastmaml.benchmark.exact import Call, disagreement, error, exact, in_a_line
+from fastmaml.benchmark.peers import (
     Implementation,
     Missing,
     fastmaml_engine,
@@ -21,11 +22,10 @@ from fastmaml.benchmark.baselines import (
     torch_func_compiled,
     torch_loop,
 )
-from fastmaml.benchmark.exact import Call, disagreement, error, exact, in_a_line
 from fastmaml.benchmark.problem import Case, Problem, arithmetic
 from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import Clock, Times, interleaved, sgemm
-from fastmaml.engine import Engine
+from fastmaml.engine.engine import Engine
 
 OURS = fastmaml_maml.NAME
 _OURS: dict[str, Implementation] = {m.NAME: m for m in (fastmaml_maml, fastmaml_engine)}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fastmaml.losses import Loss
+from fastmaml.problem.losses import Loss
 from fastmaml.tasks import TaskBatch
 
 

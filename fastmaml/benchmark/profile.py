@@ -20,7 +20,7 @@ from fastmaml.benchmark.ceilings import Ceilings
 from fastmaml.benchmark.hvp import HvpProblem
 from fastmaml.benchmark.problem import Problem
 from fastmaml.benchmark.text import share, table
-from fastmaml.engine import Engine
+from fastmaml.engine.engine import Engine
 
 OUTER_LR = 1e-6  # so small that the network stays as it is
 LEAST_S, MOST_CALLS = 0.5, 50  # so long, or so often, is the call repeated under the profile

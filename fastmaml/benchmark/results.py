@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fastmaml as fm
-from fastmaml.experiment import machine
+from fastmaml.training.experiment import machine
 
 
 def facts() -> dict[str, Any]:

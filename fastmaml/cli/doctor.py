@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import torch
 
 import fastmaml
-from fastmaml import Engine, checkpoint, models
-from fastmaml.backend import BACKENDS, load_cuda
-from fastmaml.experiment import machine
+from fastmaml import Engine, models
+from fastmaml.engine.backend import BACKENDS, load_cuda
 from fastmaml.tasks import TaskBatch
 from fastmaml.tasks.cache import cache_folder
+from fastmaml.training import checkpoint
+from fastmaml.training.experiment import machine
 
 EXTRAS = {
     "train": ("tqdm", "tensorboard", "safetensors", "pyyaml"),

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from fastmaml import checkpoint
 from fastmaml.benchmark.text import share, table
 from fastmaml.cli.text import duration
-from fastmaml.experiment import machine
-from fastmaml.plan import calibration, request
-from fastmaml.plan.predict import Prediction, predict
-from fastmaml.presets import PRESETS
-from fastmaml.run_config import ALGORITHMS
+from fastmaml.prediction import calibration, request
+from fastmaml.prediction.predict import Prediction, predict
+from fastmaml.training import checkpoint
+from fastmaml.training.experiment import machine
+from fastmaml.training.presets import PRESETS
+from fastmaml.training.run_config import ALGORITHMS
 
 WHAT = """\
 Predicts what an outer step will take, without running it: its time by phase, the peak of its memory by part, and whether the

@@ -9,7 +9,7 @@ from loop_runs import META_GRADIENT, meta_gradient
 from on_device import ON_THE_HOST, OPS, moved_to
 
 import fastmaml as fm
-from fastmaml import backend as choosing
+from fastmaml.engine import backend as choosing
 
 _C = pytest.importorskip("fastmaml._C", reason="make build")
 

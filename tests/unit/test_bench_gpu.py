@@ -13,8 +13,8 @@ pytest.importorskip("fastmaml._C")
 import fastmaml as fm
 from bench import gpu
 from bench.cases import CASES
-from fastmaml import backend as choosing
 from fastmaml.benchmark.cases import HvpCase
+from fastmaml.engine import backend as choosing
 
 TINY = replace(
     CASES["mlp-k1"],

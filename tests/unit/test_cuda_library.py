@@ -10,8 +10,8 @@ from pathlib import Path
 import kernel_launches
 import pytest
 
-from fastmaml import backend as choosing
 from fastmaml import build
+from fastmaml.engine import backend as choosing
 
 _C = pytest.importorskip("fastmaml._C", reason="make build")
 LIBRARY = build.PACKAGE / build.CUDA_LIBRARY

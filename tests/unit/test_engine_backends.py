@@ -14,7 +14,7 @@ from torch import nn
 from unrolled import BACKENDS, regression_batch, small_mlp
 
 from fastmaml import ANIL, MAML, Engine
-from fastmaml import backend as choosing
+from fastmaml.engine import backend as choosing
 
 
 @pytest.fixture(params=BACKENDS)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmaml import checkpoint
+from fastmaml.training import checkpoint
 
 pytest.importorskip("safetensors")
 
