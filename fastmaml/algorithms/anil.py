@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
 from fastmaml.algorithms.linear_head import LinearHead
+from fastmaml.inner import InnerLr
 from fastmaml.problem.losses import Loss
-from fastmaml.problem.parameters import InnerLr, ParameterLayout
+from fastmaml.problem.parameters import ParameterLayout
 
 
 class ANIL(Learner):

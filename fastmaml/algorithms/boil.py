@@ -9,8 +9,8 @@ from torch import nn
 
 from fastmaml.algorithms.anil import head_of
 from fastmaml.algorithms.learner import Learner
+from fastmaml.inner import InnerLr
 from fastmaml.problem.losses import Loss
-from fastmaml.problem.parameters import InnerLr
 
 
 class BOIL(Learner):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fastmaml.algorithms.learner import Learner, MetaStep
 from fastmaml.engine.results import MetaGradient
+from fastmaml.inner import InnerLr
 from fastmaml.problem.losses import Loss
-from fastmaml.problem.parameters import InnerLr, ParameterLayout
+from fastmaml.problem.parameters import ParameterLayout
 
 
 class CAVIA(Learner):

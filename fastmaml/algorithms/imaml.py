@@ -21,10 +21,10 @@ from fastmaml.algorithms.newton_cg import newton_cg
 from fastmaml.autodiff.conjugate_gradients import STOP, Solved, conjugate_gradients
 from fastmaml.autodiff.replayed_dropout import replayed
 from fastmaml.engine.engine import Engine
-from fastmaml.inner import SGD, Optimizer
+from fastmaml.inner import SGD, InnerLr, Optimizer
 from fastmaml.problem import checks
+from fastmaml.problem.inner_rates import expand_rates
 from fastmaml.problem.losses import Loss
-from fastmaml.problem.parameters import InnerLr, expand_rates
 
 logger = logging.getLogger("fastmaml")
 

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from fastmaml.engine.engine import Engine
 from fastmaml.engine.results import MetaGradient
-from fastmaml.inner import Optimizer, optimizer_of
+from fastmaml.inner import InnerLr, Optimizer, optimizer_of
 from fastmaml.problem.batch_norm import settle
 from fastmaml.problem.checks import whole_number
 from fastmaml.problem.losses import Loss
 from fastmaml.problem.named_parameters import ModelParameters
-from fastmaml.problem.parameters import InnerLr
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, query_y
 

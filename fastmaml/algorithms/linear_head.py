@@ -21,8 +21,8 @@ from fastmaml.autodiff.update_rules import UpdateRule, rule_for
 from fastmaml.engine.engine import Engine
 from fastmaml.engine.results import Adaptation, MetaGradient
 from fastmaml.inner import Optimizer
+from fastmaml.problem.inner_rates import expand_rates
 from fastmaml.problem.losses import per_example
-from fastmaml.problem.parameters import expand_rates
 
 
 class LinearHead:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
 from fastmaml.autodiff.update_rules import UpdateRule, rule_for
+from fastmaml.inner import InnerLr
+from fastmaml.problem.inner_rates import expand_rates
 from fastmaml.problem.losses import Loss
-from fastmaml.problem.parameters import InnerLr, ParameterLayout, expand_rates
+from fastmaml.problem.parameters import ParameterLayout
 
 AXES = {"out": 1, "in": 2, "kernel": 3}
 

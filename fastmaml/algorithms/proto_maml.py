@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from fastmaml.algorithms.learner import Batch, Learner, MetaStep
 from fastmaml.autodiff.replayed_dropout import replayed
 from fastmaml.engine.engine import Engine
+from fastmaml.inner import InnerLr
 from fastmaml.problem import checks
 from fastmaml.problem.losses import Loss
-from fastmaml.problem.parameters import InnerLr
 
 
 class Prototypes(NamedTuple):

@@ -1,4 +1,4 @@
-"""The autodiff backend: the derivatives of any nn.Module by torch.func, for the adjoint sweep of sweep.py.
+"""The autodiff backend: the derivatives of any nn.Module by torch.func, for the adjoint sweep of adjoint_sweep.py.
 
 A Hessian-vector product is the tangent of the gradient (forward-over-reverse): no graph of a graph. How tasks and
 random layers are handled stands in task_derivatives.py.

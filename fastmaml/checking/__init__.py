@@ -24,10 +24,9 @@ from fastmaml.checking.expected import Intent
 from fastmaml.checking.learners import check_learner
 from fastmaml.checking.oracle import Oracle
 from fastmaml.checking.report import Report, Row
-from fastmaml.inner import Optimizer, optimizer_of
+from fastmaml.inner import InnerLr, Optimizer, optimizer_of
 from fastmaml.problem.checks import shape
 from fastmaml.problem.losses import Loss
-from fastmaml.problem.parameters import InnerLr
 
 __all__ = ["Report", "Row", "check"]
 

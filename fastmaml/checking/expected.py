@@ -15,8 +15,9 @@ from fastmaml.algorithms.mamlpp import MAMLPlusPlus
 from fastmaml.inner import SGD, Optimizer
 from fastmaml.problem import batch_norm as batch_norm_modes
 from fastmaml.problem.checks import whole_number
+from fastmaml.problem.inner_rates import expand_rates
 from fastmaml.problem.losses import Loss, per_example
-from fastmaml.problem.parameters import ParameterLayout, expand_rates
+from fastmaml.problem.parameters import ParameterLayout
 
 # What a sweep may be asked for that the oracle can unroll; a learner with more is compared with finite differences.
 _UNROLLED = {"first_order", "truncate", "adapted", "loss_weights", "minibatch", "proximal", "step_rows"}

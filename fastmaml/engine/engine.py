@@ -1,6 +1,6 @@
 """The Engine: gradients, Hessian-vector products, inner loops and exact meta-gradients of one network and loss.
 
-It checks, chooses and shapes; compiled.py and autodiff.py compute. A network that is not fused runs on autodiff with the
+It checks, chooses and shapes; `compiled` and `autodiff` compute. A network that is not fused runs on autodiff with the
 same results; `engine.why` says why.
 """
 
@@ -24,12 +24,12 @@ from fastmaml.engine.backend import Backend, plain
 from fastmaml.engine.curvature import Curvature
 from fastmaml.engine.prepared_calls import Key, KnownHvp, KnownMetaGradient, key_of_hvp, key_of_meta_gradient
 from fastmaml.engine.results import Adaptation, MetaGradient, Solution
-from fastmaml.inner import Optimizer, optimizer_of
+from fastmaml.inner import InnerLr, Optimizer, optimizer_of
 from fastmaml.network.trace import Program
 from fastmaml.problem import checks
 from fastmaml.problem.arrays import any_arrays
+from fastmaml.problem.inner_rates import collapse_rates, expand_rates
 from fastmaml.problem.losses import Given
-from fastmaml.problem.parameters import InnerLr, collapse_rates, expand_rates
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

@@ -15,8 +15,7 @@ from torch.nn import Parameter
 
 from fastmaml.compiled.operators import Compiled
 from fastmaml.engine.results import MetaGradient
-from fastmaml.inner import SGD, Adam, AdamW, Optimizer
-from fastmaml.problem.parameters import InnerLr
+from fastmaml.inner import SGD, Adam, AdamW, InnerLr, Optimizer
 
 Key = tuple[Hashable, ...]
 

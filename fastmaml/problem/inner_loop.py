@@ -1,6 +1,6 @@
 """An inner loop as plain data: the optimizer, the number of steps, and which terms its adjoint sweep has.
 
-`InnerLoop.text()` is what the compiled engine parses (csrc/meta); update_rules.py and sweep.py read the fields.
+`InnerLoop.text()` is what the compiled engine parses (csrc/meta); update_rules.py and adjoint_sweep.py read the fields.
 """
 
 from __future__ import annotations
