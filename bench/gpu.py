@@ -29,6 +29,7 @@ from fastmaml.benchmark.cases import HvpCase
 from fastmaml.benchmark.problem import Case, problem
 from fastmaml.benchmark.results import write
 from fastmaml.benchmark.timing import Clock, device_seconds
+from fastmaml.compiled import loading
 from fastmaml.engine import backend as choosing
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None, target: Target | None = None) -> int
 
 def why_no_gpu() -> str:
     """ "" where the CUDA backend runs here, or the sentence that says why not. Builds its library where that is missing."""
-    reason = choosing.load_cuda()
+    reason = loading.load_cuda()
     if not reason and not torch.cuda.is_available():
         reason = f"torch {torch.__version__} sees no CUDA device; install a build of torch for CUDA"
     return reason

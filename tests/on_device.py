@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
+from fastmaml.compiled import loading
 from fastmaml.engine import backend as choosing
 
 OPS = ("forward", "grad", "hvp", "linearise", "curvature", "vjp", "adapt", "meta_gradient", "solve", "passes")
@@ -42,4 +43,4 @@ def why_no_cuda() -> str:
     """ "" where this machine can run the CUDA backend, or the sentence that says why it cannot."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return choosing.load_cuda()
+    return loading.load_cuda()

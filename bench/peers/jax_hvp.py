@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bench.peers import jax_network
-from fastmaml.benchmark.hvp import HvpProblem
 from fastmaml.benchmark.peers.hvp import Product
+from fastmaml.benchmark.problem import HvpProblem
 
 
 def jax_jvp(p: HvpProblem) -> Product:

@@ -15,15 +15,8 @@ import torch
 from torch import Tensor
 
 from fastmaml.autodiff.update_rules import UpdateRule
+from fastmaml.problem.examples import Examples, Rows
 from fastmaml.problem.inner_loop import InnerLoop
-
-
-class Examples(NamedTuple):
-    """x [T, N, ...], y [T, N, ...] and the examples' weights in the loss, w [T, N]."""
-
-    x: Tensor
-    y: Tensor
-    w: Tensor
 
 
 class Derivatives(Protocol):
@@ -39,17 +32,6 @@ class Derivatives(Protocol):
 
     def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int) -> tuple[Tensor | None, Tensor]:
         """(grad [T, P] where hvp_gives_gradient, H v [T, P])."""
-
-
-class Rows(NamedTuple):
-    """Parameters that take a row of their own at every step: places [R] in theta, values [K, R]."""
-
-    places: Tensor
-    values: Tensor
-
-    def put(self, phi: Tensor, k: int) -> Tensor:
-        """phi with the values of step k in their places; further steps than there are rows reuse the last."""
-        return phi.index_copy(1, self.places, self.values[min(k, len(self.values) - 1)].expand(len(phi), -1))
 
 
 class Sweep(NamedTuple):
@@ -68,7 +50,7 @@ def support_of_step(support: Examples, loop: InnerLoop, k: int) -> Examples:
     if loop.minibatch is None:
         return support
     rows = slice(k * loop.minibatch, (k + 1) * loop.minibatch)
-    return Examples(support.x[:, rows], support.y[:, rows], support.w[:, rows])
+    return support.rows(rows)
 
 
 def adapt(

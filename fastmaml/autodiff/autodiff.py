@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastmaml.autodiff.adjoint_sweep import Examples
 from fastmaml.autodiff.task_derivatives import DOUBLE_BACKWARD, TaskDerivatives
 from fastmaml.problem import batch_norm
+from fastmaml.problem.examples import Examples
 from fastmaml.problem.losses import LossFunction, weighted
 from fastmaml.problem.parameters import ParameterLayout
 from fastmaml.problem.pytrees import Packing
 
 
 class Autodiff:
-    """forward, grad, query, hvp and vjp of one module and loss; parameters are vectors [T, P] (sweep.Derivatives)."""
+    """forward, grad, query, hvp and vjp of one module and loss; parameters are vectors [T, P] (adjoint_sweep.Derivatives)."""
 
     hvp_gives_gradient = True
 
@@ -65,12 +65,16 @@ class Autodiff:
 
     def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
         """(grad [T, P], H v [T, P])."""
-        return self._tasks.hvp(step, params, v, *at)
+        x, y, w = at.weighted()
+        assert w is not None
+        return self._tasks.hvp(step, params, v, x, y, w)
 
     def gauss_newton(self, params: Tensor, at: Examples, v: Tensor) -> Tensor:
         """J^T L J v [T, P]: L the loss's Hessian by the outputs. Each of the three passes sees the same random layers."""
         z, z_dot = self._tasks.over_tasks(self._jvp_of_one, 0, params, at.x, v)
-        _, dz_dot = self._of_outputs.hvp(0, z, z_dot, at.y, at.w)
+        w = at.weighted().w
+        assert w is not None
+        _, dz_dot = self._of_outputs.hvp(0, z, z_dot, at.y, w)
         return self.vjp(params, at.x, dz_dot)[1]
 
     def vjp(self, params: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from fastmaml.benchmark.peers import (
 from fastmaml.benchmark.problem import Case, Problem, arithmetic
 from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import Clock, Times, interleaved, sgemm
+from fastmaml.compiled import introspection
 from fastmaml.engine.engine import Engine
 
 OURS = fastmaml_maml.NAME
@@ -146,11 +147,10 @@ def memory_mode(problem: Problem, backend: str, memory: str) -> str:
         return "low"  # autodiff always recomputes
     if memory != "auto":
         return memory
-    from fastmaml import _C
 
     def arena(mode: str) -> int:
         case = problem.case
-        return _C.arena_bytes(
+        return introspection.arena_bytes(
             program.text, "meta_gradient", backend=engine.backend, real_bytes=x.element_size(), memory=mode,
             support_examples=case.support, query_examples=case.query, loop=f"steps={case.inner_steps}",
         )  # fmt: skip

@@ -19,7 +19,8 @@ from fastmaml.benchmark.results import Results, facts
 from fastmaml.benchmark.text import progress
 from fastmaml.benchmark.timing import device_seconds
 from fastmaml.cli.text import command
-from fastmaml.engine.backend import BACKENDS, load_cuda
+from fastmaml.compiled.loading import load_cuda
+from fastmaml.engine.backend import BACKENDS
 from fastmaml.engine.engine import Engine
 
 DEFAULT_CASES = {

@@ -1,6 +1,6 @@
 """Shapes of the compiled operators' results, for torch.compile, fake tensors and torch.library.opcheck; and their graphs.
 
-fastmaml._C imports this file once its operators are registered. Sizes may be symbolic here, so these stand in Python.
+loading.py imports this file once the operators are registered. Sizes may be symbolic here, so these stand in Python.
 """
 
 from __future__ import annotations

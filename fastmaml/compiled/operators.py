@@ -13,23 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmaml.autodiff.adjoint_sweep import Examples, Rows
 from fastmaml.compiled.python_loss import CallerLoss
 from fastmaml.network.trace import Program
+from fastmaml.problem.examples import Examples, LoopTensors, Rows
 from fastmaml.problem.inner_loop import InnerLoop
-from fastmaml.problem.losses import Given
 from fastmaml.problem.parameters import ParameterLayout
 
 _NO_CALLER = nullcontext()
-
-
-class LoopTensors(NamedTuple):
-    """The tensors of an inner loop beside its text."""
-
-    rates: Tensor  # [1 or K, P]
-    rows: Rows | None = None
-    lam: float = 0.0
-    mask: Tensor | None = None  # [P] what the loop moves; read where gradients are clipped by their norm
 
 
 class Reduced(NamedTuple):
@@ -56,13 +46,13 @@ class Compiled:
     def forward(self, params: Tensor, x: Tensor, support_x: Tensor | None = None) -> Tensor:
         return self._call("forward", params, x, support_x)[0]
 
-    def grad(self, params: Tensor, at: Given | Examples, step: int = 0) -> tuple[Tensor, Tensor]:
+    def grad(self, params: Tensor, at: Examples, step: int = 0) -> tuple[Tensor, Tensor]:
         with self._loss_of(at):
             loss, grad = self._call("grad", params, *_contiguous(at))
         return loss, grad
 
     def query(
-        self, params: Tensor, at: Given | Examples, step: int = 0, support_x: Tensor | None = None
+        self, params: Tensor, at: Examples, step: int = 0, support_x: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss [T], grad [T, P], output [T, N, ...]): the meta-gradient of no steps at all."""
         shown = at.x if support_x is None else support_x
@@ -74,7 +64,7 @@ class Compiled:
             loss, grad, output, *_ = self._call("meta_gradient", params, *given)
         return loss, grad, output
 
-    def hvp(self, params: Tensor, at: Given | Examples, v: Tensor, step: int = 0) -> tuple[None, Tensor]:
+    def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int = 0) -> tuple[None, Tensor]:
         with self._loss_of(at):
             return None, self._call("hvp", params, *_contiguous(at), v.contiguous())[0]
 
@@ -84,14 +74,14 @@ class Compiled:
             self.program.text, self.backend, params, x, y, None, v, params.new_empty(0)
         )
 
-    def linearise(self, params: Tensor, at: Given, gauss_newton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def linearise(self, params: Tensor, at: Examples, gauss_newton: bool) -> tuple[Tensor, Tensor, Tensor]:
         """What `curvature` with the same arguments takes, in the backend's own types and layout."""
         with self._loss_of(at):
             tape, index, tap = self._operator("linearise", gauss_newton, params.contiguous(), *_contiguous(at))
         return tape, index, tap
 
     def curvature(
-        self, params: Tensor, at: Given, gauss_newton: bool, tape: tuple[Tensor, Tensor, Tensor], v: Tensor
+        self, params: Tensor, at: Examples, gauss_newton: bool, tape: tuple[Tensor, Tensor, Tensor], v: Tensor
     ) -> Tensor:
         with self._loss_of(at):
             mv: Tensor = self._operator(
@@ -104,7 +94,7 @@ class Compiled:
         return y, grad
 
     def solve(
-        self, params: Tensor, at: Given, v: Tensor, lam: float, steps: int, damping: float
+        self, params: Tensor, at: Examples, v: Tensor, lam: float, steps: int, damping: float
     ) -> tuple[Tensor, Tensor]:
         with self._loss_of(at):
             solution, residual = self._call("solve", params, *at, v, lam, steps, damping)
@@ -113,7 +103,7 @@ class Compiled:
     def adapt(
         self,
         theta: Tensor,
-        support: Given,
+        support: Examples,
         loop: InnerLoop,
         tensors: LoopTensors,
         state: Tensor | None = None,
@@ -140,8 +130,8 @@ class Compiled:
     def meta_gradient(
         self,
         theta: Tensor,
-        support: Given,
-        query: Given,
+        support: Examples,
+        query: Examples,
         loop: InnerLoop,
         tensors: LoopTensors,
         loss_weights: Tensor | None,
@@ -177,9 +167,7 @@ class Compiled:
             self.program.text, self.backend, theta, *batch, rate, loop, self.memory
         )
 
-    def _loss_of(
-        self, support: Given | Examples, query: Given | Examples | None = None
-    ) -> AbstractContextManager[None]:
+    def _loss_of(self, support: Examples, query: Examples | None = None) -> AbstractContextManager[None]:
         """Within the block the operators reach a loss written in Python."""
         if self.caller is None:
             return _NO_CALLER
@@ -207,7 +195,7 @@ def scaled_parts(flat: Tensor, scale: Tensor, layout: ParameterLayout) -> Sequen
     return torch.ops.fastmaml.scaled_parts.default(flat, scale, layout.dims)  # type: ignore[no-any-return]
 
 
-def _contiguous(at: Given | Examples) -> tuple[Tensor | None, ...]:
+def _contiguous(at: Examples) -> tuple[Tensor | None, ...]:
     return tuple(None if part is None else part.contiguous() for part in at)
 
 

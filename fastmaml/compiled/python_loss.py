@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmaml.autodiff.adjoint_sweep import Examples
 from fastmaml.autodiff.task_derivatives import TaskDerivatives
-from fastmaml.problem.losses import Given, LossFunction, weighted
+from fastmaml.problem.examples import Examples
+from fastmaml.problem.losses import LossFunction, weighted
 
 
 class CallerLoss:
@@ -31,7 +31,7 @@ class CallerLoss:
 
     @contextmanager
     def serving(
-        self, install: Callable[[Any], None], support: Given | Examples, query: Given | Examples | None = None
+        self, install: Callable[[Any], None], support: Examples, query: Examples | None = None
     ) -> Iterator[None]:
         """Within the block the installed callback computes the loss of these examples.
 
@@ -63,7 +63,7 @@ class CallerLoss:
         finally:
             install(None)
 
-    def _answer(self, given: Given | Examples, first: int, z: Any, z_dot: Any, loss_out: Any, dz_out: Any) -> None:
+    def _answer(self, given: Examples, first: int, z: Any, z_dot: Any, loss_out: Any, dz_out: Any) -> None:
         rows = slice(first, first + z.shape[1])
         y = given.y[:, rows]
         y = y.to(z.dtype) if y.is_floating_point() else y

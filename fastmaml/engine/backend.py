@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import logging
 import os
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmaml.autodiff.autodiff import Autodiff
+from fastmaml.compiled import loading
 from fastmaml.compiled.operators import Compiled
 from fastmaml.compiled.python_loss import CallerLoss
 from fastmaml.engine.prepared_calls import KnownCalls, KnownHvp, KnownMetaGradient
@@ -20,7 +18,8 @@ from fastmaml.network.fused_layers import Unsupported
 from fastmaml.network.trace import Network, Program, read_network
 from fastmaml.problem import batch_norm as batch_norm_modes
 from fastmaml.problem import checks
-from fastmaml.problem.losses import Given, Loss, per_example
+from fastmaml.problem.examples import Examples
+from fastmaml.problem.losses import Loss, per_example
 from fastmaml.problem.named_parameters import ModelParameters
 from fastmaml.problem.parameters import ParameterLayout
 from fastmaml.problem.pytrees import Packing, check_inputs, is_one_tensor
@@ -30,37 +29,6 @@ logger = logging.getLogger("fastmaml")
 BACKENDS = ("auto", "cpu", "reference", "autodiff", "cuda", "cuda_emulated")
 MEMORY = ("auto", "low", "stash")
 PRECISIONS = ("float32", "tf32", "tf32x3", "bf16x3")
-
-
-@functools.lru_cache(maxsize=1)
-def load_compiled() -> str:
-    """Loads fastmaml._C, building it when it is missing; returns "" or the sentence that says why it cannot."""
-    from fastmaml import build
-
-    try:
-        build.load()
-    except build.BuildError as error:
-        return f"the compiled module is not available: {error}"
-    return ""
-
-
-@functools.lru_cache(maxsize=1)
-def load_cuda() -> str:
-    """Loads the CUDA library beside the compiled module; returns "" or the sentence that says why it cannot run here."""
-    from fastmaml import build
-
-    if missing := load_compiled():
-        return missing
-    try:
-        ctypes.CDLL("libcuda.so.1")  # before a library is built that could not run
-    except OSError:
-        return "no CUDA driver on this machine"
-    try:
-        build.load_cuda()
-        sys.modules["fastmaml._C"].try_cuda()  # type: ignore[attr-defined]
-    except (build.BuildError, RuntimeError) as error:
-        return str(error)
-    return ""
 
 
 def plain(x: Tensor) -> Tensor:
@@ -142,7 +110,7 @@ class Backend:
         device = next(self.model.parameters()).device.type
         self._follows = wanted == "auto"
         self.backend = _of_device(device) if self._follows else wanted
-        missing = load_cuda() if self.backend == "cuda" else ""
+        missing = loading.load_cuda() if self.backend == "cuda" else ""
         if missing:
             return self.fall_back(missing)
         if device != _device_of(self.backend):
@@ -151,7 +119,7 @@ class Backend:
             network = read_network(self.model, self.layout)
         except Unsupported as reason:
             return self.fall_back(str(reason))
-        missing = load_compiled()
+        missing = loading.load_compiled()
         if missing:
             return self.fall_back(missing)
         self._network = network
@@ -163,7 +131,7 @@ class Backend:
         wanted = _of_device(device) if self._follows else self.backend
         if device != _device_of(wanted):
             return self.fall_back(f"the parameters are on {device} and backend '{wanted}' {_computes_on(wanted)}")
-        if wanted == "cuda" and (missing := load_cuda()):
+        if wanted == "cuda" and (missing := loading.load_cuda()):
             return self.fall_back(missing)
         self.backend = wanted
 
@@ -273,7 +241,7 @@ class Backend:
         params: Tensor,
         support_x: Tensor | None = None,
         minibatch: int | None = None,
-    ) -> tuple[Program | None, Given]:
+    ) -> tuple[Program | None, Examples]:
         """Checks one set of examples against the network; returns the Program and what the ops take."""
         checks.examples(x_name, x, params)
         checks.tasks_of("params", params, x)
@@ -295,7 +263,7 @@ class Backend:
             checks.any_target(y_name, y, x_name, x)
         if w is not None:
             w = plain(checks.weights(w_name, w, tuple(x.shape[:2]), params))
-        return program, Given(plain(x), plain(y), w)
+        return program, Examples(plain(x), plain(y), w)
 
 
 def _of_device(device: str) -> str:

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmaml.autodiff import adjoint_sweep
-from fastmaml.autodiff.adjoint_sweep import Examples
 from fastmaml.autodiff.conjugate_gradients import conjugate_gradients
 from fastmaml.autodiff.update_rules import UpdateRule, rule_for
-from fastmaml.compiled.operators import LoopTensors, scaled_parts
+from fastmaml.compiled.operators import scaled_parts
 from fastmaml.engine import inner_loop_options
 from fastmaml.engine.backend import Backend, plain
 from fastmaml.engine.curvature import Curvature
@@ -28,8 +27,8 @@ from fastmaml.inner import InnerLr, Optimizer, optimizer_of
 from fastmaml.network.trace import Program
 from fastmaml.problem import checks
 from fastmaml.problem.arrays import any_arrays
+from fastmaml.problem.examples import Examples, LoopTensors
 from fastmaml.problem.inner_rates import collapse_rates, expand_rates
-from fastmaml.problem.losses import Given
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -130,7 +129,7 @@ class Engine(Backend):
         x = self._one_tensor("x", x, params)
         program, at = self._examples("x", x, "y", y, "weights", weights, params)
         if program is None:
-            loss, grad = self._autodiff.begin().grad(self._per_task(params, x), self._weighted(at))
+            loss, grad = self._autodiff.begin().grad(self._per_task(params, x), at.weighted())
         else:
             loss, grad = self._compiled(program).grad(params, at)
         return loss, _masked(grad, self._mask(grad))
@@ -206,7 +205,7 @@ class Engine(Backend):
                 return _masked(compiled.curvature(params, at, gauss_newton, tape, _masked(v, mask)), mask)
 
             return Curvature(product, x.shape[0], params, tape)
-        of_tasks, weighted, packing = self._per_task(params, x), self._weighted(at), self._autodiff.inputs
+        of_tasks, weighted, packing = self._per_task(params, x), at.weighted(), self._autodiff.inputs
         autodiff, seed = (
             self._autodiff,
             int(torch.randint(2**31, (), dtype=torch.int64)),
@@ -220,10 +219,10 @@ class Engine(Backend):
 
         return Curvature(by_autodiff, x.shape[0], params, ())
 
-    def _hvp(self, program: Program | None, params: Tensor, at: Given, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _hvp(self, program: Program | None, params: Tensor, at: Examples, v: Tensor, mask: Tensor | None) -> Tensor:
         v = _masked(v, mask)
         if program is None:
-            hv = self._autodiff.hvp(self._per_task(params, at.x), self._weighted(at), v)[1]
+            hv = self._autodiff.hvp(self._per_task(params, at.x), at.weighted(), v)[1]
         else:
             hv = self._compiled(program).hvp(params, at, v)[1]
         return _masked(hv, mask)
@@ -341,7 +340,7 @@ class Engine(Backend):
             return Adaptation(params, losses, after if after.numel() else None)
         own = rule or rule_for(optimizer, rates, mask, state, steps_taken)
         params, losses = adjoint_sweep.adapt(
-            self._derivatives(program), self._per_task(theta, x), self._weighted(at, minibatch), loop, own, rows, lam
+            self._derivatives(program), self._per_task(theta, x), at.weighted(minibatch), loop, own, rows, lam
         )
         return Adaptation(params.contiguous(), losses, getattr(own, "state", None))
 
@@ -522,8 +521,8 @@ class Engine(Backend):
             result = adjoint_sweep.meta_gradient(
                 self._derivatives(program),
                 self._per_task(theta, support_x),
-                self._weighted(support, minibatch),
-                self._weighted(query),
+                support.weighted(minibatch),
+                query.weighted(),
                 loop,
                 rule or rule_for(optimizer, rates, mask),
                 len(rates),
@@ -567,12 +566,6 @@ class Engine(Backend):
 
     def _derivatives(self, program: Program | None) -> adjoint_sweep.Derivatives:
         return self._autodiff.begin() if program is None else self._compiled(program)
-
-    def _weighted(self, given: Given, minibatch: int | None = None) -> Examples:
-        w = given.w
-        if w is None:
-            w = given.x.new_full(given.x.shape[:2], 1.0 / (minibatch or given.x.shape[1]))
-        return Examples(given.x, given.y, w)
 
     def _per_task(self, params: Tensor, x: Tensor) -> Tensor:
         return params.expand(x.shape[0], -1) if params.dim() == 1 else params

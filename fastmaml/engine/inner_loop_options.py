@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaml.autodiff.adjoint_sweep import Rows
 from fastmaml.inner import Optimizer
 from fastmaml.problem import checks
+from fastmaml.problem.examples import Rows
 from fastmaml.problem.inner_loop import InnerLoop
 from fastmaml.problem.parameters import ParameterLayout
 

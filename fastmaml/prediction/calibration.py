@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 
 from fastmaml.benchmark.timing import threads
+from fastmaml.compiled import introspection
+from fastmaml.machine import machine
 from fastmaml.prediction import calibration_networks, call_overhead, step_times
 from fastmaml.prediction.calibration_networks import SAMPLES, Sample
 from fastmaml.prediction.step_times import Rates, features, key, yardstick
 from fastmaml.tasks.cache import cache_folder
 from fastmaml.training.checkpoint import write_durably
-from fastmaml.training.experiment import machine
 
 logger = logging.getLogger("fastmaml")
 
@@ -57,12 +58,10 @@ def calibrated(workers: int, again: bool = False) -> Machine:
 
 def _identity(workers: int) -> str:
     """Of all that the measured times depend on: the machine, the compiled module, torch and the workers."""
-    from fastmaml import _C
-
-    of = hashlib.sha256(Path(_C.__file__).read_bytes())
+    of = hashlib.sha256(Path(introspection.file()).read_bytes())
     for file in (__file__, call_overhead.__file__, step_times.__file__, calibration_networks.__file__):
         of.update(Path(str(file)).read_bytes())  # what is measured, and how it is kept
-    of.update(f"{machine()} {torch.__version__} {_C.cpu_isa()} {workers}".encode())
+    of.update(f"{machine()} {torch.__version__} {introspection.instruction_set()} {workers}".encode())
     return of.hexdigest()[:24]
 
 
@@ -105,14 +104,12 @@ class _Runs:
 
     def _learn(self, run: Callable[[], Any]) -> None:
         """From the fastest of repeated runs of one plan: a Step's own fastest call is faster than it is in any whole run."""
-        from fastmaml import _C
-
         run()
         plans = []
         for _ in repeats():
-            _C.profile_start()
+            introspection.start_profile()
             run()
-            (plan,) = _C.profile_stop()
+            (plan,) = introspection.stop_profile()
             plans.append(plan)
         plan = min(plans, key=lambda plan: sum(step["seconds"] for step in plan["steps"]))
         for step in plan["steps"]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fastmaml.compiled import introspection
 from fastmaml.prediction.calibration_networks import LANES, SAMPLES
 from fastmaml.prediction.engine_calls import EngineCall, engine_calls
 from fastmaml.prediction.memory import images, ordered, size
@@ -69,17 +70,15 @@ def measure() -> Costs:
 
 def _around(learner: Any, run: Callable[[], Any], bare: bool = False) -> _Measured:
     """bare: the engine alone runs, without the learner."""
-    from fastmaml import _C
-
     (call,) = engine_calls(run)
     learner.zero_grad()
     fastest = math.inf
     for _ in range(REPEATS):
-        _C.profile_start()
+        introspection.start_profile()
         start = time.thread_time()
         run()
         took = time.thread_time() - start
-        steps = sum(step["seconds"] for plan in _C.profile_stop() for step in plan["steps"])
+        steps = sum(step["seconds"] for plan in introspection.stop_profile() for step in plan["steps"])
         fastest = min(fastest, took - steps)
         learner.zero_grad()
     return _Measured(max(fastest, 1e-6), _work(call, 0 if bare else len(list(learner.parameters()))))

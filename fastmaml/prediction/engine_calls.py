@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmaml.compiled import introspection
 from fastmaml.engine.engine import Engine
 
 
 class EngineCall(NamedTuple):
     """One call of a compiled operator, by its sizes."""
 
-    kind: str  # as _C.costs has it: "meta_gradient", "hvp", ...
+    kind: str  # as introspection.costs has it: "meta_gradient", "hvp", ...
     program: str
     backend: str
     real_bytes: int
@@ -39,14 +40,12 @@ class EngineCall(NamedTuple):
         return "\nloss caller" in self.program
 
     def costs(self, memory: str | None = None) -> dict[str, Any]:
-        """_C.costs of its plan, with another memory mode where given."""
-        from fastmaml import _C
-
-        return dict(_C.costs(
+        """introspection.costs of its plan, with another memory mode where given."""
+        return introspection.costs(
             self.program, self.kind, backend=self.backend, real_bytes=self.real_bytes, support_examples=self.support,
             query_examples=self.query, loop=self.loop, memory=memory or self.memory, solve_steps=self.solve_steps,
             uniform_rate=self.uniform_rate,
-        ))  # fmt: skip
+        )  # fmt: skip
 
 
 def engine_calls(step: Callable[[], Any]) -> list[EngineCall]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastmaml.compiled import introspection
 from fastmaml.prediction import memory
 from fastmaml.prediction.calibration import Machine
 from fastmaml.prediction.engine_calls import EngineCall, engine_calls, require_compiled
@@ -175,9 +176,7 @@ def _why(call: EngineCall, chosen: str, stash: Mode, low: Mode) -> str:
         return "both modes are the same here: the sweep has no Hessian term"
     if call.memory != "auto":
         return f"memory={call.memory!r} was asked for"
-    from fastmaml import _C
-
-    budget = _C.stash_budget(call.backend, call.callers_loss)
+    budget = introspection.stash_budget(call.backend, call.callers_loss)
     least = _mib(stash.arena_bytes)
     room = f"the {_mib(budget)} MiB that auto gives an arena here"
     if chosen == "stash":

@@ -14,9 +14,9 @@ import numpy as np
 
 STEP_S, FLOPS, OTHER_FLOPS, BYTES = 5e-8, 5e10, 1e10, 2e10  # the yardstick; any numbers of the right order do
 NEIGHBOURS = 5
-MATRIX_SIZES = 4  # rows, depth, columns, width; other ops have how often and how long (_C.costs)
+MATRIX_SIZES = 4  # rows, depth, columns, width; other ops have how often and how long (introspection.costs)
 
-Step = Mapping[str, Any]  # as _C.costs describes one
+Step = Mapping[str, Any]  # as introspection.costs describes one
 
 
 def yardstick(step: Step, lanes: int) -> float:

@@ -6,7 +6,6 @@ Written out of elementary operations: torch.func.jvp of the gradient of F.mse_lo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,14 +13,6 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 Loss = str | LossFunction
 
 LOSSES = ("cross_entropy", "mse")
-
-
-class Given(NamedTuple):
-    """Checked examples of all tasks; w None: each counts the same."""
-
-    x: Tensor
-    y: Tensor
-    w: Tensor | None
 
 
 class CrossEntropy:

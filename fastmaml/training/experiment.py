@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +15,8 @@ import torch
 from torch import nn
 
 from fastmaml import algorithms, inner, models, tasks
-from fastmaml.engine.backend import load_cuda
+from fastmaml.compiled.loading import load_cuda
+from fastmaml.machine import machine
 from fastmaml.tasks.source import TaskSource
 from fastmaml.training import checkpoint
 from fastmaml.training.run_config import RunConfig
@@ -184,21 +183,3 @@ def read_config(run_dir: str | Path) -> RunConfig:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     return RunConfig.from_json(values)
-
-
-def machine() -> str:
-    """Processor, cores this process may use, and operating system, in one line."""
-    return f"{_processor()}, {usable_cores()} cores, {platform.system()} {platform.release()}"
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,7 @@ from torch.func import grad, jvp, linearize, vmap
 from fastmaml.benchmark.exact import mean_loss, network
 from fastmaml.benchmark.peers import Missing
 from fastmaml.benchmark.peers.torch_func_compiled import own_compiler
-
-if TYPE_CHECKING:
-    from fastmaml.benchmark.hvp import HvpProblem
+from fastmaml.benchmark.problem import HvpProblem
 
 Product = Callable[[], Tensor]
 
