@@ -21,13 +21,14 @@ import torch
 
 import fastmaml as fm
 from bench.measure import RESULTS, commit, facts, write_json
+from fastmaml.algorithms.names import ALGORITHMS
 from fastmaml.tasks.source import TaskSource
 from fastmaml.training import checkpoint
 from fastmaml.training.evaluation import evaluate_run
 from fastmaml.training.experiment import make_learner, make_tasks, read_config, seed_generators, write_config
 from fastmaml.training.metrics import read_rows
 from fastmaml.training.presets import preset
-from fastmaml.training.run_config import ALGORITHMS, NEEDS_CLASSES, RunConfig
+from fastmaml.training.run_config import NEEDS_CLASSES, RunConfig
 from fastmaml.training.trainer import Trainer
 
 MIB = 2**20

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastmaml.algorithms.names import ALGORITHMS
 from fastmaml.benchmark.text import share, table
 from fastmaml.cli.text import duration
 from fastmaml.compiled import introspection
@@ -17,7 +18,6 @@ from fastmaml.prediction import calibration, request
 from fastmaml.prediction.predict import Prediction, predict
 from fastmaml.training import checkpoint
 from fastmaml.training.presets import PRESETS
-from fastmaml.training.run_config import ALGORITHMS
 
 WHAT = """\
 Predicts what an outer step will take, without running it: its time by phase, the peak of its memory by part, and whether the

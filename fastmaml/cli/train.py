@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastmaml.algorithms.names import ALGORITHMS
 from fastmaml.cli.report import write_report
 from fastmaml.cli.text import command, duration, evaluation_table, rate, size
 from fastmaml.engine.backend import PRECISIONS
@@ -16,7 +17,7 @@ from fastmaml.training.evaluation import evaluate_run
 from fastmaml.training.experiment import make_learner, make_tasks, read_config, seed_generators, write_config
 from fastmaml.training.metrics import show
 from fastmaml.training.presets import PRESETS, preset
-from fastmaml.training.run_config import ALGORITHMS, SCHEDULES, RunConfig, checked
+from fastmaml.training.run_config import SCHEDULES, RunConfig, checked
 from fastmaml.training.trainer import Outcome, Trainer
 
 # Options that are settings of RunConfig, and `filters` of its network. Only the free may change when a run goes on.

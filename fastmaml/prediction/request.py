@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from fastmaml import algorithms
+from fastmaml.algorithms.names import ALGORITHMS
 from fastmaml.benchmark import own_model
 from fastmaml.prediction.engine_calls import empty_batch
 from fastmaml.training.experiment import make_learner
 from fastmaml.training.presets import PRESETS, preset
-from fastmaml.training.run_config import ALGORITHMS, RunConfig
+from fastmaml.training.run_config import RunConfig
 
 
 class Sizes(NamedTuple):

@@ -7,21 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
-# name on the command line -> name for people
-ALGORITHMS = {
-    "maml": "MAML",
-    "fomaml": "FOMAML",
-    "reptile": "Reptile",
-    "foml": "FOML",
-    "maml++": "MAML++",
-    "imaml": "iMAML",
-    "metasgd": "Meta-SGD",
-    "anil": "ANIL",
-    "boil": "BOIL",
-    "protomaml": "ProtoMAML",
-    "metacurvature": "Meta-Curvature",
-    "cavia": "CAVIA",
-}
+from fastmaml.algorithms.names import ALGORITHMS
+
 NEEDS_CLASSES = ("protomaml",)  # these build on the classes of a task, which a regression has not
 SCHEDULES = ("constant", "cosine", "linear")
 
