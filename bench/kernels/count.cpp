@@ -12,12 +12,12 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "bindings/plans.h"
 #include "cuda/choose.h"
 #include "cuda/cuda_tables.h"
 #include "cuda_op_runs.h"
 #include "meta/meta.h"
 #include "networks.h"
+#include "plan/plan.h"
 
 namespace fastmaml {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <stdexcept>
 
-#include "bindings/arrays.h"
+#include "bindings/arguments.h"
 #include "bindings/tape_sizes.h"
 
 namespace fastmaml {

@@ -6,7 +6,7 @@
 
 namespace fastmaml {
 
-// ReLU (slope 0) or leaky ReLU (slope > 0) as a part of the layer beside it: program/fuse.cpp.
+// ReLU (slope 0) or leaky ReLU (slope > 0) as a part of the layer beside it: plan/fuse.cpp.
 struct Rectified {
   bool on = false;
   double slope = 0;
@@ -55,7 +55,7 @@ struct Pool2d {  // max_pool2d and avg_pool2d
 };
 
 // Batch norm, max-pool (where `pooled`; else each pixel is its own window), then ReLU (slope 0) or leaky ReLU (slope > 0) in one layer:
-// program/fuse.cpp.
+// plan/fuse.cpp.
 struct NormPoolAct {
   BatchNorm norm;
   Pool2d pool;

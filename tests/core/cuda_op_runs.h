@@ -14,7 +14,7 @@
 
 #include "cuda/emulated/emu.h"
 #include "ops/ops.h"
-#include "program/cost.h"
+#include "plan/cost.h"
 
 namespace fastmaml {
 

@@ -3,7 +3,8 @@
 #include <cstdio>
 #include <string>
 
-#include "program/chunks.h"
+#include "plan/chunks.h"
+#include "plan/fuse.h"
 #include "same_numbers.h"
 
 namespace fastmaml {

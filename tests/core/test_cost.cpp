@@ -4,7 +4,7 @@
 
 #include "networks.h"
 #include "ops/step_clock.h"
-#include "program/cost.h"
+#include "plan/cost.h"
 
 namespace fastmaml {
 namespace {

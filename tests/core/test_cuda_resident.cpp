@@ -10,6 +10,7 @@
 #include "cuda/cuda_tables.h"
 #include "cuda/emulated/emu.h"
 #include "networks.h"
+#include "plan/fuse.h"
 #include "task_results.h"
 
 namespace fastmaml {

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "cpu/isa/choose_isa.h"
+#include "plan/fuse.h"
+#include "plan/fuse_updates.h"
 #include "same_numbers.h"
 
 namespace fastmaml {

@@ -7,7 +7,8 @@
 
 #include "cpu/isa/choose_isa.h"
 #include "networks.h"
-#include "ops/lane_schedule.h"
+#include "plan/fuse.h"
+#include "plan/lane_schedule.h"
 
 namespace fastmaml {
 namespace {

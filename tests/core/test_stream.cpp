@@ -3,6 +3,8 @@
 #include <functional>
 #include <string>
 
+#include "plan/fuse.h"
+#include "plan/stream.h"
 #include "same_numbers.h"
 
 namespace fastmaml {

@@ -9,6 +9,7 @@
 
 #include "cpu/isa/choose_isa.h"
 #include "networks.h"
+#include "plan/fuse.h"
 
 static thread_local long allocations = 0;
 void* operator new(size_t bytes) {

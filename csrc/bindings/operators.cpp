@@ -1,10 +1,10 @@
-#include "bindings/calls.h"
+#include "bindings/operators.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <stdexcept>
 
-#include "bindings/parts.h"
+#include "bindings/parameter_list.h"
 
 namespace fastmaml {
 namespace {

@@ -1,10 +1,8 @@
-// Layers, and Steps of the sweep, that touch the same numbers become one, where the backend has the ops for it.
+#include "plan/fuse.h"
+
 #include <algorithm>
 #include <limits>
 #include <optional>
-
-#include "program/program.h"
-#include "program/schedule.h"
 
 namespace fastmaml {
 namespace {

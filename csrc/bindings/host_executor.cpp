@@ -6,12 +6,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/call_memory.h"
+#include "bindings/executor.h"
 #include "bindings/finite.h"
-#include "bindings/profile.h"
-#include "bindings/results.h"
-#include "bindings/space.h"
+#include "bindings/result_pool.h"
 #include "bindings/threads.h"
 #include "ops/tree_sum.h"
+#include "plan/profile.h"
 #include "program/param_layout.h"
 
 namespace fastmaml {

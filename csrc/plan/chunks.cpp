@@ -2,13 +2,13 @@
 //   linear_fwd     of 2,000 rows             linear_fwd     rows 0 .. 191
 //   pointwise_fwd  of 2,000 rows        =>   pointwise_fwd  rows 0 .. 191       ...  then rows 192 .. 383 ...
 //   linear_bwd_weight  dw                    linear_bwd_weight  a share of dw, which is added to the others'
-#include "program/chunks.h"
+#include "plan/chunks.h"
 
 #include <algorithm>
 #include <map>
 #include <vector>
 
-#include "program/slot_uses.h"
+#include "plan/slot_uses.h"
 
 namespace fastmaml {
 namespace {

@@ -11,7 +11,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "bindings/space.h"
+#include "bindings/executor.h"
 #include "program/param_layout.h"
 
 namespace fastmaml {

@@ -1,4 +1,4 @@
-#include "program/cost.h"
+#include "plan/cost.h"
 
 #include <algorithm>
 #include <array>

@@ -1,5 +1,5 @@
 // The arrays of one call: torch tensors are checked, moved into the engine's type and layout, bound to the arguments of a Schedule,
-// and the results are moved back (space.h). Through torch's stable ABI: what is compiled here runs with every torch from 2.10 on.
+// and the results are moved back (executor.h). Through torch's stable ABI: what is compiled here runs with every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "bindings/space.h"
+#include "bindings/executor.h"
 
 namespace fastmaml {
 

@@ -1,4 +1,4 @@
-#include "bindings/parts.h"
+#include "bindings/parameter_list.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "bindings/space.h"
+#include "bindings/executor.h"
 
 namespace fastmaml {
 namespace {

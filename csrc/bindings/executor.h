@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "bindings/plans.h"
+#include "plan/plan.h"
 
 namespace fastmaml {
 
@@ -55,7 +55,7 @@ class Space {
 std::unique_ptr<Space> host_space();
 std::unique_ptr<Space> device_space(const OpTable& table, const Tensor& like);  // for tensors that live where `like` does
 
-// ---------------------------------------------------------------- devices: recordings of whole calls (device_space.cpp)
+// ---------------------------------------------------------------- devices: recordings of whole calls (device_executor.cpp)
 
 // A call whose network, sizes and number of tasks were seen before is recorded, and replayed from then on: its inputs are copied to where
 // the recording expects them, and one launch does the rest. Off: every call launches every Step.

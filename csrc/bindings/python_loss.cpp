@@ -1,4 +1,4 @@
-#include "bindings/caller_loss.h"
+#include "bindings/python_loss.h"
 
 #include <pybind11/numpy.h>
 

@@ -1,4 +1,4 @@
-#include "bindings/arrays.h"
+#include "bindings/arguments.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -8,7 +8,7 @@
 #include <stdexcept>
 
 #include "bindings/backends.h"
-#include "bindings/caller_loss.h"
+#include "bindings/python_loss.h"
 #include "meta/step_rows.h"
 #include "program/param_layout.h"
 
