@@ -11,16 +11,16 @@ namespace fastmaml {
 namespace {
 
 std::mutex idle_mutex;
-std::vector<std::unique_ptr<Workplace>>& idle() {
-  static auto* places = new std::vector<std::unique_ptr<Workplace>>;  // outlives calls made while the process ends
-  return *places;
+std::vector<std::unique_ptr<CallMemory>>& idle() {
+  static auto* memories = new std::vector<std::unique_ptr<CallMemory>>;  // outlives calls made while the process ends
+  return *memories;
 }
 
 }  // namespace
 
-void Workplace::Free::operator()(void* data) const { std::free(data); }
+void CallMemory::Free::operator()(void* data) const { std::free(data); }
 
-void* Workplace::take(size_t bytes) {
+void* CallMemory::take(size_t bytes) {
   bytes = std::max<size_t>((bytes + 63) / 64 * 64, 64);
   if (taken_ == blocks_.size()) blocks_.emplace_back();
   Block& block = blocks_[taken_++];
@@ -36,28 +36,28 @@ void* Workplace::take(size_t bytes) {
   return block.data.get();
 }
 
-LentWorkplace::LentWorkplace() {
+CallMemoryLease::CallMemoryLease() {
   const std::lock_guard<std::mutex> lock(idle_mutex);
   if (idle().empty()) {
-    place_ = std::make_unique<Workplace>();
+    memory_ = std::make_unique<CallMemory>();
   } else {
-    place_ = std::move(idle().back());
+    memory_ = std::move(idle().back());
     idle().pop_back();
   }
 }
 
-LentWorkplace::~LentWorkplace() {
-  place_->reset();
+CallMemoryLease::~CallMemoryLease() {
+  memory_->reset();
   const std::lock_guard<std::mutex> lock(idle_mutex);
-  idle().push_back(std::move(place_));
+  idle().push_back(std::move(memory_));
 }
 
 MemoryHeld memory_held() {
   const std::lock_guard<std::mutex> lock(idle_mutex);
   MemoryHeld held;
-  for (const auto& place : idle()) {
-    held.allocations += place->allocations();
-    held.high_water = std::max(held.high_water, place->arenas.high_water());
+  for (const auto& memory : idle()) {
+    held.allocations += memory->allocations();
+    held.high_water = std::max(held.high_water, memory->arenas.high_water());
   }
   return held;
 }

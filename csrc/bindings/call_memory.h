@@ -9,7 +9,7 @@
 namespace fastmaml {
 
 // The memory of one call: an arena a worker, and blocks for arrays on their way between torch's layout and the engine's.
-class Workplace {
+class CallMemory {
  public:
   Arenas arenas;
   void* take(size_t bytes);  // 64-byte aligned, until reset
@@ -29,20 +29,20 @@ class Workplace {
   int64_t block_allocations_ = 0;
 };
 
-// Lends a Workplace for one call, the last returned first, so that calls at the same time never share one.
-class LentWorkplace {
+// Lends a CallMemory for one call, the last returned first, so that calls at the same time never share one.
+class CallMemoryLease {
  public:
-  LentWorkplace();
-  ~LentWorkplace();
-  LentWorkplace(const LentWorkplace&) = delete;
-  LentWorkplace& operator=(const LentWorkplace&) = delete;
-  Workplace* operator->() const { return place_.get(); }
+  CallMemoryLease();
+  ~CallMemoryLease();
+  CallMemoryLease(const CallMemoryLease&) = delete;
+  CallMemoryLease& operator=(const CallMemoryLease&) = delete;
+  CallMemory* operator->() const { return memory_.get(); }
 
  private:
-  std::unique_ptr<Workplace> place_;
+  std::unique_ptr<CallMemory> memory_;
 };
 
-// What the Workplaces between two calls hold.
+// What the CallMemories between two calls hold.
 struct MemoryHeld {
   int64_t allocations = 0;  // ever made for them
   size_t high_water = 0;    // bytes of the largest arena of one worker

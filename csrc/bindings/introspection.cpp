@@ -16,16 +16,16 @@ std::shared_ptr<const Plan> plan_asked_for(const std::string& program, const std
                                            int64_t real_bytes, int64_t support_examples, int64_t query_examples, const std::string& loop,
                                            const std::string& memory, int solve_steps, bool uniform_rate) {
   const OpTable& table = table_named(backend, size_t(real_bytes));
-  Work work;
-  work.kind = kind_named(kind);
-  work.how.loop = InnerLoop::parse(loop);
-  work.how.support_examples = support_examples;
-  work.how.query_examples = query_examples;
-  work.how.loss_weights = work.how.loop.queries.size() > 1;
-  work.how.uniform_rate = uniform_rate && takes_uniform_rate(table, work.how.loop);
-  work.solve_steps = solve_steps;
-  work.memory = work.kind == Kind::meta_gradient ? memory_named(memory) : Memory::low;
-  return plan_for(program, table, work);
+  CallSpec call;
+  call.computation = computation_named(kind);
+  call.spec.loop = InnerLoop::parse(loop);
+  call.spec.support_examples = support_examples;
+  call.spec.query_examples = query_examples;
+  call.spec.loss_weights = call.spec.loop.queries.size() > 1;
+  call.spec.uniform_rate = uniform_rate && takes_uniform_rate(table, call.spec.loop);
+  call.solve_steps = solve_steps;
+  call.memory = call.computation == Computation::meta_gradient ? memory_named(memory) : Memory::low;
+  return plan_for(program, table, call);
 }
 
 std::string steps_of(const Plan& plan) { return to_string(plan.schedule); }
@@ -47,12 +47,12 @@ pybind11::dict loop_sizes(const std::string& program, const std::string& text) {
 
 std::tuple<int64_t, int64_t, int64_t> tape_sizes_of(const std::string& program, const std::string& backend, bool gauss_newton,
                                                     int64_t real_bytes, int64_t examples, bool weights) {
-  Work work;
-  work.kind = Kind::linearise;
-  work.curvature = gauss_newton ? Curvature::gauss_newton : Curvature::hessian;
-  work.how.support_examples = examples;
-  work.how.support_weights = weights;
-  const TapeSizes sizes = tape_sizes(plan_for(program, table_named(backend, size_t(real_bytes)), work)->schedule);
+  CallSpec call;
+  call.computation = Computation::linearise;
+  call.curvature = gauss_newton ? Curvature::gauss_newton : Curvature::hessian;
+  call.spec.support_examples = examples;
+  call.spec.support_weights = weights;
+  const TapeSizes sizes = tape_sizes(plan_for(program, table_named(backend, size_t(real_bytes)), call)->schedule);
   return {sizes.real, sizes.index, sizes.tap};
 }
 

@@ -79,7 +79,7 @@ using namespace fastmaml;
 // A function of the arguments of plan_asked_for().
 template <auto kOf, class... A>
 auto planned(std::shared_ptr<const Plan> (*make)(A...)) {
-  return [make](A... how) { return kOf(*make(how...)); };
+  return [make](A... arguments) { return kOf(*make(arguments...)); };
 }
 
 }  // namespace
@@ -95,14 +95,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("tape_sizes", &tape_sizes_of, "program"_a, "backend"_a, "gauss_newton"_a, "real_bytes"_a, "examples"_a, "weights"_a,
         "What linearise leaves of a task: elements of (tape, tape_index, tape_tap).");
   m.def("loop_sizes", &loop_sizes, "program"_a, "loop"_a, "What the shapes of adapt's and meta_gradient's results depend on.");
-  m.def("set_caller_loss", &set_callers_loss, "loss"_a,
+  m.def("set_python_loss", &set_python_loss, "loss"_a,
         "This thread's function for programs with `loss caller`, or None. loss(query, first_row, z, z_dot, loss_out, dz_out) fills the\n"
         "last two in place: z, z_dot, dz_out [T, N, *output], loss_out [T]; z_dot is None for the loss, loss_out for its tangent.");
   const auto def_planned = [&](const char* name, const auto& function, const char* doc) {
     m.def(name, function, "program"_a, "kind"_a, "backend"_a = "cpu", "real_bytes"_a = 4, "support_examples"_a = 1, "query_examples"_a = 1,
           "loop"_a = "steps=1", "memory"_a = "low", "solve_steps"_a = 1, "uniform_rate"_a = false, doc);
   };
-  def_planned("steps", planned<steps_of>(&plan_asked_for), "The Schedule of one kind of work, a line per Step.");
+  def_planned("steps", planned<steps_of>(&plan_asked_for), "The Schedule of one computation, a line per Step.");
   def_planned("arena_bytes", planned<arena_bytes_of>(&plan_asked_for),
               "The memory that one task in flight takes, or a group of tasks side by side, in bytes.");
   def_planned("lanes", planned<lanes_of>(&plan_asked_for), "How many tasks walk that Schedule side by side.");
@@ -122,7 +122,7 @@ PYBIND11_MODULE(_C, m) {
       "dict each: phase, op, layer, examples, sizes (of its loops), products and other (floating-point operations), bytes.");
   m.def(
       "stash_budget", [](const std::string& backend, bool at_once) { return stash_budget(table_named(backend, sizeof(float)), at_once); },
-      "backend"_a, "callers_loss"_a = false,
+      "backend"_a, "python_loss"_a = false,
       "The largest arena with which memory=\"auto\" keeps the activations of the inner steps, in bytes.");
   m.def("machine_memory", &machine_memory, "Bytes of memory that this process may have.");
   m.def("profile_start", &start_profile, "From now on every Step of every call on a backend of the host is timed.");

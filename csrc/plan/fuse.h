@@ -8,7 +8,7 @@
 
 namespace fastmaml {
 
-struct Abilities {  // of a backend
+struct Capabilities {  // of a backend
   std::function<bool(Op)> supports;
   bool rectifies;       // its linear, conv2d and group_norm take a rectifier in (Rectified in layers.h)
   bool out_in = false;  // its linear layers read weights as torch has them (Linear::out_in)
@@ -20,7 +20,7 @@ Program with_torch_weights(const Program& net);
 // The same network as the backend runs it: with_torch_weights where it reads them, and with fewer layers where it is able to. A
 // norm_pool_act for every batch norm -> [max-pool] -> ReLU or leaky ReLU of which nobody else sees the parts, and no ReLU or leaky ReLU of
 // its own where the layers beside it take it in.
-Program fuse(const Program& net, const Abilities& backend);
+Program fuse(const Program& net, const Capabilities& backend);
 
 // The same work with an sgd_adjoint for its parts where they follow each other, and a pointwise function's dual for it and its tangent,
 // where they are supported.

@@ -13,6 +13,6 @@ namespace fastmaml {
 
 // The same work with plain descent's updates, and their adjoints in the sweep, made by the weight gradients of linear layers, where they
 // are supported.
-Schedule join_updates(Schedule schedule, const std::function<bool(Op)>& supports);
+Schedule fuse_updates(Schedule schedule, const std::function<bool(Op)>& supports);
 
 }  // namespace fastmaml

@@ -49,121 +49,121 @@ class Cache {
 std::atomic<Layout> forced_layout{Layout::automatic};
 std::atomic<Walk> forced_walk{Walk::automatic};
 
-std::string key_of(const std::string& text, const OpTable& table, const Work& work) {
-  const Adaptation& how = work.how;
+std::string key_of(const std::string& text, const OpTable& table, const CallSpec& call) {
+  const InnerLoopSpec& spec = call.spec;
   const int64_t numbers[] = {
       int64_t(reinterpret_cast<uintptr_t>(&table)),  // one table for each backend, type and instruction set
-      int64_t(work.kind),
-      int64_t(work.memory),
-      work.solve_steps,
-      work.dual,
-      int64_t(work.curvature),
-      how.support_examples,
-      how.query_examples,
-      how.rates_per_step,
-      how.uniform_rate,
-      how.support_weights,
-      how.query_weights,
-      how.loss_weights,
-      how.mask,
-      how.state,
-      how.step_count,
+      int64_t(call.computation),
+      int64_t(call.memory),
+      call.solve_steps,
+      call.dual,
+      int64_t(call.curvature),
+      spec.support_examples,
+      spec.query_examples,
+      spec.rates_per_step,
+      spec.uniform_rate,
+      spec.support_weights,
+      spec.query_weights,
+      spec.loss_weights,
+      spec.mask,
+      spec.state,
+      spec.step_count,
       table.resident ? int64_t(table.resident->fast_bytes()) : 0,  // which devices differ in
       int64_t(forced_layout.load()),
   };
-  return std::string(reinterpret_cast<const char*>(numbers), sizeof numbers) + how.loop.text + '\n' + text;
+  return std::string(reinterpret_cast<const char*>(numbers), sizeof numbers) + spec.loop.text + '\n' + text;
 }
 
-Schedule schedule_of(const Program& net, const Work& work) {
-  const Adaptation& how = work.how;
-  switch (work.kind) {
-    case Kind::forward:
-      return forward_schedule(net, how.query_examples, how.support_examples);
-    case Kind::gradient:
-      return gradient_schedule(net, how.support_examples, how.support_weights);
-    case Kind::vjp:
-      return vjp_schedule(net, how.support_examples);
-    case Kind::hvp:
-      return hvp_schedule(net, how.support_examples, how.support_weights);
-    case Kind::adapt:
-      return adapt_schedule(net, how);
-    case Kind::meta_gradient:
-      return meta_gradient_schedule(net, how);
-    case Kind::solve:
-      return conjugate_gradient_schedule(net, how.support_examples, how.support_weights, work.solve_steps);
-    case Kind::passes:
-      return passes_schedule(net, how.support_examples, work.dual);
-    case Kind::linearise:
-      return curvature_schedules(net, how.support_examples, how.support_weights, work.curvature).first;
-    case Kind::curvature:
-      return curvature_schedules(net, how.support_examples, how.support_weights, work.curvature).second;
+Schedule schedule_of(const Program& net, const CallSpec& call) {
+  const InnerLoopSpec& spec = call.spec;
+  switch (call.computation) {
+    case Computation::forward:
+      return forward_schedule(net, spec.query_examples, spec.support_examples);
+    case Computation::gradient:
+      return gradient_schedule(net, spec.support_examples, spec.support_weights);
+    case Computation::vjp:
+      return vjp_schedule(net, spec.support_examples);
+    case Computation::hvp:
+      return hvp_schedule(net, spec.support_examples, spec.support_weights);
+    case Computation::adapt:
+      return adapt_schedule(net, spec);
+    case Computation::meta_gradient:
+      return meta_gradient_schedule(net, spec);
+    case Computation::solve:
+      return conjugate_gradient_schedule(net, spec.support_examples, spec.support_weights, call.solve_steps);
+    case Computation::passes:
+      return passes_schedule(net, spec.support_examples, call.dual);
+    case Computation::linearise:
+      return curvature_schedules(net, spec.support_examples, spec.support_weights, call.curvature).first;
+    case Computation::curvature:
+      return curvature_schedules(net, spec.support_examples, spec.support_weights, call.curvature).second;
   }
-  throw std::logic_error("a kind of work without a schedule");
+  throw std::logic_error("a computation without a schedule");
 }
 
 // Of a Schedule that is run as two.
-bool is_part(Kind kind) { return kind == Kind::linearise || kind == Kind::curvature; }
+bool is_part(Computation c) { return c == Computation::linearise || c == Computation::curvature; }
 
 // The table that is the backend's fastest for the network and the numbers of examples, which are all that the choice may look at.
-const OpTable& best_layout(const OpTable& table, const Program& net, const Adaptation& how) {
+const OpTable& best_layout(const OpTable& table, const Program& net, const InnerLoopSpec& spec) {
   const Layout layout = forced_layout;
   if (!table.in_lanes || layout == Layout::tasks || !table.in_lanes->run(net)) return table;
-  const bool pays = layout == Layout::lanes || table.in_lanes->pay(net, std::max(how.support_examples, how.query_examples));
-  return pays ? *table.in_lanes->table : table;
+  const bool pays_off = layout == Layout::lanes || table.in_lanes->pays_off(net, std::max(spec.support_examples, spec.query_examples));
+  return pays_off ? *table.in_lanes->table : table;
 }
 
-Plan make_plan(const std::string& text, const OpTable& backend, Work work) {
+Plan make_plan(const std::string& text, const OpTable& backend, CallSpec call) {
   Plan plan{program_of(text), nullptr, {}, {}};
-  const OpTable& table = best_layout(backend, *plan.program, work.how);
+  const OpTable& table = best_layout(backend, *plan.program, call.spec);
   plan.table = &table;
   const auto supports = [&](Op op) { return table.supports(op); };
-  work.how.stash = work.memory != Memory::low;
-  plan.memory = work.how.stash ? Memory::stash : Memory::low;
+  call.spec.stash = call.memory != Memory::low;
+  plan.memory = call.spec.stash ? Memory::stash : Memory::low;
   const auto write = [&] {
-    plan.schedule = fuse(schedule_of(*plan.program, work), supports);
+    plan.schedule = fuse(schedule_of(*plan.program, call), supports);
     if (!table.device)
       plan.schedule = stream(plan.schedule, {kCacheBytes / int64_t(table.real_bytes), kChunkBytes / int64_t(table.real_bytes)});
-    if (!table.device && plan.lanes() == 1) plan.schedule = in_chunks(plan.schedule, {kChunkedBytes / int64_t(table.real_bytes)});
+    if (!table.device && plan.lanes() == 1) plan.schedule = chunk_examples(plan.schedule, {kChunkedBytes / int64_t(table.real_bytes)});
     if (plan.lanes() > 1) plan.schedule = lane_schedule(std::move(plan.schedule));
-    plan.schedule = join_updates(std::move(plan.schedule), supports);  // of what was cut in chunks nothing: their gradients are added up
+    plan.schedule = fuse_updates(std::move(plan.schedule), supports);  // of what was cut in chunks nothing: their gradients are added up
     plan.workspace = plan_workspace(plan.schedule, table);
   };
-  if (is_part(work.kind)) {
-    plan.resident.declines = "a tape between two calls must be of one network, and the two might decide differently";
+  if (is_part(call.computation)) {
+    plan.resident.refusal = "a tape between two calls must be of one network, and the two might decide differently";
   } else if (table.resident) {
     write();
     plan.resident = table.resident->encode(plan.schedule, table.resident->fast_bytes());
   }
-  if (!table.resident || !plan.resident.declines.empty()) {  // fused layers spare memory traffic, which a resident walk has none of
+  if (!table.resident || !plan.resident.refusal.empty()) {  // fused layers spare memory traffic, which a resident walk has none of
     plan.program = std::make_shared<const Program>(fuse(*plan.program, {supports, table.rectifies, table.out_in}));
     write();
   }
-  if (work.memory == Memory::automatic && plan.arena_bytes() > stash_budget(table, plan.program->loss.kind == Loss::Kind::caller)) {
-    work.memory = Memory::low;
-    return make_plan(text, backend, work);
+  if (call.memory == Memory::automatic && plan.arena_bytes() > stash_budget(table, plan.program->loss.kind == Loss::Kind::caller)) {
+    call.memory = Memory::low;
+    return make_plan(text, backend, call);
   }
-  if (work.memory == Memory::automatic && !plan.resident.declines.empty()) {  // it may be the activations that do not fit
-    work.memory = Memory::low;
-    Plan low = make_plan(text, backend, work);
-    if (low.resident.declines.empty()) return low;
+  if (call.memory == Memory::automatic && !plan.resident.refusal.empty()) {  // it may be the activations that do not fit
+    call.memory = Memory::low;
+    Plan low = make_plan(text, backend, call);
+    if (low.resident.refusal.empty()) return low;
   }
   return plan;
 }
 
 }  // namespace
 
-Kind kind_named(const std::string& name) {
-  return named<Kind>("kind", name,
-                     {{"forward", Kind::forward},
-                      {"grad", Kind::gradient},
-                      {"vjp", Kind::vjp},
-                      {"hvp", Kind::hvp},
-                      {"adapt", Kind::adapt},
-                      {"meta_gradient", Kind::meta_gradient},
-                      {"solve", Kind::solve},
-                      {"passes", Kind::passes},
-                      {"linearise", Kind::linearise},
-                      {"curvature", Kind::curvature}});
+Computation computation_named(const std::string& name) {
+  return named<Computation>("kind", name,
+                            {{"forward", Computation::forward},
+                             {"grad", Computation::gradient},
+                             {"vjp", Computation::vjp},
+                             {"hvp", Computation::hvp},
+                             {"adapt", Computation::adapt},
+                             {"meta_gradient", Computation::meta_gradient},
+                             {"solve", Computation::solve},
+                             {"passes", Computation::passes},
+                             {"linearise", Computation::linearise},
+                             {"curvature", Computation::curvature}});
 }
 
 Memory memory_named(const std::string& name) {
@@ -186,8 +186,8 @@ bool takes_uniform_rate(const OpTable& table, const InnerLoop& loop) { return lo
 
 bool Plan::takes_resident() const {
   if (!table->resident || forced_walk == Walk::layered) return false;
-  if (forced_walk == Walk::resident && !resident.declines.empty()) throw std::invalid_argument("no resident walk: " + resident.declines);
-  return resident.declines.empty();
+  if (forced_walk == Walk::resident && !resident.refusal.empty()) throw std::invalid_argument("no resident walk: " + resident.refusal);
+  return resident.refusal.empty();
 }
 
 bool Plan::as_torch() const { return !table->device && in_torch_order(program->params); }
@@ -197,7 +197,7 @@ std::string Plan::walk() const {
   if (!table->device && lanes() > 1) return "resident: a thread of the host for " + std::to_string(lanes()) + " tasks side by side";
   if (!table->device) return "resident: a thread of the host a task";
   if (!table->resident) return "layered";
-  if (!takes_resident()) return "layered" + (resident.declines.empty() ? std::string() : ": " + resident.declines);
+  if (!takes_resident()) return "layered" + (resident.refusal.empty() ? std::string() : ": " + resident.refusal);
   return "resident: " + std::to_string(resident.threads) + " threads, " + std::to_string(resident.shared_bytes) +
          " bytes of shared memory and " + std::to_string(resident.arena_bytes) + " of device memory a task";
 }
@@ -212,9 +212,9 @@ std::shared_ptr<const InnerLoop> inner_loop_of(const std::string& text) {
   return cache.get(text, [&] { return InnerLoop::parse(text); });
 }
 
-std::shared_ptr<const Plan> plan_for(const std::string& text, const OpTable& table, const Work& work) {
+std::shared_ptr<const Plan> plan_for(const std::string& text, const OpTable& table, const CallSpec& call) {
   static Cache<Plan> cache;
-  return cache.get(key_of(text, table, work), [&] { return make_plan(text, table, work); });
+  return cache.get(key_of(text, table, call), [&] { return make_plan(text, table, call); });
 }
 
 }  // namespace fastmaml

@@ -11,16 +11,16 @@
 
 namespace fastmaml {
 
-enum class Kind : uint8_t { forward, gradient, vjp, hvp, adapt, meta_gradient, solve, passes, linearise, curvature };
+enum class Computation : uint8_t { forward, gradient, vjp, hvp, adapt, meta_gradient, solve, passes, linearise, curvature };
 enum class Memory : uint8_t { low, stash, automatic };
 
-Kind kind_named(const std::string& name);
+Computation computation_named(const std::string& name);
 Memory memory_named(const std::string& name);  // "low", "stash" or "auto"
 
-// What a Schedule depends on beside the network and the backend.
-struct Work {
-  Kind kind = Kind::forward;
-  Adaptation how;
+// What a call computes: all that its Schedule depends on beside the network and the backend.
+struct CallSpec {
+  Computation computation = Computation::forward;
+  InnerLoopSpec spec;
   Memory memory = Memory::low;  // meta_gradient
   int solve_steps = 0;
   bool dual = false;                         // passes
@@ -58,6 +58,6 @@ struct Plan {
 
 std::shared_ptr<const Program> program_of(const std::string& text);
 std::shared_ptr<const InnerLoop> inner_loop_of(const std::string& text);
-std::shared_ptr<const Plan> plan_for(const std::string& text, const OpTable& table, const Work& work);
+std::shared_ptr<const Plan> plan_for(const std::string& text, const OpTable& table, const CallSpec& call);
 
 }  // namespace fastmaml

@@ -78,7 +78,7 @@ struct Loss {
   double smoothing;  // cross_entropy: target = (1 - smoothing) onehot + smoothing / classes
 };
 
-struct CallerLoss {  // a loss that the caller computes: what he must know beside the network's output
+struct PythonLoss {  // a loss written in Python: what it must know beside the network's output
   int64_t C, H, W;   // the output, as an image or a vector
   bool image;
   bool query;         // of the query set, or of the support set
@@ -113,7 +113,7 @@ struct Adam {
   int64_t step;  // steps before this one, for the bias correction
 };
 
-using Layer = std::variant<Vector, Linear, Conv2d, BatchNorm, GroupNorm, Pointwise, Pool2d, NormPoolAct, Flatten, Add, Loss, CallerLoss,
+using Layer = std::variant<Vector, Linear, Conv2d, BatchNorm, GroupNorm, Pointwise, Pool2d, NormPoolAct, Flatten, Add, Loss, PythonLoss,
                            Axpy, Clip, Momentum, Adam>;
 
 inline Rectified rectified_output(const Layer& layer) {

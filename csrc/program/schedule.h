@@ -104,10 +104,10 @@ struct Schedule {
 
 // A Schedule as two that run one after the other, the second as often as one likes. What the Steps before `at` leave for the others passes
 // through the arguments tape*_made of the first and tape* of the second (split.cpp).
-struct Parts {
+struct SplitSchedule {
   Schedule first, second;
 };
-Parts split(const Schedule& whole, size_t at);
+SplitSchedule split(const Schedule& whole, size_t at);
 
 std::string to_string(const Schedule& schedule);  // one line per Step, for reading and for tests
 
