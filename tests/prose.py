@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LEFT_OUT = re.compile(r"^(```|~~~).*?^\1[^\n]*$|<!--.*?-->", re.DOTALL | re.MULTILINE)
-NO_PROSE = re.compile(r"\s*(\||#|!\[[^\]]*\]\([^)]*\)\s*$|-{3,}\s*$)")
+PICTURE = re.compile(r"!\[[^\]]*\]\([^)]*\)")
+NO_PROSE = re.compile(r"\s*(\||#|-{3,}\s*$)")
 ITEM = re.compile(r"\s*([-*+]|\d+[.)])\s+")
 SPAN = re.compile(r"`[^`\n]+`|`[^`]+`")
-LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
+LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
 END = re.compile(r"(?<=[.!?])[*_)\"']*\s+")
 # A full stop that ends no sentence.
-ABBREVIATION = re.compile(r"\b(et al|e\.g|i\.e|vs|cf|Fig|No)\.")
+ABBREVIATION = re.compile(r"\b(et al|e\.g|i\.e|vs|cf)\.", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def paragraphs(page: str) -> list[str]:
     """The page's paragraphs and list items, each as one line."""
     found: list[str] = []
     joins = False  # the next line goes on with the last paragraph
-    for line in LEFT_OUT.sub("", page).splitlines():
+    for line in PICTURE.sub("", LEFT_OUT.sub("", page)).splitlines():
         item = ITEM.match(line)
         if not line.strip() or NO_PROSE.match(line) or (not item and not joins and line.startswith("    ")):
             joins = False
