@@ -7,6 +7,9 @@ from pathlib import Path
 
 import prose
 import pytest
+import torch
+
+import fastmaml as fm
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -122,3 +125,32 @@ x = "No. Prose. Here."
     found = prose.measure(page)
     assert (found.words, found.lengths, found.median, found.tenth_longest) == (23, (3, 4, 6, 10), 5, 10)
     assert prose.measure("").lengths == ()
+
+
+def code_of(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_first_code_of_the_readme_runs(capsys):
+    first = code_of("README.md")[0]
+    assert len(first.splitlines()) <= 12 and "range(200)" in first
+    exec(first.replace("range(200)", "range(2)").replace("filters=32", "filters=8"), {})
+    loss, backend = capsys.readouterr().out.split()
+    assert float(loss) < 2 and backend in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize("page", ["README.md", "fastmaml/algorithms/README.md", "fastmaml/checking/README.md"])
+def test_the_other_code_of_a_page_runs(page, capsys):
+    torch.manual_seed(0)
+    model = fm.models.mlp([2, 8, 3])
+    batch = (torch.randn(4, 5, 2), torch.randn(4, 5, 3), torch.randn(4, 6, 2), torch.randn(4, 6, 3))
+    names = dict(zip(("support_x", "support_y", "query_x", "query_y"), batch)) | {"fm": fm, "model": model, "batch": batch}
+    maml = names["maml"] = fm.MAML(model, inner_lr=0.1, inner_steps=2, loss="mse")
+    names |= {"x": batch[0], "y": batch[1], "v": torch.randn(4, maml.engine.layout.size)}
+    names["params"] = maml.engine.flatten()
+    names["my_meta_loss"] = lambda *given: maml(*given).loss
+    for code in code_of(page)[page == "README.md" :]:
+        exec(code, names)
+    if "fm.check" in "".join(code_of(page)):
+        said = capsys.readouterr().out
+        assert "exact" in said.lower() and "WRONG" not in said
