@@ -143,14 +143,16 @@ def test_the_first_code_of_the_readme_runs(capsys):
 def test_the_other_code_of_a_page_runs(page, capsys):
     torch.manual_seed(0)
     model = fm.models.mlp([2, 8, 3])
-    batch = (torch.randn(4, 5, 2), torch.randn(4, 5, 3), torch.randn(4, 6, 2), torch.randn(4, 6, 3))
-    names = dict(zip(("support_x", "support_y", "query_x", "query_y"), batch)) | {"fm": fm, "model": model, "batch": batch}
-    maml = names["maml"] = fm.MAML(model, inner_lr=0.1, inner_steps=2, loss="mse")
-    names |= {"x": batch[0], "y": batch[1], "v": torch.randn(4, maml.engine.layout.size)}
-    names["params"] = maml.engine.flatten()
-    names["my_meta_loss"] = lambda *given: maml(*given).loss
+    labels = "cross_entropy" in "".join(code_of(page))
+    names = {f"{part}_x": torch.randn(4, 5, 2) for part in ("support", "query")}
+    for part in ("support", "query"):
+        names[f"{part}_y"] = torch.arange(20).reshape(4, 5) % 3 if labels else torch.randn(4, 5, 3)
+    names["batch"] = [names[name] for name in ("support_x", "support_y", "query_x", "query_y")]
+    names |= {"fm": fm, "model": model, "maml": fm.MAML(model, inner_lr=0.1, loss="cross_entropy" if labels else "mse")}
+    names |= {"params": names["maml"].engine.flatten(), "x": names["support_x"], "y": names["support_y"]}
+    names["v"] = torch.randn(4, names["params"].numel())
+    names["my_meta_loss"] = lambda net, batch: fm.MAML(net, inner_lr=0.1, inner_steps=2, loss="mse")(*batch).loss
     for code in code_of(page)[page == "README.md" :]:
         exec(code, names)
-    if "fm.check" in "".join(code_of(page)):
-        said = capsys.readouterr().out
-        assert "exact" in said.lower() and "WRONG" not in said
+    said = capsys.readouterr().out
+    assert said.count("- Exact: ") == "".join(code_of(page)).count("fm.check(") and "WRONG" not in said
