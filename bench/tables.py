@@ -300,7 +300,9 @@ TABLES: dict[str, tuple[str, Callable[[Content], str], str]] = {
     "sinusoid": ("sinusoid_paper", sinusoid, "bench.sinusoid --paper"),
 }
 # Between the markers of a page instead of on a page of its own.
-MARKED_TABLES: dict[str, tuple[str, Callable[[Content], str], str]] = {"summary": ("meta", summary, "bench.meta_gradient")}
+MARKED_TABLES: dict[str, tuple[str, Callable[[Content], str], str]] = {
+    "summary": ("meta", summary, "bench.meta_gradient")
+}
 
 TITLES = {
     "speed": "W1 to W4: one exact meta-gradient",

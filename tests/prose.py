@@ -78,7 +78,9 @@ def words(sentence: str) -> int:
 def measure(page: str) -> Prose:
     """Words and sentence lengths of a page's text."""
     found = sentences(page)
-    return Prose(sum(map(words, found)), tuple(map(words, found)), max(found, key=words, default="").replace("\x00", "`…`"))
+    return Prose(
+        sum(map(words, found)), tuple(map(words, found)), max(found, key=words, default="").replace("\x00", "`…`")
+    )
 
 
 def read(name: str) -> str:
@@ -98,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.pages:
         text = read(name)
         found = measure(text)
-        print(f"{name:40} {len(text.splitlines()):5}  {found.words:5}  {len(found.lengths):9}  {found.median:6g}  {found.tenth_longest:15}")
+        print(
+            f"{name:40} {len(text.splitlines()):5}  {found.words:5}  {len(found.lengths):9}  {found.median:6g}  {found.tenth_longest:15}"
+        )
         if args.longest:
             print(f"    {found.longest}")
     return 0

@@ -49,7 +49,9 @@ def test_a_changed_table_is_noticed(monkeypatch, tmp_path, capsys):
     for path in tables.RESULTS.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "speed.md").write_text((tmp_path / "speed.md").read_text().replace("| fastmaml |", "| fastmaml  |", 1))
-    (tmp_path / "README.md").write_text(re.sub(r"(\| W1 .*?\| )\d", r"\g<1>9", (ROOT / "README.md").read_text(), count=1))
+    (tmp_path / "README.md").write_text(
+        re.sub(r"(\| W1 .*?\| )\d", r"\g<1>9", (ROOT / "README.md").read_text(), count=1)
+    )
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     assert tables.main(["--check"]) == 1

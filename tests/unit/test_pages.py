@@ -90,7 +90,11 @@ def test_make_targets_that_a_page_names_exist(page):
 
 def test_a_missing_file_is_noticed():
     page = "See [x](csrc/none.md), `meta/none.cpp`, `none.h`, `program/op.h`, `bench/results/*.json` and `FILE.py:FUNCTION`."
-    assert [name for name in named_files(page) if not exists(name, "README.md")] == ["csrc/none.md", "meta/none.cpp", "none.h"]
+    assert [name for name in named_files(page) if not exists(name, "README.md")] == [
+        "csrc/none.md",
+        "meta/none.cpp",
+        "none.h",
+    ]
 
 
 def test_the_readme_is_short_and_easy():
