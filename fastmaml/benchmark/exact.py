@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastmaml.benchmark.problem import Problem
-from fastmaml.checking.expected import Intent
+from fastmaml.checking.expected import Expected
 from fastmaml.checking.oracle import Norms, Oracle
 from fastmaml.inner import SGD
 from fastmaml.problem.losses import Loss
@@ -46,8 +46,8 @@ def flat(model: nn.Module) -> Tensor:
 def exact(problem: Problem) -> tuple[float, Tensor]:
     """(mean query loss, meta-gradient [P]) in float64 by unrolled double backward, a task at a time (checking/oracle.py)."""
     case, double = problem.case, problem.double()
-    intent = Intent(case.loss, SGD(case.inner_lr), case.inner_steps)
-    answer = Oracle(double.model, intent, double.batch).answer()
+    expected = Expected(case.loss, SGD(case.inner_lr), case.inner_steps)
+    answer = Oracle(double.model, expected, double.batch).answer()
     grads = answer.total()
     parts = [grads.get(name, torch.zeros_like(p)).reshape(-1) for name, p in double.model.named_parameters()]
     return answer.loss, torch.cat([part.detach() for part in parts])

@@ -16,11 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from fastmaml.algorithms.learner import Learner
 from fastmaml.algorithms.maml import MAML
-from fastmaml.checking import candidate as subjects
-from fastmaml.checking.candidate import Batch, MetaLoss, SubjectError
+from fastmaml.checking.candidate import Batch, CandidateError, MetaLoss, candidate_of_function, rate_leaves
 from fastmaml.checking.compare import relative
 from fastmaml.checking.examination import Examination
-from fastmaml.checking.expected import Intent
+from fastmaml.checking.expected import Expected
 from fastmaml.checking.learners import check_learner
 from fastmaml.checking.oracle import Oracle
 from fastmaml.checking.report import Report, Row
@@ -84,8 +83,8 @@ def check(
         if model is not None:
             if not callable(subject):
                 raise TypeError(f"with model= the first argument is a function, not {type(subject).__name__}")
-            intent = _intent(given, reduction).checked(model)
-            return _of_function(subject, model, data, intent, directions, seed)
+            expected = _expected(given, reduction).checked(model)
+            return _of_function(subject, model, data, expected, directions, seed)
         if not isinstance(subject, nn.Module):
             if callable(subject):
                 raise TypeError("a function is called as function(model, batch): give the model with model=")
@@ -99,29 +98,29 @@ def check(
         return check_learner(subject, data, _sizes(data), directions, seed)
 
 
-def _intent(given: dict[str, Any], reduction: str) -> Intent:
+def _expected(given: dict[str, Any], reduction: str) -> Expected:
     given = dict(given)
     optimizer = optimizer_of(given.pop("inner_lr", None), given.pop("inner", None))
     loss, steps = given.pop("loss", "cross_entropy"), given.pop("inner_steps", 1)
-    return Intent(loss, optimizer, steps, reduction=reduction, **given)
+    return Expected(loss, optimizer, steps, reduction=reduction, **given)
 
 
 def _of_function(
-    function: MetaLoss, model: nn.Module, batch: Batch, intent: Intent, directions: int, seed: int
+    function: MetaLoss, model: nn.Module, batch: Batch, expected: Expected, directions: int, seed: int
 ) -> Report:
-    oracle = Oracle(model, intent, batch)
+    oracle = Oracle(model, expected, batch)
     name = getattr(function, "__name__", type(function).__name__)
-    title = f"{name}, compared with {intent.words()} ({_sizes(batch)})"
-    rates = subjects.rate_leaves(intent.inner.lr)
-    with subjects.of_function(function, model, batch, rates) as subject:
+    title = f"{name}, compared with {expected.words()} ({_sizes(batch)})"
+    rates = rate_leaves(expected.inner.lr)
+    with candidate_of_function(function, model, batch, rates) as candidate:
         try:
-            return Examination(subject, oracle, title, directions, seed).report()
-        except SubjectError as error:
+            return Examination(candidate, oracle, title, directions, seed).report()
+        except CandidateError as error:
             refusal = str(error)
-    with subjects.of_function(function, model, batch, rates, double=False) as subject:
-        subject.run()  # raises what the function raises whatever the type
-        tolerance = _float32_tolerance(oracle, Oracle(model, intent, batch, subject.dtype))
-        return Examination(subject, oracle, title, directions, seed, tolerance, refusal).report()
+    with candidate_of_function(function, model, batch, rates, double=False) as candidate:
+        candidate.run()  # raises what the function raises whatever the type
+        tolerance = _float32_tolerance(oracle, Oracle(model, expected, batch, candidate.dtype))
+        return Examination(candidate, oracle, title, directions, seed, tolerance, refusal).report()
 
 
 def _float32_tolerance(double: Oracle, single: Oracle) -> float:

@@ -18,7 +18,7 @@ MetaLoss = Callable[[nn.Module, Any], Any]
 Batch = tuple[Any, Tensor, Any, Tensor]  # support_x, support_y, query_x, query_y; x may be a tuple or dict of inputs
 
 
-class SubjectError(ValueError):
+class CandidateError(ValueError):
     """What the meta-loss itself raised, in one sentence."""
 
 
@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
     grads: dict[str, Tensor | None]
 
 
-class Subject:
+class Candidate:
     """A model, the leaves that its meta-loss is differentiated by, and the meta-loss as a function without arguments.
 
     leaves: by the names of the report; the model's parameters under their own names, rates as "inner_lr...".
@@ -53,7 +53,7 @@ class Subject:
     def run(self) -> Outcome:
         """Calls the meta-loss and, unless it has done so itself, its backward. Leaves no gradients behind.
 
-        Raises SubjectError with the first line of whatever the meta-loss raised.
+        Raises CandidateError with the first line of whatever the meta-loss raised.
         """
         self._forget()
         with self._kept(), torch.enable_grad():
@@ -62,7 +62,7 @@ class Subject:
                 try:
                     loss.backward()
                 except RuntimeError as error:
-                    raise SubjectError(f"backward() of the meta-loss raised: {_first_line(error)}") from error
+                    raise CandidateError(f"backward() of the meta-loss raised: {_first_line(error)}") from error
         grads = {n: None if x.grad is None else x.grad.detach().clone() for n, x in self.leaves.items()}
         self._forget()
         return Outcome(_number(loss), grads)
@@ -99,7 +99,7 @@ class Subject:
         except Exception as error:
             if isinstance(self.owner, Learner) and isinstance(error, (ValueError, TypeError)):
                 raise  # a sentence of fastmaml's own
-            raise SubjectError(f"the meta-loss raised {type(error).__name__}: {_first_line(error)}") from error
+            raise CandidateError(f"the meta-loss raised {type(error).__name__}: {_first_line(error)}") from error
 
     def _reached(self) -> bool:
         return any(leaf.grad is not None for leaf in self.leaves.values())
@@ -109,18 +109,18 @@ class Subject:
             leaf.grad = None
 
 
-def of_learner(learner: Learner, batch: Batch) -> Subject:
+def candidate_of_learner(learner: Learner, batch: Batch) -> Candidate:
     """A learner's copy in float64."""
     own = copy.deepcopy(learner).double()
     batch = in_double(batch)
     leaves: dict[str, Tensor] = {_plain_name(name): p for name, p in own.named_parameters()}
-    return Subject(own.model, leaves, lambda: own(*batch), own)
+    return Candidate(own.model, leaves, lambda: own(*batch), own)
 
 
 @contextmanager
-def of_function(
+def candidate_of_function(
     function: MetaLoss, model: nn.Module, batch: Batch, rates: Mapping[str, Tensor], double: bool = True
-) -> Iterator[Subject]:
+) -> Iterator[Candidate]:
     """A hand-written meta-loss on the model itself, for the function may hold the model that it was written around.
 
     double: model, rates and batch are in float64 within the block. Afterwards weights, gradients, buffers, training modes
@@ -137,7 +137,7 @@ def of_function(
         for module, buffers, _ in modules:
             module._buffers.update({n: None if b is None else _double(b, double).clone() for n, b in buffers.items()})
         given = in_double(batch) if double else batch
-        yield Subject(model, leaves, lambda: function(model, given))
+        yield Candidate(model, leaves, lambda: function(model, given))
     finally:
         for leaf, data, grad in saved:
             leaf.grad = None

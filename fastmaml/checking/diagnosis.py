@@ -79,7 +79,7 @@ def _candidates(
         if mistake is not None:
             yield mistake, ""
     for idea in ideas:
-        if not idea.slip.backward_only and not oracle.intent.first_order:
+        if not idea.slip.backward_only and not oracle.expected.first_order:
             mistake = mistakes.computed(mistakes.with_first_order(idea, oracle), oracle)
             if mistake is not None:
                 yield mistake, f"And besides: {mistakes.FIRST_ORDER}"
@@ -94,13 +94,13 @@ def _wrong(given: Named, wanted: Named, tolerance: float) -> list[str]:
 # ---------------------------------------------------------------- factors
 
 
-def _factor(given: Named, expected: Named, tolerance: float) -> float | None:
-    """c with given = c * expected; None if there is none."""
-    length = inner(expected, expected)
-    factor = inner(given, expected) / length if length else 0.0
+def _factor(given: Named, wanted: Named, tolerance: float) -> float | None:
+    """c with given = c * wanted; None if there is none."""
+    length = inner(wanted, wanted)
+    factor = inner(given, wanted) / length if length else 0.0
     if not factor or not math.isfinite(factor):
         return None
-    return factor if agrees(given, {n: factor * e for n, e in expected.items()}, tolerance) else None
+    return factor if agrees(given, {n: factor * e for n, e in wanted.items()}, tolerance) else None
 
 
 def _known_factors(oracle: Oracle) -> dict[float, str]:
@@ -114,7 +114,7 @@ def _known_factors(oracle: Oracle) -> dict[float, str]:
         tasks: f"the sum over the {tasks} tasks instead of their mean (if that is meant: reduction='sum')",
         -1.0: "its sign is the other one",
     }
-    if oracle.intent.reduction == "sum":
+    if oracle.expected.reduction == "sum":
         said |= {
             1 / tasks: f"the mean over the {tasks} tasks instead of their sum",
             tasks: f"times the {tasks} tasks twice",
@@ -158,8 +158,8 @@ def _of_tasks(weights: list[float]) -> str:
 
 def _other_rate(given: Named, loss: float | None, oracle: Oracle, tolerance: float) -> str | None:
     """A sentence when the gradient is the exact one of another inner learning rate, found by the loss it gives."""
-    rate = oracle.intent.inner.lr
-    if loss is None or not oracle.intent.inner_steps or not isinstance(rate, (int, float)):
+    rate = oracle.expected.inner.lr
+    if loss is None or not oracle.expected.inner_steps or not isinstance(rate, (int, float)):
         return None
     for start in (1.0, 0.5, 2.0):
         last, factor = start, 0.95 * start
@@ -227,5 +227,5 @@ def _about_loss(loss: float | None, exact: Answer, tried: list[Mistake], oracle:
         return [f"Its loss is that of this mistake, although its gradient is not: {mistake.sentence}"]
     return [
         f"Its loss is {loss:.6g}, the oracle's {exact.loss:.6g}: it computes another meta-loss than the one it was compared "
-        f"with ({oracle.intent.words()})."
+        f"with ({oracle.expected.words()})."
     ]

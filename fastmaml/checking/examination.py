@@ -1,4 +1,4 @@
-"""Runs a subject, compares its gradient with the oracle and with finite differences, and says in sentences what it is."""
+"""Runs a candidate, compares its gradient with the oracle and with finite differences, and says in sentences what it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastmaml.checking import differences
-from fastmaml.checking.candidate import Outcome, Subject
+from fastmaml.checking.candidate import Candidate, Outcome
 from fastmaml.checking.compare import Named, agrees, agrees_in, cosine, finite, pick, relative, size, zero
 from fastmaml.checking.diagnosis import diagnose
 from fastmaml.checking.mistakes import of_parameters
@@ -25,14 +25,14 @@ MOST_PARTS = 10
 
 
 class Examination:
-    """One subject against one oracle; `report()` does everything.
+    """One candidate against one oracle; `report()` does everything.
 
-    directions, seed: of the finite differences. refusal: why the subject does not run in float64, if it does not.
+    directions, seed: of the finite differences. refusal: why the candidate does not run in float64, if it does not.
     """
 
     def __init__(
         self,
-        subject: Subject,
+        candidate: Candidate,
         oracle: Oracle,
         title: str,
         directions: int,
@@ -40,7 +40,7 @@ class Examination:
         tolerance: float = TOLERANCE,
         refusal: str = "",
     ):
-        self.subject = subject
+        self.candidate = candidate
         self.oracle = oracle
         self.title = title
         self.directions = directions
@@ -51,7 +51,7 @@ class Examination:
         self.verdicts: dict[str, str] = {}
 
     def report(self) -> Report:
-        outcome, about_randomness = repeatable(self.subject)
+        outcome, about_randomness = repeatable(self.candidate)
         if outcome is None:
             return Report(False, self.title, about_randomness)
         exact = self._exact()
@@ -70,7 +70,7 @@ class Examination:
             )
         if self.directions and finite(given):
             self._differences(given, wanted, right, outcome)
-        self.sentences += surroundings(self.subject)
+        self.sentences += surroundings(self.candidate)
         unused = [name for name in self.oracle.trained if exact.grads[name] is None]
         if unused:
             self._say(f"Unused: the loss does not depend on {listed(unused)}.")
@@ -92,7 +92,7 @@ class Examination:
             bad = [name for name, grad in given.items() if not finite({name: grad})]
             self._say(f"Not finite: the gradient holds NaN or infinity in {listed(bad)}; the exact one is finite.")
         elif agrees(given, wanted, self.tolerance):
-            order = "first-order " if self.oracle.intent.first_order else ""
+            order = "first-order " if self.oracle.expected.first_order else ""
             error = relative(given, wanted)
             self._say(
                 f"Exact: the {order}meta-gradient agrees with unrolled float64 autograd to {error:.0e} of its size."
@@ -126,10 +126,10 @@ class Examination:
 
     def _say_what_could_be_seen(self, whole: Named) -> None:
         """How much of an exact gradient the Hessian terms are: none to speak of, and first order would look the same."""
-        intent = self.oracle.intent
-        if intent.first_order or not intent.inner_steps or zero(whole):
+        expected = self.oracle.expected
+        if expected.first_order or not expected.inner_steps or zero(whole):
             return
-        first = self.oracle.answer(Slip(cut_gradient=frozenset(range(intent.inner_steps)))).total()
+        first = self.oracle.answer(Slip(cut_gradient=frozenset(range(expected.inner_steps)))).total()
         hessian = relative(of_parameters(first, self.oracle), whole)
         if hessian > 100 * self.tolerance:
             self._say(f"The Hessian terms are {share(hessian)} of it: a first-order gradient would have been noticed.")
@@ -140,23 +140,23 @@ class Examination:
             )
 
     def _differences(self, given: Named, wanted: Named, right: bool, outcome: Outcome) -> None:
-        intent = self.oracle.intent
-        if intent.first_order or intent.truncate is not None:
-            kind = "first-order" if intent.first_order else "truncated"
+        expected = self.oracle.expected
+        if expected.first_order or expected.truncate is not None:
+            kind = "first-order" if expected.first_order else "truncated"
             self._say(f"Finite differences were not taken: they give the whole gradient, not the {kind} one.")
             return
         along = differences.directions(wanted, self.directions, self.seed, MOST_PARTS)
         if outcome.loss is not None and not self.refusal:
-            found = differences.slopes(self.subject.loss, self.subject.leaves, along)
+            found = differences.slopes(self.candidate.loss, self.candidate.leaves, along)
             whose = "the loss it returns"
         else:
             leaves = self.oracle.theta | self.oracle.extra_leaves
             found, whose = differences.slopes(self.oracle.loss, leaves, along), "the oracle's meta-loss"
-        self.sentences += differences.judged(found, given, wanted, right, whose, self.subject.model)
+        self.sentences += differences.judged(found, given, wanted, right, whose, self.candidate.model)
 
     def _table(self, given: Named, wanted: Named) -> Iterator[Row]:
         whole, nan = size(of_parameters(wanted, self.oracle)), math.nan
-        for name, leaf in self.subject.leaves.items():
+        for name, leaf in self.candidate.leaves.items():
             entries = leaf.numel()
             there = name in given or name in wanted
             right = not there or agrees_in(name, given, wanted, self.tolerance, whole)
@@ -175,15 +175,15 @@ class Examination:
                 yield Row(name, entries, relative(mine, exact), cosine(mine, exact), verdict)
 
 
-def by_differences(subject: Subject, title: str, reason: str, directions: int, seed: int) -> Report:
+def by_differences(candidate: Candidate, title: str, reason: str, directions: int, seed: int) -> Report:
     """A learner that the oracle cannot unroll, compared with finite differences of its own loss alone."""
-    outcome, sentences = repeatable(subject)
+    outcome, sentences = repeatable(candidate)
     if outcome is None:
         return Report(False, title, sentences)
     given = {name: grad for name, grad in outcome.grads.items() if grad is not None}
-    silent = {n: x for n, x in subject.leaves.items() if x.requires_grad and zero(pick(given, [n]))}
+    silent = {n: x for n, x in candidate.leaves.items() if x.requires_grad and zero(pick(given, [n]))}
     along = differences.directions(given, max(directions, 1), seed, len(given), silent)
-    found = differences.slopes(subject.loss, subject.leaves, along)
+    found = differences.slopes(candidate.loss, candidate.leaves, along)
     sure = [slope for slope in found if not slope.at_kink(given)]
     misses = {tuple(s.direction): s.miss(given, given) for s in sure}
     wrong = [slope for slope in sure if not slope.fits(given, given)]
@@ -203,29 +203,29 @@ def by_differences(subject: Subject, title: str, reason: str, directions: int, s
     else:
         verdict = "Nothing could be compared: no gradient reaches any parameter, or every direction crosses a kink."
     rows = []
-    for name, leaf in subject.leaves.items():
+    for name, leaf in candidate.leaves.items():
         state = "agrees" if not any(tuple(slope.direction) == (name,) for slope in wrong) else "wrong"
         if name in silent:
             state = "zero" if state == "agrees" else "detached"
         elif not leaf.requires_grad:
             state = "frozen"
         rows.append(Row(name, leaf.numel(), misses.get((name,), math.nan), math.nan, state))
-    sentences = [verdict, *sentences, *differences.kinks(len(found) - len(sure), len(found), subject.model)]
+    sentences = [verdict, *sentences, *differences.kinks(len(found) - len(sure), len(found), candidate.model)]
     sentences.append(f"There is no unrolled oracle to compare with: {reason}.")
-    return Report(right, title, sentences + surroundings(subject), rows)
+    return Report(right, title, sentences + surroundings(candidate), rows)
 
 
-def repeatable(subject: Subject) -> tuple[Outcome | None, list[str]]:
+def repeatable(candidate: Candidate) -> tuple[Outcome | None, list[str]]:
     """The outcome of a call, and what to say of randomness.
 
     Where two calls differ, dropout is switched off; None where they differ all the same.
     """
-    first, second = subject.run(), subject.run()
+    first, second = candidate.run(), candidate.run()
     if _distance(first, second) <= _SAME:
         return first, []
-    layers = switch_dropout_off(subject.model)
+    layers = switch_dropout_off(candidate.model)
     if layers:
-        first, second = subject.run(), subject.run()
+        first, second = candidate.run(), candidate.run()
         if _distance(first, second) <= _SAME:
             which = f"dropout in {listed(layers)}"
             return first, [f"Random layers: two calls differ by the {which}; all this is with dropout switched off."]
@@ -250,21 +250,21 @@ def _distance(a: Outcome, b: Outcome) -> float:
     return max(losses, relative(first, second))
 
 
-def surroundings(subject: Subject) -> list[str]:
+def surroundings(candidate: Candidate) -> list[str]:
     """What a user should know of the model beside the gradient: changed weights, stateful layers, tied and frozen ones."""
-    model, sentences = subject.model, []
-    if subject.changes_weights:
+    model, sentences = candidate.model, []
+    if candidate.changes_weights:
         sentences.append(
             "A call changes the model's own weights (p.data, copy_() or optimizer.step() inside it), so the next task or "
             "call starts from there; they were put back after each call."
         )
     owners: dict[str, list[str]] = {}
-    for name in subject.changed_buffers:
+    for name in candidate.changed_buffers:
         owner, _, buffer = name.rpartition(".")
         owners.setdefault(owner, []).append(buffer)
     if owners:
         first = next(iter(owners))
-        kind = type(subject.owner.get_submodule(first)).__name__
+        kind = type(candidate.owner.get_submodule(first)).__name__
         others = f" (and so do {len(owners) - 1} more layers)" if len(owners) > 1 else ""
         layer = f"layer '{first.removeprefix('model.')}'" if first else "learner"
         sentences.append(

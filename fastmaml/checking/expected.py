@@ -24,7 +24,7 @@ _UNROLLED = {"first_order", "truncate", "adapted", "loss_weights", "minibatch", 
 
 
 @dataclass(frozen=True)
-class Intent:
+class Expected:
     """The meta-loss: K steps of `inner` on the support loss, then the query loss; and how it is differentiated."""
 
     loss: Loss
@@ -41,7 +41,7 @@ class Intent:
     step_rows: Mapping[str, Tensor] | None = None  # [K, *shape]: parameters with a value of their own at every step
     reduction: str = "mean"  # of the tasks' losses: "mean" | "sum"
 
-    def checked(self, model: nn.Module) -> Intent:
+    def checked(self, model: nn.Module) -> Expected:
         """Itself. Raises ValueError or TypeError where it does not fit the model."""
         layout = ParameterLayout(model)
         like = next(model.parameters())
@@ -87,7 +87,7 @@ class Intent:
         return f"{order}{steps} of {type(self.inner).__name__} {given}{norm}"
 
 
-def of_learner(learner: Learner) -> Intent | str:
+def expected_of_learner(learner: Learner) -> Expected | str:
     """What a learner is meant to compute, or the reason why the oracle cannot unroll it."""
     name, kind = type(learner).__name__, type(learner)
     own_sweep = kind.meta_step not in [known.meta_step for known in (Learner, MAMLPlusPlus, ANIL)]
@@ -98,7 +98,7 @@ def of_learner(learner: Learner) -> Intent | str:
     if more:
         return f"{name} uses {', '.join(more)}"
     engine = learner.engine
-    return Intent(
+    return Expected(
         engine.loss_name,
         learner.inner,
         learner.inner_steps,

@@ -10,11 +10,10 @@ import torch
 from fastmaml.algorithms.imaml import IMAML
 from fastmaml.algorithms.learner import Learner
 from fastmaml.algorithms.reptile import Reptile
-from fastmaml.checking import candidate as subjects
-from fastmaml.checking.candidate import Batch, Outcome
+from fastmaml.checking.candidate import Batch, Outcome, candidate_of_learner, in_double
 from fastmaml.checking.compare import Named, relative
 from fastmaml.checking.examination import Examination, by_differences
-from fastmaml.checking.expected import of_learner
+from fastmaml.checking.expected import expected_of_learner
 from fastmaml.checking.oracle import Oracle
 from fastmaml.checking.report import Report, share
 
@@ -29,16 +28,16 @@ def check_learner(learner: Learner, batch: Batch, sizes: str, directions: int, s
     where = f"backend {learner.engine.backend}, {sizes}"
     if isinstance(learner, IMAML):
         return _implicit(learner, batch, f"{name} ({where})", directions, seed)
-    subject = subjects.of_learner(learner, batch)
-    own = subject.owner
+    candidate = candidate_of_learner(learner, batch)
+    own = candidate.owner
     assert isinstance(own, Learner)
-    intent = of_learner(own)
-    if isinstance(intent, str):
+    expected = expected_of_learner(own)
+    if isinstance(expected, str):
         if learner.first_order or learner.truncate is not None:
             raise ValueError(f"{name} without all Hessian terms has a gradient that only its own code defines")
-        return by_differences(subject, f"{name} ({where})", intent, directions, seed)
-    oracle = Oracle(own.model, intent.checked(own.model), batch)
-    return Examination(subject, oracle, f"{name}, {intent.words()} ({where})", directions, seed).report()
+        return by_differences(candidate, f"{name} ({where})", expected, directions, seed)
+    oracle = Oracle(own.model, expected.checked(own.model), batch)
+    return Examination(candidate, oracle, f"{name}, {expected.words()} ({where})", directions, seed).report()
 
 
 def _implicit(learner: IMAML, batch: Batch, title: str, directions: int, seed: int) -> Report:
@@ -47,7 +46,7 @@ def _implicit(learner: IMAML, batch: Batch, title: str, directions: int, seed: i
         raise ValueError("reference_quirks is the released code, whose gradient is not that of its loss")
     solved = copy.deepcopy(learner).double()
     solved.cg_steps, solved.cg_stop = min(solved.engine.layout.size, 500), 1e-26
-    data = subjects.in_double(batch)
+    data = in_double(batch)
     far = math.inf
     for factor in (4, 16, 64, 256):
         solved.inner_steps = max(factor * learner.inner_steps, 20)
@@ -62,9 +61,11 @@ def _implicit(learner: IMAML, batch: Batch, title: str, directions: int, seed: i
             f"{solved.inner_steps} steps), so there is nothing exact to compare with; lower inner_lr or raise lam"
         )
     report = by_differences(
-        subjects.of_learner(solved, batch), title, "the gradient is that of the inner minimum", directions, seed
+        candidate_of_learner(solved, batch), title, "the gradient is that of the inner minimum", directions, seed
     )
-    off = relative(_grads(subjects.of_learner(learner, batch).run()), _grads(subjects.of_learner(solved, batch).run()))
+    off = relative(
+        _grads(candidate_of_learner(learner, batch).run()), _grads(candidate_of_learner(solved, batch).run())
+    )
     said = (
         f"That is at the inner minimum ({solved.inner_steps} inner steps, at most {solved.cg_steps} conjugate gradients). As "
         f"it is set, with {learner.inner_steps} and {learner.cg_steps}, its gradient is {share(off)} off that one."

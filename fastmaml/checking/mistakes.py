@@ -55,7 +55,7 @@ def loss_of(idea: Idea, oracle: Oracle) -> float:
 
 def with_first_order(idea: Idea, oracle: Oracle) -> Idea:
     """A mistake of the forward pass, made by a program that drops the Hessian terms besides."""
-    every = frozenset(range(oracle.intent.inner_steps if idea.slip.steps is None else idea.slip.steps))
+    every = frozenset(range(oracle.expected.inner_steps if idea.slip.steps is None else idea.slip.steps))
     return idea._replace(slip=replace(idea.slip, cut_gradient=every))
 
 
@@ -66,16 +66,16 @@ def of_parameters(grads: Named, oracle: Oracle) -> Named:
 
 def ideas(oracle: Oracle) -> Iterator[Idea]:
     """The usual mistakes, the likeliest first."""
-    intent = oracle.intent
-    steps = intent.inner_steps
-    if intent.first_order or intent.truncate is not None:
-        what = "first_order=True" if intent.first_order else f"truncate={intent.truncate}"
+    expected = oracle.expected
+    steps = expected.inner_steps
+    if expected.first_order or expected.truncate is not None:
+        what = "first_order=True" if expected.first_order else f"truncate={expected.truncate}"
         yield Idea(
             "second order",
             f"Second order: this is the exact meta-gradient, although {what} was asked for.",
             Slip(whole=True),
         )
-    if steps and not intent.first_order:
+    if steps and not expected.first_order:
         yield Idea("first order", FIRST_ORDER, Slip(cut_gradient=frozenset(range(steps))))
         yield Idea(
             "no query gradient",
@@ -91,13 +91,13 @@ def ideas(oracle: Oracle) -> Iterator[Idea]:
         Slip(steps=0),
     )
     for other in sorted({*range(1, min(steps, 10)), steps + 1, 2 * steps} - {0, steps}):
-        if intent.minibatch is None or other < steps:
+        if expected.minibatch is None or other < steps:
             yield Idea(
                 _count(other, "step"),
                 f"This is the meta-gradient of {_count(other, 'inner step')}, not of {steps}.",
                 Slip(steps=other),
             )
-    if intent.plain and steps:
+    if expected.plain and steps:
         yield from _rates(oracle)
     yield from _norms(oracle)
     if steps > 1:
@@ -185,8 +185,8 @@ def _rates(oracle: Oracle) -> Iterator[Idea]:
 
 def _norms(oracle: Oracle) -> Iterator[Idea]:
     norms = oracle.norms.modules
-    mode = oracle.intent.batch_norm
-    if not norms or not oracle.intent.inner_steps:
+    mode = oracle.expected.batch_norm
+    if not norms or not oracle.expected.inner_steps:
         return
     layers = f"batch norm {', '.join(repr(name) for name in list(norms)[:3])}{' ...' if len(norms) > 3 else ''}"
     if mode == "frozen":
@@ -232,7 +232,7 @@ def _norms(oracle: Oracle) -> Iterator[Idea]:
 
 
 def _examples(oracle: Oracle) -> Iterator[Idea]:
-    if oracle.intent.minibatch is not None or not oracle.intent.inner_steps:
+    if oracle.expected.minibatch is not None or not oracle.expected.inner_steps:
         return
     places = (
         ("query", "query", "The inner loop adapts on the query set instead of the support set."),
@@ -245,7 +245,7 @@ def _examples(oracle: Oracle) -> Iterator[Idea]:
 
 def _left_out(oracle: Oracle) -> Iterator[Idea]:
     """Parameters that the inner loop leaves where they are, although it is meant to move them."""
-    if not oracle.intent.inner_steps:
+    if not oracle.expected.inner_steps:
         return
     norms = [f"{n}.{p}" for n, m in oracle.model.named_modules() if _is_norm(m) for p, _ in m.named_parameters()]
     last = {oracle.moved[-1].rpartition(".")[0]} if oracle.moved else set()

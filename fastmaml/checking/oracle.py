@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
-from fastmaml.checking.expected import Intent, Rates
+from fastmaml.checking.expected import Expected, Rates
 from fastmaml.inner import SGD
 
 Named = dict[str, Tensor]
@@ -31,7 +31,7 @@ NONE: frozenset[int] = frozenset()
 class Slip:
     """What is done otherwise than meant; by default nothing."""
 
-    whole: bool = False  # second order through all steps, whatever the intent says
+    whole: bool = False  # second order through all steps, whatever the expected says
     only_hessian: bool = False  # the exact gradient without its first-order part
     cut_gradient: frozenset[int] = NONE  # steps whose gradient carries no graph
     cut_params: frozenset[int] = NONE  # steps that start from detached parameters: p.detach() - lr * g
@@ -75,19 +75,19 @@ class Answer(NamedTuple):
 
 
 class Oracle:
-    """The answers for one model, intent and batch, in one floating point type."""
+    """The answers for one model, expected and batch, in one floating point type."""
 
-    def __init__(self, model: nn.Module, intent: Intent, batch: Iterable[Any], dtype: torch.dtype = torch.float64):
-        self.intent = intent
-        self.moved = intent.moved(model)
+    def __init__(self, model: nn.Module, expected: Expected, batch: Iterable[Any], dtype: torch.dtype = torch.float64):
+        self.expected = expected
+        self.moved = expected.moved(model)
         self.model = copy.deepcopy(model).to(dtype)
         switch_dropout_off(self.model)
         self.norms = Norms(self.model)
         self.theta = {n: p.detach().clone().requires_grad_() for n, p in self.model.named_parameters()}
         self.trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
-        self.rates = Rates(intent.inner.lr, self.model, dtype)
+        self.rates = Rates(expected.inner.lr, self.model, dtype)
         self.rows = {
-            n: row.detach().to(dtype, copy=True).requires_grad_() for n, row in (intent.step_rows or {}).items()
+            n: row.detach().to(dtype, copy=True).requires_grad_() for n, row in (expected.step_rows or {}).items()
         }
         typed = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, tuple(batch))
         support_x, support_y, query_x, query_y = typed
@@ -97,10 +97,10 @@ class Oracle:
     def answer(self, slip: Slip = Slip()) -> Answer:
         """Loss and gradient of the trained parameters and of the rates."""
         if slip.only_hessian:
-            every = frozenset(range(self.intent.inner_steps))
+            every = frozenset(range(self.expected.inner_steps))
             return self.answer().without(self.answer(Slip(cut_gradient=every)))
         leaves = {name: self.theta[name] for name in self.trained} | self.extra_leaves
-        weight = 1.0 / self.tasks if self.intent.reduction == "mean" else 1.0
+        weight = 1.0 / self.tasks if self.expected.reduction == "mean" else 1.0
         self.norms.restart()
         loss, rows = 0.0, list[tuple[Tensor | None, ...]]()
         for task in range(self.tasks):
@@ -127,18 +127,18 @@ class Oracle:
 
     def loss(self, slip: Slip = Slip()) -> float:
         """The meta-loss alone, at theta and the rates as they stand."""
-        weight = 1.0 / self.tasks if self.intent.reduction == "mean" else 1.0
-        without_graph = replace(slip, cut_gradient=frozenset(range(self.intent.inner_steps)))
+        weight = 1.0 / self.tasks if self.expected.reduction == "mean" else 1.0
+        without_graph = replace(slip, cut_gradient=frozenset(range(self.expected.inner_steps)))
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             return sum(weight * float(self._meta_loss(task, without_graph).detach()) for task in range(self.tasks))
 
     # ---------------------------------------------------------------- one task
 
     def _meta_loss(self, task: int, slip: Slip) -> Tensor:
-        intent = self.intent
-        steps = intent.inner_steps if slip.steps is None else slip.steps
+        expected = self.expected
+        steps = expected.inner_steps if slip.steps is None else slip.steps
         weights = self._loss_weights(steps)
-        order = None if slip.whole else 0 if intent.first_order else intent.truncate
+        order = None if slip.whole else 0 if expected.first_order else expected.truncate
         cut_all = order == 0
         truncated = 0 if cut_all or order is None else max(steps - order, 0)
         phi, state, total = dict(self.theta), dict[str, Any](), None
@@ -162,9 +162,9 @@ class Oracle:
         return {name: row[min(k, len(row) - 1)] for name, row in self.rows.items()}
 
     def _loss_weights(self, steps: int) -> dict[int, float]:
-        if self.intent.loss_weights is None or steps != self.intent.inner_steps:
+        if self.expected.loss_weights is None or steps != self.expected.inner_steps:
             return {steps: 1.0}
-        given = {k: float(w) for k, w in enumerate(self.intent.loss_weights)}
+        given = {k: float(w) for k, w in enumerate(self.expected.loss_weights)}
         return {k: w for k, w in given.items() if w or k == steps}
 
     def _step(self, phi: Named, task: int, k: int, cut: bool, slip: Slip, state: dict[str, Any]) -> Named:
@@ -176,9 +176,9 @@ class Oracle:
             at |= {n: _ScaleAdjoint.apply(at[n], rates[n].detach()) for n in names}
         x, y = self.sets[slip.inner_set]
         rows = slice(None)
-        if self.intent.minibatch is not None:
-            rows = slice(k * self.intent.minibatch, (k + 1) * self.intent.minibatch)
-        mode = slip.inner_norm or ("running" if self.intent.batch_norm == "frozen" else "batch")
+        if self.expected.minibatch is not None:
+            rows = slice(k * self.expected.minibatch, (k + 1) * self.expected.minibatch)
+        mode = slip.inner_norm or ("running" if self.expected.batch_norm == "frozen" else "batch")
         self.norms.mode = "updated" if mode == "carried" else mode
         loss = self._loss(at, _part(x, task, rows), y[task][rows])
         grads = torch.autograd.grad(
@@ -197,7 +197,7 @@ class Oracle:
 
     def _update(self, phi: Named, g: Named, rates: Named, k: int, state: dict[str, Any]) -> Named:
         """torch.optim's update rules, written out (ALGORITHMS 1.1 to 1.4)."""
-        o = self.intent.inner
+        o = self.expected.inner
         if o.clip_value is not None:
             g = {n: gn.clamp(-o.clip_value, o.clip_value) for n, gn in g.items()}
         if o.clip_norm is not None:
@@ -209,8 +209,8 @@ class Oracle:
         for n, gn in g.items():
             if o.weight_decay and not decoupled:
                 gn = gn + o.weight_decay * phi[n]
-            if self.intent.proximal:
-                gn = gn + self.intent.proximal * (phi[n] - self.theta[n])
+            if self.expected.proximal:
+                gn = gn + self.expected.proximal * (phi[n] - self.theta[n])
             if isinstance(o, SGD):
                 d = gn
                 if o.momentum:
@@ -230,7 +230,7 @@ class Oracle:
         return new
 
     def _query_loss(self, phi: Named, task: int, slip: Slip) -> Tensor:
-        mode = slip.query_norm or {"frozen": "running", "support": "support"}.get(self.intent.batch_norm, "batch")
+        mode = slip.query_norm or {"frozen": "running", "support": "support"}.get(self.expected.batch_norm, "batch")
         x, y = self.sets[slip.query_set]
         if mode == "support":
             self.norms.mode = "record"
@@ -246,9 +246,9 @@ class Oracle:
         return functional_call(self.model, {**phi, **buffers}, listed, named)
 
     def _loss(self, phi: Named, x: Any, y: Tensor) -> Tensor:
-        output, loss = self._output(phi, x), self.intent.loss
+        output, loss = self._output(phi, x), self.expected.loss
         if loss == "cross_entropy":
-            return F.cross_entropy(output, y.long(), label_smoothing=self.intent.label_smoothing)
+            return F.cross_entropy(output, y.long(), label_smoothing=self.expected.label_smoothing)
         if loss == "mse":
             return (output - y).square().mean()
         assert callable(loss)

@@ -60,19 +60,19 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 if one of them is broken."""
-    findings = list(examine(args.seed))
+    found = list(findings(args.seed))
     marks = {"ok": " ", "note": "-", "broken": "!"}
-    for finding in findings:
+    for finding in found:
         print(f"{marks[finding.state]} {finding.topic:21} {finding.text}")
-    broken = sum(finding.state == "broken" for finding in findings)
+    broken = sum(finding.state == "broken" for finding in found)
     print(f"\n{broken} broken (marked !)" if broken else "\nall is well")
     if args.out is not None:
-        text = json.dumps([finding._asdict() for finding in findings], indent=1) + "\n"
+        text = json.dumps([finding._asdict() for finding in found], indent=1) + "\n"
         checkpoint.write_durably(Path(args.out), text.encode())
     return 1 if broken else 0
 
 
-def examine(seed: int) -> Iterator[Finding]:
+def findings(seed: int) -> Iterator[Finding]:
     """All findings, in the order in which one would look."""
     yield Finding("ok", "fastmaml", f"{fastmaml.__version__}, {Path(fastmaml.__file__).parent}")
     yield Finding("ok", "machine", machine())

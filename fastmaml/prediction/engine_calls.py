@@ -36,7 +36,7 @@ class EngineCall(NamedTuple):
     results: tuple[tuple[int, ...], ...]
 
     @property
-    def callers_loss(self) -> bool:
+    def python_loss(self) -> bool:
         return "\nloss caller" in self.program
 
     def costs(self, memory: str | None = None) -> dict[str, Any]:

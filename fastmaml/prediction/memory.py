@@ -38,7 +38,7 @@ def summed_at_once(call: EngineCall, costs: Mapping[str, Any], threads: int) -> 
     Of the groups that are walked, of each other worker's one that waits for its neighbour, and a partial sum for each level.
     """
     groups = math.ceil(call.tasks / costs["lanes"])
-    if call.callers_loss:  # which sees all tasks at once
+    if call.python_loss:  # a loss written in Python sees all tasks at once
         return call.tasks
     return int(costs["lanes"]) * min(groups, math.ceil(math.log2(groups)) + 2 * workers(call, costs, threads) - 1)
 

@@ -176,7 +176,7 @@ def _why(call: EngineCall, chosen: str, stash: Mode, low: Mode) -> str:
         return "both modes are the same here: the sweep has no Hessian term"
     if call.memory != "auto":
         return f"memory={call.memory!r} was asked for"
-    budget = introspection.stash_budget(call.backend, call.callers_loss)
+    budget = introspection.stash_budget(call.backend, call.python_loss)
     least = _mib(stash.arena_bytes)
     room = f"the {_mib(budget)} MiB that auto gives an arena here"
     if chosen == "stash":

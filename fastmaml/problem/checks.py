@@ -86,7 +86,7 @@ def targets(name: str, y: Any, x_name: str, x: Tensor, output_shape: tuple[int, 
 
 
 def any_target(name: str, y: Any, x_name: str, x: Tensor) -> None:
-    """`y` [T, N, ...] of any type, for a caller's own loss."""
+    """`y` [T, N, ...] of any type, for a loss written in Python."""
     if not isinstance(y, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(y).__name__}")
     if y.shape[:2] != x.shape[:2]:

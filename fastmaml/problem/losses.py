@@ -37,7 +37,7 @@ class SquaredError:
 
 
 def per_example(loss: Loss, label_smoothing: float = 0.0) -> LossFunction:
-    """The function behind a loss's name, or the caller's own function.
+    """The function behind a loss's name, or the given loss written in Python.
 
     Raises ValueError for an unknown name or for smoothing outside [0, 1] or with another loss than cross_entropy.
     """

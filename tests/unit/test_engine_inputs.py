@@ -149,7 +149,7 @@ def test_a_model_that_changed_is_refused():
         engine.flatten(model)
 
 
-def test_a_callers_loss_must_give_one_loss_per_example():
+def test_a_python_loss_must_give_one_loss_per_example():
     engine = Engine(small_mlp(), lambda output, y: ((output - y) ** 2).mean(), "autodiff")
     with pytest.raises(
         ValueError, match=re.escape("the loss returned [] for 4 examples; it must return one loss for each")

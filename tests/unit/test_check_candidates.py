@@ -1,4 +1,4 @@
-# fm.check on every kind of subject: learners, models and functions of all sorts; and what it says of the model beside it.
+# fm.check on every kind of candidate: learners, models and functions. Also the report's sentences about the model itself.
 from __future__ import annotations
 
 import copy
