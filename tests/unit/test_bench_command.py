@@ -114,8 +114,8 @@ def test_memory_of_an_own_model(file, capsys, monkeypatch):
     [
         (["meta", "--model", "{file}:none"], "has no function 'none' (it has model, batch, examples, "),
         (["meta", "--model", "gone.py:f"], "there is no file gone.py"),
-        (["meta", "--model", "{file}:unfused"], "Softplus) is not one of the fused layers; --backend autodiff measures it"),
-        (["hvp", "--model", "{file}:unfused"], "Softplus) is not one of the fused layers; --backend autodiff measures it"),
+        (["meta", "--model", "{file}:unfused"], "Softplus) is not one of the fused layers; use --backend autodiff to measure"),
+        (["hvp", "--model", "{file}:unfused"], "Softplus) is not one of the fused layers; use --backend autodiff to measure"),
         (["meta", "--model", "{file}:misfit"], "the model of mine.py:misfit() cannot run examples [4, 2]: mat1 and mat2"),
         (["meta", "--model", "{file}:frozen"], "parameter '0.weight' of mine.py:frozen() is frozen"),
         (["meta", "--model", "{file}:nothing"], "mine.py:nothing() returned NoneType; it must return a dict or a tuple"),
@@ -124,7 +124,7 @@ def test_memory_of_an_own_model(file, capsys, monkeypatch):
         (["meta", "--cases", "nothing"], "there is no case 'nothing' of bench meta"),
         (["hvp", "--peers", "jax"], "there is no peer 'jax' of bench hvp; there are double_backward, "),
         (["meta", "--rounds", "0"], "--rounds is 0; it must be at least 1"),
-        (["meta", "--inner-steps", "1", "2"], "bench meta takes one number of --inner-steps, not 2"),
+        (["meta", "--inner-steps", "1", "2"], "bench meta takes one value of --inner-steps, not 2"),
         (["hvp", "--inner-steps", "1"], "bench hvp has no inner steps"),
     ],
 )  # fmt: skip
