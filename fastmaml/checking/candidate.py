@@ -1,4 +1,4 @@
-"""What is checked: something that turns weights and a batch into a loss and fills `.grad`, run in float64 where it can be."""
+"""The candidate: the meta-loss under check, which fills `.grad`. It runs in float64 if possible."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Batch = tuple[Any, Tensor, Any, Tensor]  # support_x, support_y, query_x, query_
 
 
 class CandidateError(ValueError):
-    """What the meta-loss itself raised, in one sentence."""
+    """An error that the meta-loss itself raised, in one sentence."""
 
 
 class Outcome(NamedTuple):
-    """What one call left: the loss where it returned one, and `.grad` of every leaf (None where nothing arrived)."""
+    """The result of one call. loss: None if the call returned none. grads: `.grad` of every leaf, None if it got none."""
 
     loss: float | None
     grads: dict[str, Tensor | None]
 
 
 class Candidate:
-    """A model, the leaves that its meta-loss is differentiated by, and the meta-loss as a function without arguments.
+    """A model, its meta-loss as a function without arguments, and the leaves to differentiate by.
 
-    leaves: by the names of the report; the model's parameters under their own names, rates as "inner_lr...".
-    Every call finds the same weights, buffers and training modes; what it leaves otherwise is noted and put back.
+    leaves: by their names in the report. Parameters have the model's names, rates are called "inner_lr...".
+    Every call starts from the same weights, buffers and training modes. Changes are noted and undone.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Candidate:
         return next(iter(self.leaves.values())).dtype
 
     def run(self) -> Outcome:
-        """Calls the meta-loss and, unless it has done so itself, its backward. Leaves no gradients behind.
+        """Calls the meta-loss, and backward() unless the meta-loss did. Leaves no gradients behind.
 
-        Raises CandidateError with the first line of whatever the meta-loss raised.
+        Raises CandidateError with the first line of any error in the meta-loss.
         """
         self._forget()
         with self._kept(), torch.enable_grad():
@@ -68,7 +68,7 @@ class Candidate:
         return Outcome(_number(loss), grads)
 
     def loss(self) -> float | None:
-        """The loss alone, at the leaves as they stand."""
+        """The loss alone, at the current leaves."""
         with self._kept(), torch.enable_grad():
             loss = _scalar(self._called())
         self._forget()
@@ -98,7 +98,7 @@ class Candidate:
             return self.call()
         except Exception as error:
             if isinstance(self.owner, Learner) and isinstance(error, (ValueError, TypeError)):
-                raise  # a sentence of fastmaml's own
+                raise  # the error is fastmaml's own
             raise CandidateError(f"the meta-loss raised {type(error).__name__}: {_first_line(error)}") from error
 
     def _reached(self) -> bool:
@@ -121,10 +121,10 @@ def candidate_of_learner(learner: Learner, batch: Batch) -> Candidate:
 def candidate_of_function(
     function: MetaLoss, model: nn.Module, batch: Batch, rates: Mapping[str, Tensor], double: bool = True
 ) -> Iterator[Candidate]:
-    """A hand-written meta-loss on the model itself, for the function may hold the model that it was written around.
+    """A hand-written meta-loss. It runs on the model itself, not a copy: the function may refer to its model.
 
-    double: model, rates and batch are in float64 within the block. Afterwards weights, gradients, buffers, training modes
-    and dropout are what they were.
+    double: model, rates and batch are float64 within the block. Afterwards weights, gradients, buffers, training modes
+    and dropout are restored.
     """
     leaves: dict[str, Tensor] = {**dict(model.named_parameters()), **rates}
     saved = [(leaf, leaf.data, leaf.grad) for leaf in leaves.values()]
@@ -151,7 +151,7 @@ def candidate_of_function(
 
 
 def rate_leaves(inner_lr: Any) -> dict[str, Tensor]:
-    """Those of the given rates whose gradient a hand-written loop fills: leaves that require one."""
+    """The rates whose gradient a hand-written loop fills: leaves with requires_grad."""
     named = inner_lr.items() if isinstance(inner_lr, Mapping) else [(None, inner_lr)]
     return {
         "inner_lr" if name is None else f"inner_lr.{name}": rate

@@ -1,6 +1,6 @@
-"""The oracle: the meta-gradient by unrolled autograd in plain torch, one task at a time, with nothing of the engine in it.
+"""The oracle: the meta-gradient by unrolled autograd in plain torch, one task at a time. It uses no engine code.
 
-A Slip is a deliberate mistake; the oracle's answer with a slip is what a program with that mistake computes.
+A Slip is a deliberate mistake. With a slip the oracle computes the same as a program with that mistake.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ NONE: frozenset[int] = frozenset()
 
 @dataclass(frozen=True)
 class Slip:
-    """What is done otherwise than meant; by default nothing."""
+    """A deliberate mistake; the default is none."""
 
-    whole: bool = False  # second order through all steps, whatever the expected says
+    whole: bool = False  # second order through all steps, even if less is expected
     only_hessian: bool = False  # the exact gradient without its first-order part
     cut_gradient: frozenset[int] = NONE  # steps whose gradient carries no graph
     cut_params: frozenset[int] = NONE  # steps that start from detached parameters: p.detach() - lr * g
     steps: int | None = None
     at_start: bool = False  # every inner gradient is taken at theta
-    still: frozenset[str] = frozenset()  # parameters that the inner loop leaves out
+    still: frozenset[str] = frozenset()  # parameters that the inner loop does not adapt
     rate_factor: float = 1.0
     hessian_term: str = "H(a*v)"  # or "a*(H v)", "H v", "-H(a*v)"
     inner_set: str = "support"  # which examples the inner loop and the last loss see
@@ -47,14 +47,14 @@ class Slip:
 
     @property
     def backward_only(self) -> bool:
-        """Whether the loss stays right."""
+        """Whether the loss is still right."""
         return replace(
             self, whole=False, only_hessian=False, cut_gradient=NONE, cut_params=NONE, hessian_term=""
         ) == Slip(hessian_term="")
 
 
 class Answer(NamedTuple):
-    """loss: of all tasks together. grads: by name, a row for each task [T, *shape], already weighted; None: unused."""
+    """loss: of all tasks together. grads: by name, weighted, a row per task [T, *shape]; None if unused."""
 
     loss: float
     grads: dict[str, Tensor | None]
@@ -75,7 +75,7 @@ class Answer(NamedTuple):
 
 
 class Oracle:
-    """The answers for one model, expected and batch, in one floating point type."""
+    """The answers for one model, one expected meta-gradient and one batch, in one floating point type."""
 
     def __init__(self, model: nn.Module, expected: Expected, batch: Iterable[Any], dtype: torch.dtype = torch.float64):
         self.expected = expected
@@ -122,11 +122,11 @@ class Oracle:
 
     @property
     def extra_leaves(self) -> Named:
-        """What is learned beside the model's parameters: rates, and rows per step."""
+        """The learned leaves that are no model parameters: rates, and rows per step."""
         return self.rates.leaves | {f"step_rows.{name}": row for name, row in self.rows.items()}
 
     def loss(self, slip: Slip = Slip()) -> float:
-        """The meta-loss alone, at theta and the rates as they stand."""
+        """The meta-loss alone, at the current theta and rates."""
         weight = 1.0 / self.tasks if self.expected.reduction == "mean" else 1.0
         without_graph = replace(slip, cut_gradient=frozenset(range(self.expected.inner_steps)))
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -150,7 +150,7 @@ class Oracle:
                 break
             cut = cut_all or k in slip.cut_gradient
             new = self._step(phi | self._row(k), task, k, cut, slip, state)
-            if k < truncated:  # the adjoint passes through as it is
+            if k < truncated:  # the adjoint passes through unchanged
                 new = {n: phi[n] + (p - phi[n]).detach() for n, p in new.items()}
                 state = {n: {key: s.detach() for key, s in of.items()} for n, of in state.items()}
             phi = phi | new
@@ -274,17 +274,20 @@ class _ScaleAdjoint(torch.autograd.Function):
 
 
 def _with_adjoint(term: str, rate: Tensor, g: Tensor) -> Tensor:
-    """rate * g, whose adjoint is that of -g ("-H(a*v)": of -rate * g; "H v", "a*(H v)": of g)."""
+    """The value of rate * g, with the adjoint of -rate * g for "-H(a*v)", and of g for "H v" and "a*(H v)"."""
     value = (rate * g).detach()
     through = -rate * g if term == "-H(a*v)" else g
     return value + through - through.detach()
 
 
 class Norms:
-    """Puts batch norms written out of elementary operations in the place of a model's own.
+    """Replaces a model's batch norms by elementary operations.
 
-    mode: "batch" (and keep running statistics beside), "running" (the model's), "updated" (those kept beside), "record"
-    and "recorded" (the batch statistics of an earlier pass, with their graph).
+    mode:
+        "batch"               batch statistics; also keeps updated running statistics here
+        "running"             the model's running statistics
+        "updated"             the running statistics kept here
+        "record", "recorded"  records a pass' batch statistics, then uses them, with their graph
     """
 
     def __init__(self, model: nn.Module):
@@ -295,7 +298,7 @@ class Norms:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what earlier passes left."""
+        """Forgets the statistics of earlier passes."""
         self.recorded: dict[str, tuple[Tensor, Tensor]] = {}
         self.kept: dict[str, tuple[Tensor, Tensor, int]] = {}
 
@@ -339,7 +342,7 @@ class Norms:
 
 
 def dropouts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """The modules that drop with a probability above 0, each with its name and the attribute that holds it."""
+    """The modules with a dropout probability above 0: (name, module, attribute of the probability)."""
     found = []
     for name, module in model.named_modules():
         key = "p" if isinstance(module, _DropoutNd) else "dropout"  # of attention and recurrent layers
@@ -349,7 +352,7 @@ def dropouts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 
 def switch_dropout_off(model: nn.Module) -> list[str]:
-    """Makes every dropout of a model the identity; returns the names of those that were active."""
+    """Turns every dropout of a model into the identity. Returns the names of the active ones."""
     found = dropouts(model)
     for _, module, key in found:
         setattr(module, key, 0.0)

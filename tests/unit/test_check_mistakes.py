@@ -118,7 +118,7 @@ def test_an_exact_loop_is_exact(steps):
     assert report.sentences[0].startswith("Exact: the meta-gradient agrees with unrolled float64 autograd to ")
     assert set(verdicts(report).values()) == {"exact"}
     assert max(row.relative_error for row in report.table) < 1e-12
-    assert "Finite differences of the loss it returns agree with it along 8 directions" in report.sentences[-1]
+    assert "Finite differences of the returned loss agree with the gradient along 8 directions" in report.sentences[-1]
 
 
 @pytest.mark.parametrize("rate", [0.3, torch.linspace(0.05, 0.4, 78, dtype=torch.float64)], ids=["number", "vector"])
@@ -132,16 +132,16 @@ def test_an_exact_adjoint_sweep_is_exact(rate):
 
 
 FIRST_ORDER = (
-    "First order only: the Hessian terms are missing; the inner gradient is taken without create_graph=True (or detached), "
-    "or the gradient is that of the adapted copy instead of the start."
+    "First order only: the Hessian terms are missing. Either the inner gradient is taken without create_graph=True (or is "
+    "detached), or this is the gradient of the adapted copy, not of the start."
 )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_missing_create_graph(steps):
     report = check_function(unrolled(steps, create_graph=False), inner_steps=steps, directions=1)
-    says(report, FIRST_ORDER, "It is # % off the exact meta-gradient (cosine #).")
-    assert "Finite differences of the loss it returns side with the oracle along all 7 directions." in report.sentences
+    says(report, FIRST_ORDER, "The gradient is # % off the exact meta-gradient (cosine #).")
+    assert "Finite differences of the returned loss agree with the oracle along all 7 directions." in report.sentences
     assert set(verdicts(report).values()) == {"first order"}
 
 
@@ -161,7 +161,7 @@ def test_gradient_of_the_adapted_clone_instead_of_the_start():
     report = check_function(meta_loss, directions=1)
     says(report, FIRST_ORDER)
     assert (
-        "Finite differences of the oracle's meta-loss side with the oracle along all 7 directions." in report.sentences
+        "Finite differences of the oracle's meta-loss agree with the oracle along all 7 directions." in report.sentences
     )
 
 
@@ -169,7 +169,7 @@ def test_one_detached_inner_step():
     report = check_function(unrolled(3, step_gradient=lambda k, g: g.detach() if k == 1 else g), inner_steps=3)
     says(
         report,
-        "The Hessian term of inner step 2 of 3 is missing: the gradient of that step is detached or taken without "
+        "The Hessian term of inner step 2 of 3 is missing: its gradient is detached or taken without "
         "create_graph=True.",
     )
     assert set(verdicts(report).values()) == {"step 2 detached"}
@@ -180,7 +180,7 @@ def test_a_graph_that_is_cut_after_some_steps():
     says(
         report,
         "The Hessian terms of the first 2 of 3 inner steps are missing: the graph is cut after step 2 (a detach() or a "
-        "new leaf), so this is the gradient by the parameters after that step instead of the start.",
+        "new leaf). This is the gradient with respect to the parameters after step 2, not the start.",
     )
 
 
@@ -188,7 +188,7 @@ def test_detached_gradients_in_the_last_steps():
     report = check_function(unrolled(3, step_gradient=lambda k, g: g.detach() if k > 0 else g), inner_steps=3)
     says(
         report,
-        "The Hessian terms of the last 2 of 3 inner steps are missing: the gradients there are detached or taken without "
+        "The Hessian terms of the last 2 of 3 inner steps are missing: their gradients are detached or taken without "
         "create_graph=True.",
     )
 
@@ -197,8 +197,8 @@ def test_an_inner_step_that_is_detached_altogether():
     report = check_function(unrolled(2, after=lambda k, p: p.detach().requires_grad_() if k == 0 else p))
     says(
         report,
-        "Detached: no gradient reaches any parameter of the model. The graph is cut between the model's parameters and the "
-        "query loss (a copy by deepcopy, state_dict, p.data or detach(), or no_grad() around the inner loop)",
+        "Detached: no gradient reaches any parameter of the model. Either the graph is cut between the model's parameters and "
+        "the query loss (by deepcopy, state_dict, p.data, detach(), or no_grad() around the inner loop), or backward() was ",
     )
     assert set(verdicts(report).values()) == {"detached"}
 
@@ -208,7 +208,7 @@ def test_steps_from_detached_parameters():
     says(
         report,
         "The direct path to the start is cut: every inner step starts from detached parameters (p.detach() - lr * g or "
-        "p.data), so only the path through the inner gradient is left.",
+        "p.data). Only the path through the inner gradient is left.",
     )
 
 
@@ -217,8 +217,8 @@ def test_forgotten_query_gradient_term(steps):
     report = check_function(by_adjoint(0.3, steps, forget_query=True), inner_steps=steps)
     says(
         report,
-        "The query gradient at the adapted parameters is missing: only the Hessian terms are left; the adjoint forgets the "
-        "term it starts from, or the inner step starts from detached parameters (p.detach() - lr * g).",
+        "The query gradient at the adapted parameters is missing; only the Hessian terms are left. Either the adjoint sweep "
+        "forgets its first term, or the inner step starts from detached parameters (p.detach() - lr * g).",
     )
     assert set(verdicts(report).values()) == {"no query gradient"}
 
@@ -232,8 +232,8 @@ def test_wrong_order_of_rate_and_hessian_with_rates_per_parameter(steps):
     report = check_function(by_adjoint(rates, steps, order="a*(H v)"), inner_lr=rates, inner_steps=steps)
     says(
         report,
-        "The learning rates multiply the Hessian-vector product, a*(H v), instead of the vector, H(a*v); the two differ as "
-        "soon as the rates are not one number.",
+        "The learning rates multiply the Hessian-vector product, a*(H v), instead of the vector, H(a*v). The two are equal "
+        "only if the rates are one number.",
     )
     assert set(verdicts(report).values()) == {"rate order"}
 
@@ -245,23 +245,23 @@ def test_the_order_does_not_matter_for_one_rate():
 def test_an_inner_loss_that_is_summed():
     says(
         check_function(unrolled(inner_scale=SUPPORT)),
-        "The inner learning rate is 5 times what was said: the inner loss is summed over its 5 examples instead of averaged.",
+        "The inner learning rate is 5 times the given one: the inner loss is summed over its 5 examples instead of averaged.",
     )
 
 
 def test_uphill():
     says(
         check_function(unrolled(rate=-RATE)),
-        "The inner learning rate is -1 times what was said: the inner step goes uphill, theta + lr * g.",
+        "The inner learning rate is -1 times the given one: the inner step goes uphill, theta + lr * g.",
     )
 
 
 def test_another_rate_than_was_said():
     report = check_function(unrolled(rate=0.2), directions=1)
-    says(report, "The inner learning rate is 0.2, not 0.3: with that rate the gradient is exact.")
+    says(report, "The inner learning rate is 0.2, not 0.3. For that rate the gradient is exact.")
     assert (
-        "Finite differences of the loss it returns agree with the gradient along 7 directions: it differentiates its loss "
-        "rightly, so it is the loss that is not the one described."
+        "Finite differences of the returned loss agree with the gradient along 7 directions. The gradient fits this loss, so "
+        "the loss is not the one described."
     ) in report.sentences
 
 
@@ -305,7 +305,7 @@ def test_learned_rates_are_compared_too():
     report = check_function(detached, inner_lr=rate)
     says(
         report,
-        "The gradient of the parameters is exact, but that of the learning rates ('inner_lr') is wrong by 100 %.",
+        "The gradient of the parameters is exact, but the gradient of the learning rates ('inner_lr') is wrong by 100 %.",
     )
     assert verdicts(report)["inner_lr"] == "detached"
 
@@ -324,7 +324,7 @@ def test_adapted_parameters_that_the_query_pass_does_not_use():
 
     says(
         check_function(meta_loss),
-        "The inner steps have no effect: this is the gradient of the query loss at the start; the query pass does not use "
+        "The inner steps have no effect: this is the gradient of the query loss at the start. The query pass does not use "
         "the adapted parameters.",
     )
 
@@ -344,8 +344,8 @@ def test_inner_gradients_that_are_all_taken_at_the_start():
 
     says(
         check_function(meta_loss),
-        "Every inner gradient is taken at the start: the inner forward pass does not use the parameters that the step before "
-        "it has adapted.",
+        "Every inner gradient is taken at the start. The inner forward pass does not use the adapted parameters of the step "
+        "before.",
     )
 
 
@@ -367,7 +367,7 @@ def test_the_sum_over_tasks_instead_of_the_mean():
     says(
         report,
         "The direction is exact, but the gradient is 4 times as large: the sum over the 4 tasks instead of their mean (if "
-        "that is meant: reduction='sum').",
+        "intended, check with reduction='sum').",
     )
     assert set(verdicts(report).values()) == {"4 times"}
     assert check_function(unrolled(total=sum), reduction="sum").ok
@@ -383,26 +383,30 @@ def test_the_sum_over_query_examples_instead_of_the_mean():
 
 def test_two_mistakes_at_once():
     report = check_function(unrolled(create_graph=False, total=sum))
-    says(report, FIRST_ORDER, "Beyond that it is 4 times as large: the sum over the 4 tasks instead of their mean")
+    says(
+        report,
+        FIRST_ORDER,
+        "In addition, the gradient is 4 times as large: the sum over the 4 tasks instead of their mean",
+    )
 
 
 def test_a_mistake_of_the_forward_pass_and_first_order():
     report = check_function(unrolled(1, create_graph=False), inner_steps=2, directions=1)
-    says(report, "This is the meta-gradient of 1 inner step, not of 2.", f"And besides: {FIRST_ORDER}")
+    says(report, "This is the meta-gradient of 1 inner step, not of 2.", f"In addition: {FIRST_ORDER}")
     report = check_function(
         by_task(before_inner=nn.Module.eval, create_graph=False), norm_net(), IMAGES, "cross_entropy"
     )
     says(
         report,
         "The batch norm '1' uses its running statistics in the inner loop and the query pass",
-        f"And besides: {FIRST_ORDER}",
+        f"In addition: {FIRST_ORDER}",
     )
 
 
 def test_one_task_only():
     says(
         check_function(unrolled(total=lambda losses: losses[-1])),
-        "The tasks do not count the same: their gradients enter with the weights 0, 0, 0, 4 instead of 1 each: only task 4 of "
+        "The tasks' gradients have unequal weights: 0, 0, 0, 4 instead of 1 each. Only task 4 of "
         "4 counts (zero_grad() or '=' instead of '+=' in the loop).",
     )
 
@@ -411,7 +415,7 @@ def test_part_of_the_model_is_not_adapted():
     report = check_function(unrolled(moves=lambda name: name.startswith("4")))
     says(
         report,
-        "The inner loop does not adapt anything but the last layer; if that is meant, say so with adapted=[...].",
+        "The inner loop does not adapt anything but the last layer. If this is intended, check with adapted=[...].",
     )
     assert check_function(unrolled(moves=lambda name: name.startswith("4")), adapted="4.*").ok
 
@@ -419,7 +423,7 @@ def test_part_of_the_model_is_not_adapted():
 # ---------------------------------------------------------------- batch norm
 
 
-EVAL = "batch_norm='transductive' means batch statistics; call model.train(), or check with batch_norm='frozen' if that is what is meant."
+EVAL = "batch_norm='transductive' means batch statistics. Call model.train(), or check with batch_norm='frozen' if eval mode is intended."
 
 
 def by_task(**modes):
@@ -440,7 +444,8 @@ def test_batch_norm_in_eval_mode():
     report = check_function(by_task(before_inner=nn.Module.eval), norm_net(), IMAGES, "cross_entropy")
     where = "in the inner loop and the query pass"
     says(
-        report, f"The batch norm '1' uses its running statistics {where}: the model is in eval mode there, while {EVAL}"
+        report,
+        f"The batch norm '1' uses its running statistics {where}, because the model is in eval mode there. But {EVAL}",
     )
     assert verdicts(report)["1.weight"] == "batch norm in eval mode"
 
@@ -451,10 +456,10 @@ def test_batch_norm_in_eval_mode_whose_statistics_the_query_pass_changes_before_
         by_task(before_inner=nn.Module.eval, before_query=nn.Module.train), norm_net(), IMAGES, "cross_entropy"
     )
     assert not report.ok
-    where = "in the inner loop (as the query passes so far have left them)"
+    where = "in the inner loop (as updated by the query passes so far)"
     assert (
-        f"Its loss is that of this mistake, although its gradient is not: The batch norm '1' uses its running statistics {where}: "
-        f"the model is in eval mode there, while {EVAL}"
+        f"The loss fits this mistake, but the gradient does not: The batch norm '1' uses its running statistics {where}, "
+        f"because the model is in eval mode there. But {EVAL}"
     ) in report.sentences
     assert any(sentence.startswith("Stateful layer '1' (BatchNorm2d)") for sentence in report.sentences)
 
@@ -474,7 +479,7 @@ def test_batch_norm_in_eval_mode_in_the_inner_loop():
     )
     says(
         report,
-        f"The batch norm '1' uses its running statistics in the inner loop: the model is in eval mode there, while {EVAL}",
+        f"The batch norm '1' uses its running statistics in the inner loop, because the model is in eval mode there. But {EVAL}",
     )
 
 
@@ -500,11 +505,11 @@ def test_batch_norm_in_eval_mode_in_the_query_pass(shared):
         return sum(losses)
 
     report = check_function(meta_loss, norm_net(), IMAGES, "cross_entropy")
-    of = "of all tasks so far " if shared else ""
+    of = " of all tasks so far" if shared else ""
     says(
         report,
-        f"The batch norm '1' uses its running statistics in the query pass (after the inner passes {of}have updated them): the "
-        f"model is in eval mode there, while {EVAL}",
+        f"The batch norm '1' uses its running statistics in the query pass (as updated by the inner passes{of}), because the "
+        f"model is in eval mode there. But {EVAL}",
     )
     stateful = [s for s in report.sentences if s.startswith("Stateful")]
     assert len(stateful) == int(shared)
@@ -520,7 +525,7 @@ def test_batch_norm_modes_that_are_right():
 def test_batch_norm_in_train_mode_where_frozen_is_meant():
     says(
         check_function(unrolled(loss=cross_entropy), norm_net(), IMAGES, "cross_entropy", batch_norm="frozen"),
-        "The batch norm '1' uses batch statistics everywhere, while batch_norm='frozen' means the running ones: the model is "
+        "The batch norm '1' uses batch statistics everywhere, but batch_norm='frozen' means running statistics. The model is "
         "in train mode there.",
     )
 
@@ -538,11 +543,11 @@ def test_one_layer_that_is_detached():
     report = check_function(meta_loss)
     says(
         report,
-        "Detached: no gradient reaches '2.weight', where there should be one.",
+        "Detached: no gradient reaches '2.weight', but it should.",
         "Right in '0.weight', '0.bias', ",
     )
     assert verdicts(report)["2.weight"] == "detached" and verdicts(report)["2.bias"] == "exact"
-    assert "Its loss is right, so the mistake is in the backward pass." in report.sentences
+    assert "The loss is right, so the mistake is in the backward pass." in report.sentences
 
 
 def test_first_order_in_one_layer():
@@ -552,7 +557,7 @@ def test_first_order_in_one_layer():
             p.grad = f if name.startswith("0") else e
 
     report = check_function(meta_loss)
-    says(report, "In '0.weight', '0.bias' the gradient is that of this mistake: First order only")
+    says(report, "The gradient of '0.weight', '0.bias' shows this mistake: First order only")
     assert verdicts(report)["0.bias"] == "first order" and verdicts(report)["4.weight"] == "exact"
 
 
@@ -566,9 +571,9 @@ def test_a_mistake_nobody_knows():
     report = check_function(meta_loss)
     says(
         report,
-        "Wrong in '0.weight'; worst is '0.weight', wrong by # %. None of the usual mistakes gives this.",
+        "Wrong in '0.weight'; the worst is '0.weight', wrong by # %. No usual mistake explains this.",
         "Right in '0.bias', '2.weight', '2.bias', '4.weight' and 1 more.",
-        "It is # % off",
+        "The gradient is # % off",
     )
 
 
