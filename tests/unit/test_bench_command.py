@@ -120,7 +120,7 @@ def test_memory_of_an_own_model(file, capsys, monkeypatch):
         (["meta", "--model", "{file}:frozen"], "parameter '0.weight' of mine.py:frozen() is frozen"),
         (["meta", "--model", "{file}:nothing"], "mine.py:nothing() returned NoneType; it must return a dict or a tuple"),
         (["meta", "--model", "{file}:unknown"], "returned the key 'rate', which is none of batch, examples, inner_lr"),
-        (["meta", "--model", "{file}:batch", "--cases", "mlp-k1"], "--model measures your own model, and mlp-k1 is a built-in case"),
+        (["meta", "--model", "{file}:batch", "--cases", "mlp-k1"], "--model measures your own model and mlp-k1 is a built-in case"),
         (["meta", "--cases", "nothing"], "there is no case 'nothing' of bench meta"),
         (["hvp", "--peers", "jax"], "there is no peer 'jax' of bench hvp; there are double_backward, "),
         (["meta", "--rounds", "0"], "--rounds is 0; it must be at least 1"),
