@@ -215,8 +215,8 @@ def test_wrong_uses_are_one_sentence(tmp_path, capsys, monkeypatch):
     expect_error(capsys, ["train", *SMALL, "--out", str(run_dir)], "already holds a run: continue it with --resume")
     expect_error(capsys, [*resume, "--inner-lr", "1"], "--inner-lr cannot change when a run is resumed")
     expect_error(capsys, [*resume, "--out", str(tmp_path)], "leave out DATASET, --out and --config")
-    expect_error(capsys, ["train", "--resume", str(tmp_path)], "is no run folder of fastmaml")
-    expect_error(capsys, ["evaluate", str(tmp_path)], "is no run folder of fastmaml")
+    expect_error(capsys, ["train", "--resume", str(tmp_path)], "is not a run folder of fastmaml")
+    expect_error(capsys, ["evaluate", str(tmp_path)], "is not a run folder of fastmaml")
     expect_error(capsys, ["train", *SMALL, "--ways", "5"], "sinusoid is a regression")
     expect_error(capsys, ["train", *SMALL, "--inner-steps=-1"], "inner_steps is -1")
     expect_error(
