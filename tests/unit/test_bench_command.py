@@ -97,7 +97,7 @@ def test_hvps_of_an_own_model(file, capsys):
         code == 0
         and "func_jvp " in text
         and "fastmaml, 8 v" in text
-        and "the linearisation they share included" in text
+        and "including their shared linearisation" in text
     )
 
 
