@@ -94,10 +94,7 @@ def test_hvps_of_an_own_model(file, capsys):
         capsys, "hvp", "--model", f"{file}:batch", "--rounds", 1, "--peers", "double_backward", "func_jvp"
     )
     assert (
-        code == 0
-        and "func_jvp " in text
-        and "fastmaml, 8 v" in text
-        and "including their shared linearisation" in text
+        code == 0 and "func_jvp " in text and "fastmaml, 8 v" in text and "including their shared linearisation" in text
     )
 
 
