@@ -77,7 +77,7 @@ def source_folder() -> Path:
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
         if (folder / "program" / "op.h").is_file():
             return folder
-    raise BuildError(f"the C++ sources are missing beside {PACKAGE}")
+    raise BuildError(f"the C++ sources are missing next to {PACKAGE}")
 
 
 def compilations(csrc: Path, bindings: bool = True) -> list[Compilation]:

@@ -107,9 +107,9 @@ class Examination:
         elif zero(given):
             self.verdicts = dict.fromkeys(wanted, "detached")
             self._say(
-                "Detached: no gradient reaches any parameter of the model. Either the graph is cut between the model's "
-                "parameters and the query loss (by deepcopy, state_dict, p.data, detach(), or no_grad() around the inner "
-                "loop), or backward() was called on a value that does not depend on the parameters."
+                "Detached: no gradient reaches any parameter of the model. Perhaps the graph is cut between the model's "
+                "parameters and the query loss: by deepcopy, state_dict, p.data, detach() or no_grad() around the inner "
+                "loop. Or backward() was called on a value that does not depend on the parameters."
             )
         elif agrees(params, whole, self.tolerance):
             rates = [name for name in wanted if name not in whole]
@@ -191,7 +191,7 @@ def by_differences(candidate: Candidate, title: str, reason: str, directions: in
     right = bool(sure) and not wrong
     if right:
         verdict = (
-            f"Exact as far as finite differences of its loss can tell: along {len(sure)} directions they differ from the "
+            f"Exact as far as finite differences can tell: along {len(sure)} directions they differ from the "
             f"gradient by at most {max(misses.values()):.0e} of its size."
         )
     elif wrong:

@@ -116,8 +116,8 @@ def _cuts(steps: int) -> Iterator[Idea]:
     for j in range(1, min(steps, 10)):
         yield Idea(
             f"cut after step {j}",
-            f"The Hessian {_terms(j)} of the first {j} of {steps} inner steps {_are(j)} missing: the graph is cut after "
-            f"step {j} (a detach() or a new leaf). This is the gradient with respect to the parameters after step {j}, "
+            f"The Hessian {_terms(j)} of the first {j} of {steps} inner steps {_are(j)} missing. The graph is cut after "
+            f"step {j}, by a detach() or a new leaf. This is the gradient with respect to the parameters after step {j}, "
             "not the start.",
             Slip(cut_gradient=frozenset(range(j))),
         )

@@ -17,7 +17,7 @@ SCHEDULES = ("constant", "cosine", "linear")
 class RunConfig:
     """All settings that decide the numbers of a run, kept in `config.json` of the run folder.
 
-    `shots` and `query_shots` count per class, or per task where `ways` is None (regression). Rates are for mean losses.
+    `shots` and `query_shots` count per class, or per task if `ways` is None (regression). Rates are for mean losses.
     """
 
     dataset: str

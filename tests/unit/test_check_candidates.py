@@ -117,7 +117,7 @@ def test_imaml_is_compared_at_the_inner_minimum():
             fm.IMAML(net(), 0.05, 5, lam=4.0, cg_steps=3, learn_lam=True, batch_norm="frozen"), classes(), directions=1
         )
     )
-    assert report.sentences[0].startswith("Exact as far as finite differences of its loss can tell: along ")
+    assert report.sentences[0].startswith("Exact as far as finite differences can tell: along ")
     assert "With the learner's own 5 and 3 its gradient is " in report.sentences[1]
     assert verdicts(report)["lam"] == "agrees"
 
@@ -142,7 +142,7 @@ def sines():
 )
 def test_learners_against_finite_differences(make, batch):
     report = exact(check(make(), batch(), directions=1))
-    assert report.sentences[0].startswith("Exact as far as finite differences of its loss can tell: along ")
+    assert report.sentences[0].startswith("Exact as far as finite differences can tell: along ")
     assert " defines its own gradient." in report.sentences[1]
 
 

@@ -179,8 +179,8 @@ def test_a_graph_that_is_cut_after_some_steps():
     report = check_function(unrolled(3, step_gradient=lambda k, g: g.detach() if k < 2 else g), inner_steps=3)
     says(
         report,
-        "The Hessian terms of the first 2 of 3 inner steps are missing: the graph is cut after step 2 (a detach() or a "
-        "new leaf). This is the gradient with respect to the parameters after step 2, not the start.",
+        "The Hessian terms of the first 2 of 3 inner steps are missing. The graph is cut after step 2, by a detach() or a "
+        "new leaf. This is the gradient with respect to the parameters after step 2, not the start.",
     )
 
 
@@ -197,8 +197,8 @@ def test_an_inner_step_that_is_detached_altogether():
     report = check_function(unrolled(2, after=lambda k, p: p.detach().requires_grad_() if k == 0 else p))
     says(
         report,
-        "Detached: no gradient reaches any parameter of the model. Either the graph is cut between the model's parameters and "
-        "the query loss (by deepcopy, state_dict, p.data, detach(), or no_grad() around the inner loop), or backward() was ",
+        "Detached: no gradient reaches any parameter of the model. Perhaps the graph is cut between the model's parameters and "
+        "the query loss: by deepcopy, state_dict, p.data, detach() or no_grad() around the inner loop. Or backward() was ",
     )
     assert set(verdicts(report).values()) == {"detached"}
 
