@@ -1,6 +1,6 @@
-"""The named parameters of one module, walked again only where the module has changed.
+"""The named parameters of one module, collected again only after the module changes.
 
-`dict(module.named_parameters())` takes longer than the meta-gradient of a small network, and a call needs it several times.
+`dict(module.named_parameters())` takes longer than the meta-gradient of a small network, and each call needs it often.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _values_of = methodcaller("values")
 
 
 class NamedParameters:
-    """`named()` is what `dict(model.named_parameters())` is at that time.
+    """`named()` always equals `dict(model.named_parameters())`.
 
-    A parameter or module that was replaced, added, removed, renamed or put elsewhere is noticed: the tables of every module
-    are held against those of the last walk, entry by entry and by identity. Values, types, devices and requires_grad
-    flags are read from the parameters themselves, so nothing of them is kept.
+    Each call compares every module's tables with the last walk, entry by entry, by identity. So it notices parameters and
+    modules that are replaced, added, removed, renamed or moved. Values, types, devices and requires_grad flags are not
+    cached: they are read from the parameters.
     """
 
     def __init__(self, model: nn.Module):
@@ -30,13 +30,13 @@ class NamedParameters:
         self._walk()
 
     def named(self) -> Mapping[str, nn.Parameter]:
-        """The parameters by name; the same object as long as nothing has changed."""
+        """The parameters by name. The same object until the module changes."""
         if not self._held and not self._unchanged():
             self._walk()
         return self._named
 
     def __enter__(self) -> None:
-        """Within the block named() is what it was at its beginning: for a call that asks several times."""
+        """Within the block named() is not checked again. For a call that needs it several times."""
         self.named()
         self._held += 1
 
@@ -53,7 +53,7 @@ class NamedParameters:
         self._values = [value for table in self._filled for value in table.values()]
 
     def _unchanged(self) -> bool:
-        # As few steps of the interpreter as possible: this takes 2 us for an MLP of 3 layers.
+        # Written for few interpreter steps: 2 us for an MLP of 3 layers.
         return (
             all(map(is_, chain.from_iterable(map(_tables_of, self._modules)), self._tables))
             and not any(self._empty)

@@ -229,7 +229,7 @@ def test_requires_grad_flags_count_at_each_call(learner):
 @pytest.mark.parametrize("change", [add_parameter, remove_parameter, add_module, rename_parameter, change_the_order])
 def test_a_model_with_other_parameters_is_refused(learner, change):
     change(learner.model)
-    with pytest.raises(ValueError, match="not those the Engine was made for"):
+    with pytest.raises(ValueError, match="do not fit the Engine's model"):
         learner(*batch())
 
 
