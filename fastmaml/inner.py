@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,15 @@ InnerLr = float | Tensor | Mapping[str, Any]  # one rate, rates in a tensor, or 
 @dataclass(frozen=True)
 class _Clipped:
     """Clips each step's raw gradient, by value (each entry) or by norm (over a task's adapted entries)."""
+
+    def with_rates(self, lr: InnerLr) -> Any:
+        """The same optimizer with other learning rates."""
+        return replace(self, lr=lr)  # type: ignore[call-arg]
+
+    @functools.cached_property
+    def without_rates(self) -> Any:
+        """The same optimizer with lr=0.0: what is left when the rates travel by themselves."""
+        return self.with_rates(0.0)
 
     def _check(self) -> None:
         clip_value, clip_norm = getattr(self, "clip_value", None), getattr(self, "clip_norm", None)

@@ -142,7 +142,7 @@ def memory_mode(problem: Problem, backend: str, memory: str) -> str:
     """The mode of fastmaml's adjoint sweep on this problem: "stash" or "low" (recompute). "auto" becomes one of them."""
     engine = Engine(problem.model, problem.case.loss, backend)
     x = problem.batch.support_x
-    program = engine._program("x", x, engine.flatten()) if isinstance(x, torch.Tensor) else None
+    program = engine.program(x) if isinstance(x, torch.Tensor) else None
     if program is None:
         return "low"  # autodiff always recomputes
     if memory != "auto":

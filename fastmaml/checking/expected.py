@@ -19,8 +19,8 @@ from fastmaml.problem.inner_rates import expand_rates
 from fastmaml.problem.losses import Loss, per_example
 from fastmaml.problem.parameters import ParameterLayout
 
-# The sweep options that the oracle can unroll. A learner with others is compared with finite differences.
-_UNROLLED = {"first_order", "truncate", "adapted", "loss_weights", "minibatch", "proximal", "step_rows"}
+# The tensors of a call that the oracle can unroll with. A learner with others is compared with finite differences.
+_UNROLLED = {"loss_weights", "proximal", "step_rows"}
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def expected_of_learner(learner: Learner) -> Expected | str:
     own_sweep = kind.meta_step not in [known.meta_step for known in (Learner, MAMLPlusPlus, ANIL)]
     if own_sweep or kind.start is not Learner.start:
         return f"{name} defines its own gradient"
-    options = learner.sweep_options()
-    more = [option for option, value in options.items() if option not in _UNROLLED and value is not None]
+    options, tensors = learner.options(), learner.call_tensors()
+    more = [given for given, value in tensors.items() if given not in _UNROLLED and value is not None]
     if more:
         return f"{name} uses {', '.join(more)}"
     engine = learner.engine
@@ -104,7 +104,11 @@ def expected_of_learner(learner: Learner) -> Expected | str:
         learner.inner_steps,
         engine.batch_norm,
         engine.label_smoothing,
-        **{option: value for option, value in options.items() if value is not None},
+        first_order=options.first_order,
+        truncate=options.truncate,
+        adapted=options.adapted,
+        minibatch=options.minibatch,
+        **{given: value for given, value in tensors.items() if value is not None},
     )
 
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 from torch import nn
 
 _tables_of = attrgetter("_parameters", "_modules")
+_values_of = methodcaller("values")
 
 
-class ModelParameters:
+class NamedParameters:
     """`named()` always equals `dict(model.named_parameters())`.
 
     Each call compares every module's tables with the last walk, entry by entry, by identity. So it notices parameters and
@@ -56,6 +57,6 @@ class ModelParameters:
         return (
             all(map(is_, chain.from_iterable(map(_tables_of, self._modules)), self._tables))
             and not any(self._empty)
-            and [tuple(table) for table in self._filled] == self._keys
-            and all(map(is_, chain.from_iterable([table.values() for table in self._filled]), self._values))
+            and list(map(tuple, self._filled)) == self._keys
+            and all(map(is_, chain.from_iterable(map(_values_of, self._filled)), self._values))
         )

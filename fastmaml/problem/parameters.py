@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+_shape_of = attrgetter("shape")
 
 
 class ParameterLayout:
@@ -44,7 +47,7 @@ class ParameterLayout:
     def parts(self, named: Mapping[str, Tensor]) -> list[Tensor]:
         """The named parameters of a module with this layout, in its order."""
         parameters = list(named.values())
-        if tuple(named) != self.names or [p.shape for p in parameters] != self._torch_shapes:
+        if tuple(named) != self.names or list(map(_shape_of, parameters)) != self._torch_shapes:
             raise ValueError(
                 f"this model's parameters do not fit the Engine's model ({len(named)} parameters with "
                 f"{sum(p.numel() for p in parameters)} entries, not {len(self.names)} with {self.size}); "

@@ -122,14 +122,15 @@ def adapted_outputs(learner: Learner, batch: TaskBatch, steps: Sequence[int]) ->
     params = learner.start(batch.support_x, batch.support_y)
     for count in steps:
         if count > taken:
-            loop = {"inner": learner.inner, "inner_steps": count - taken, **learner.adapt_options()}
-            params, taken = engine.adapt(params, batch.support_x, batch.support_y, **loop), count
+            options = replace(learner.options(), inner_steps=count - taken)
+            params = engine.adapt(params, batch.support_x, batch.support_y, learner.inner_lr, options=options)
+            taken = count
         yield engine.forward(params, batch.query_x, batch.support_x).cpu()
 
 
 def _goes_on(learner: Learner) -> bool:
     """Whether k + 1 inner steps equal k steps and one more: plain gradient descent at one rate, as in Learner.adapt."""
-    own = (type(learner).adapt, type(learner).adapt_options) == (Learner.adapt, Learner.adapt_options)
+    own = (type(learner).adapt, type(learner).call_tensors) == (Learner.adapt, Learner.call_tensors)
     plain = isinstance(learner.inner, SGD) and not learner.inner.momentum and isinstance(learner.inner_lr, (int, float))
     return own and plain
 

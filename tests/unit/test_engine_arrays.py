@@ -10,6 +10,7 @@ import torch
 from unrolled import regression_batch, small_mlp
 
 from fastmaml import Engine
+from fastmaml.engine.inputs import Inputs
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_the_first_argument_decides_the_kind(engine):
 
 def test_no_copies_are_made(engine, monkeypatch):
     seen = []
-    monkeypatch.setattr(Engine, "_parameters", lambda self, name, params: seen.append(params) or params.detach())
+    monkeypatch.setattr(Inputs, "parameters", lambda self, name, params: seen.append(params) or params.detach())
     theta, (x, *_) = engine.flatten().numpy(), arrays(regression_batch())
     engine.forward(theta, x)
     assert seen[0].data_ptr() == theta.ctypes.data
