@@ -1,5 +1,5 @@
-# Linear layers wider than a tile, a panel and a slice of the CPU's kernels: dot products and copied panels, rows and columns
-# that leave remainders, in every pass.
+# Linear layers wider than a tile, a panel and a slice of the CPU's kernels, in every pass. They use dot products and
+# copied panels, with remainders in rows and columns.
 from __future__ import annotations
 
 import pytest

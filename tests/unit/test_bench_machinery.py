@@ -1,4 +1,5 @@
-# The benchmarks' machinery on tiny cases: what is wrong gets no row, what is written can be read. No timing decides a test.
+# The machinery of the benchmarks on tiny cases: wrong results get no row, and written files can be read. No test depends
+# on timings.
 from __future__ import annotations
 
 import argparse
