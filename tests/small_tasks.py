@@ -1,5 +1,5 @@
-# Shared by the learners' tests: small smooth networks in float64, a batch of tasks, the loss as a function of the flat
-# parameters for inner_oracle.py, and a learner's gradients in that oracle's order.
+# Shared by the learners' tests: small smooth networks in float64 and a batch of tasks. For inner_oracle.py: the loss as a
+# function of the flat parameters, and a learner's gradients in the oracle's order.
 from __future__ import annotations
 
 import torch
