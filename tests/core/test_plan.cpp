@@ -115,7 +115,7 @@ relu 2
 flatten 3
 linear 4 weight=3 bias=-1
 output 5
-loss cross_entropy
+loss cross_entropy smoothing=0
 )";
 
 void streams() {
