@@ -296,6 +296,11 @@ def weighted(task_losses: Tensor, task_weights: Tensor | None) -> Tensor:
     return task_losses.mean() if task_weights is None else (task_losses * task_weights.detach()).sum()
 
 
+def weights_of_tasks(task_weights: Tensor | None, like: Tensor) -> Tensor:
+    """task_weights [T] without a graph; by default 1/T for each of the tasks of `like` [T, ...]."""
+    return like.new_full((len(like),), 1.0 / len(like)) if task_weights is None else task_weights.detach()
+
+
 class _MetaGradientNode(torch.autograd.Function):
     """The loss of a step that was computed with its gradient; backward hands that out."""
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmaml.algorithms.learner import weights_of_tasks
 from fastmaml.autodiff.update_rules import UpdateRule, rule_for
 from fastmaml.engine.engine import Engine
 from fastmaml.engine.inputs import Names
@@ -103,9 +104,8 @@ class LinearHead:
             options=replace(options, inner=own.without_rates, adapted=None),
             rule=steps,
         )
-        tasks = len(support)
-        weights = theta.new_full((tasks,), 1.0 / tasks) if task_weights is None else task_weights.detach()
-        last = of_head.expand(tasks, -1) if steps.last is None else steps.last
+        weights = weights_of_tasks(task_weights, support)
+        last = of_head.expand(len(support), -1) if steps.last is None else steps.last
         by_query = self._by_features(query, query_y, last)
         grad = torch.zeros_like(theta)
         grad[self.head_places] = result.grad

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmaml.algorithms.learner import Adapted, Batch, Gradients, Learner, LearnerOutput
+from fastmaml.algorithms.learner import Adapted, Batch, Gradients, Learner, LearnerOutput, weights_of_tasks
 from fastmaml.autodiff.update_rules import UpdateRule, rule_for
 from fastmaml.inner import InnerLr
 from fastmaml.problem.inner_rates import expand_rates
@@ -91,8 +91,8 @@ class MetaCurvature(Learner):
             chosen = layout.matching(self.adapted, theta)
             mask = chosen if mask is None else mask * chosen
         rates = expand_rates(self.inner.lr, layout, mask, theta, steps)
-        of_task = theta.new_full((tasks,), 1.0 / tasks) if task_weights is None else task_weights.detach()
-        return CurvatureRule(rule_for(self.inner, rates, mask), layout, self._matrices(), of_task)
+        weights = weights_of_tasks(task_weights, theta.new_empty(tasks))
+        return CurvatureRule(rule_for(self.inner, rates, mask), layout, self._matrices(), weights)
 
 
 class CurvatureRule:
@@ -100,8 +100,8 @@ class CurvatureRule:
 
     needs_gradient = True
 
-    def __init__(self, rule: UpdateRule, layout: ParameterLayout, matrices: dict[str, Tensor], of_task: Tensor):
-        self.rule, self.layout, self.of_task = rule, layout, of_task
+    def __init__(self, rule: UpdateRule, layout: ParameterLayout, matrices: dict[str, Tensor], task_weights: Tensor):
+        self.rule, self.layout, self.task_weights = rule, layout, task_weights
         self.matrices = {name: matrix.detach() for name, matrix in matrices.items()}
         self.grads = {name: torch.zeros_like(matrix) for name, matrix in matrices.items()}
 
@@ -125,7 +125,7 @@ class CurvatureRule:
         """MC^T(y) [T, P] for the adjoint y of MC(g); adds what it says of the matrices to their gradients."""
         given, pieces = self.layout.split(g), []
         for name, piece in self.layout.split(y).items():
-            piece, grads = pulled_back(self._modes(name), piece, given[name], self.of_task)
+            piece, grads = pulled_back(self._modes(name), piece, given[name], self.task_weights)
             pieces.append(piece.reshape(len(g), -1))
             for mode, grad in grads.items():
                 self.grads[f"{name}.{mode}"] += grad
@@ -157,10 +157,12 @@ def transformed(modes: dict[str, Tensor], G: Tensor) -> Tensor:
     return G
 
 
-def pulled_back(modes: dict[str, Tensor], Y: Tensor, G: Tensor, of_task: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the adjoint of G, the gradients of the matrices summed over tasks with weights of_task) for Y, that of MC(G)."""
+def pulled_back(
+    modes: dict[str, Tensor], Y: Tensor, G: Tensor, task_weights: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the adjoint of G, the gradients of the matrices summed over tasks with task_weights) for Y, that of MC(G)."""
     if "scale" in modes:
-        return Y * modes["scale"], {"scale": torch.tensordot(of_task, Y * G, 1)}
+        return Y * modes["scale"], {"scale": torch.tensordot(task_weights, Y * G, 1)}
     Y, G = (X.flatten(3) if X.dim() > 3 else X for X in (Y, G))
     stages = [G]
     for mode, matrix in modes.items():
@@ -168,7 +170,7 @@ def pulled_back(modes: dict[str, Tensor], Y: Tensor, G: Tensor, of_task: Tensor)
     grads = {}
     for (mode, matrix), before in zip(reversed(modes.items()), reversed(stages[:-1])):
         axis = AXES[mode]
-        weighted = torch.einsum("t...,t->t...", Y, of_task)
+        weighted = torch.einsum("t...,t->t...", Y, task_weights)
         grads[mode] = weighted.movedim(axis, 0).flatten(1) @ before.movedim(axis, 0).flatten(1).T
         Y = along(axis, matrix.T, Y)
     return Y, grads

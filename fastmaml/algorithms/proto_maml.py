@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmaml.algorithms.learner import Batch, Gradients, Learner, LearnerOutput
+from fastmaml.algorithms.learner import Batch, Gradients, Learner, LearnerOutput, weights_of_tasks
 from fastmaml.autodiff.replayed_dropout import replayed
 from fastmaml.engine.engine import Engine
 from fastmaml.inner import InnerLr
@@ -92,8 +92,7 @@ class ProtoMAML(Learner):
             _, by_body = self._body.vjp(self._body.flatten(), batch[0], prototypes.shares @ by_c)
         head, body = self._places[0].to(c.device), self._places[1].to(c.device)
         grad = result.grad.index_fill(1, head, 0.0).index_add(1, body, by_body)
-        of_task = grad.new_full((len(grad),), 1.0 / len(grad)) if task_weights is None else task_weights.detach()
-        return self.as_output(result._replace(grad=of_task @ grad), task_weights)
+        return self.as_output(result._replace(grad=weights_of_tasks(task_weights, grad) @ grad), task_weights)
 
     def _prototypes(self, x: Tensor, y: Tensor) -> Prototypes:
         layer = self.model.get_submodule(self.head)

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastmaml.algorithms.learner import MODEL, Adapted, Batch, Gradients, Learner, LearnerOutput, weighted
+from fastmaml.algorithms.learner import (
+    MODEL,
+    Adapted,
+    Batch,
+    Gradients,
+    Learner,
+    LearnerOutput,
+    weighted,
+    weights_of_tasks,
+)
 from fastmaml.inner import Adam, InnerLr, Optimizer, optimizer_of
 from fastmaml.problem.checks import any_target, whole_number
 from fastmaml.problem.losses import Loss
@@ -102,8 +111,7 @@ class Reptile(Learner):
         output = self.engine.forward(torch.cat([loop.params for loop in loops]), query_x, support_x=support_x)
         task_losses = self.engine.loss(output, query_y)
         support_losses = torch.cat([loop.losses for loop in loops])
-        of_task = task_losses.new_full((tasks,), 1.0 / tasks) if task_weights is None else task_weights.detach()
-        grad = torch.tensordot(of_task, torch.cat(directions), 1)
+        grad = torch.tensordot(weights_of_tasks(task_weights, task_losses), torch.cat(directions), 1)
         loss = weighted(task_losses, task_weights)
         return LearnerOutput(loss, task_losses, output, support_losses), {MODEL: grad}
 

@@ -25,13 +25,15 @@ class Derivatives(Protocol):
 
     hvp_gives_gradient: bool
 
-    def grad(self, params: Tensor, at: Examples, step: int) -> tuple[Tensor, Tensor]:
+    def grad(self, params: Tensor, examples: Examples, step: int) -> tuple[Tensor, Tensor]:
         """(loss [T], grad [T, P]) of a support set."""
 
-    def query(self, params: Tensor, at: Examples, step: int, support_x: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def query(
+        self, params: Tensor, examples: Examples, step: int, support_x: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss [T], grad [T, P], output [T, N, ...]); support_x gives batch norm in mode 'support' its statistics."""
 
-    def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int) -> tuple[Tensor | None, Tensor]:
+    def hvp(self, params: Tensor, examples: Examples, v: Tensor, step: int) -> tuple[Tensor | None, Tensor]:
         """(grad [T, P] where hvp_gives_gradient, H v [T, P])."""
 
 
@@ -127,8 +129,8 @@ def meta_gradient(
             rows_grad[:, min(k, rows_grad.shape[1] - 1)] += v[:, rows.places]
             v = v.index_fill(1, rows.places, 0.0)
         if k in queries:
-            at = point if rows is None or k == 0 else rows.put(point, k - 1)
-            query_losses[k], q, _ = derivatives.query(at, query, k, statistics_of)
+            judged = point if rows is None or k == 0 else rows.put(point, k - 1)
+            query_losses[k], q, _ = derivatives.query(judged, query, k, statistics_of)
             v = v + weight[k] * q
     if loop.proximal:
         v = v + anchor_grad

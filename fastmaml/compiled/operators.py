@@ -40,27 +40,40 @@ class Compiled:
     def forward(self, params: Tensor, x: Tensor, support_x: Tensor | None = None) -> Tensor:
         return self._call("forward", params, x, support_x)[0]
 
-    def grad(self, params: Tensor, at: Examples, step: int = 0) -> tuple[Tensor, Tensor]:
-        with self._loss_of(at):
-            loss, grad = self._call("grad", params, *_contiguous(at))
+    def grad(self, params: Tensor, examples: Examples, step: int = 0) -> tuple[Tensor, Tensor]:
+        with self._loss_of(examples):
+            loss, grad = self._call("grad", params, *_contiguous(examples))
         return loss, grad
 
     def query(
-        self, params: Tensor, at: Examples, step: int = 0, support_x: Tensor | None = None
+        self, params: Tensor, examples: Examples, step: int = 0, support_x: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss [T], grad [T, P], output [T, N, ...]): the meta-gradient of no steps at all."""
-        shown = at.x if support_x is None else support_x
-        shown_y = at.y if support_x is None else at.y.new_zeros((*shown.shape[:2], *at.y.shape[2:]))
+        shown = examples.x if support_x is None else support_x
+        shown_y = examples.y if support_x is None else examples.y.new_zeros((*shown.shape[:2], *examples.y.shape[2:]))
         rates = params.new_zeros((1, params.shape[-1]))
         loop = "steps=0 per_task=1"
-        with self._loss_of(at, at):
-            given = (shown, shown_y, None, *_contiguous(at), None, rates, loop, self.memory, None, None, None, None)
+        with self._loss_of(examples, examples):
+            given = (
+                shown,
+                shown_y,
+                None,
+                *_contiguous(examples),
+                None,
+                rates,
+                loop,
+                self.memory,
+                None,
+                None,
+                None,
+                None,
+            )
             loss, grad, output, *_ = self._call("meta_gradient", params, *given)
         return loss, grad, output
 
-    def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int = 0) -> tuple[None, Tensor]:
-        with self._loss_of(at):
-            return None, self._call("hvp", params, *_contiguous(at), v.contiguous())[0]
+    def hvp(self, params: Tensor, examples: Examples, v: Tensor, step: int = 0) -> tuple[None, Tensor]:
+        with self._loss_of(examples):
+            return None, self._call("hvp", params, *_contiguous(examples), v.contiguous())[0]
 
     def plain_hvp(self, params: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """hvp's product without weights, of a network without buffers. The tensors must be as the operator takes them."""
@@ -68,18 +81,18 @@ class Compiled:
             self.program.text, self.backend, params, x, y, None, v, params.new_empty(0)
         )
 
-    def linearise(self, params: Tensor, at: Examples, gauss_newton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def linearise(self, params: Tensor, examples: Examples, gauss_newton: bool) -> tuple[Tensor, Tensor, Tensor]:
         """What `curvature` with the same arguments takes, in the backend's own types and layout."""
-        with self._loss_of(at):
-            tape, index, tap = self._operator("linearise", gauss_newton, params.contiguous(), *_contiguous(at))
+        with self._loss_of(examples):
+            tape, index, tap = self._operator("linearise", gauss_newton, params.contiguous(), *_contiguous(examples))
         return tape, index, tap
 
     def curvature(
-        self, params: Tensor, at: Examples, gauss_newton: bool, tape: tuple[Tensor, Tensor, Tensor], v: Tensor
+        self, params: Tensor, examples: Examples, gauss_newton: bool, tape: tuple[Tensor, Tensor, Tensor], v: Tensor
     ) -> Tensor:
-        with self._loss_of(at):
+        with self._loss_of(examples):
             mv: Tensor = self._operator(
-                "curvature", gauss_newton, params.contiguous(), *_contiguous(at), *tape, v.contiguous()
+                "curvature", gauss_newton, params.contiguous(), *_contiguous(examples), *tape, v.contiguous()
             )
         return mv.to(params.dtype)
 
@@ -88,10 +101,10 @@ class Compiled:
         return y, grad
 
     def solve(
-        self, params: Tensor, at: Examples, v: Tensor, lam: float, steps: int, damping: float
+        self, params: Tensor, examples: Examples, v: Tensor, lam: float, steps: int, damping: float
     ) -> tuple[Tensor, Tensor]:
-        with self._loss_of(at):
-            solution, residual = self._call("solve", params, *at, v, lam, steps, damping)
+        with self._loss_of(examples):
+            solution, residual = self._call("solve", params, *examples, v, lam, steps, damping)
         return solution, residual
 
     def adapt(
@@ -192,8 +205,8 @@ def scaled_parts(flat: Tensor, scale: Tensor, layout: ParameterLayout) -> Sequen
     return torch.ops.fastmaml.scaled_parts.default(flat, scale, layout.dims)  # type: ignore[no-any-return]
 
 
-def _contiguous(at: Examples) -> tuple[Tensor | None, ...]:
-    return tuple(None if part is None else part.contiguous() for part in at)
+def _contiguous(examples: Examples) -> tuple[Tensor | None, ...]:
+    return tuple(None if part is None else part.contiguous() for part in examples)
 
 
 def _with_first_row(theta: Tensor, rows: Rows | None, steps: int) -> tuple[Tensor, Tensor | None]:

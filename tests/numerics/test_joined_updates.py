@@ -1,5 +1,5 @@
-# Plain descent with one rate on a network of linear layers: the weight gradients make the updates themselves (plan/fuse_updates.cpp).
-# The same results as with a vector of equal rates, whose updates stand alone.
+# Plain descent with one rate on linear layers: the weight gradients include the updates (plan/fuse_updates.cpp).
+# The results equal those of a vector of equal rates, whose updates are separate.
 from __future__ import annotations
 
 from itertools import pairwise

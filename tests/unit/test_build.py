@@ -1,5 +1,5 @@
-# Is the compiled module the one of these sources, does it use torch's threads and refuse what does not fit, and what
-# happens where it is missing or cannot be built?
+# The compiled module comes from these sources, uses torch's threads and refuses wrong input. Also the errors if it is
+# missing or cannot be built.
 from __future__ import annotations
 
 import importlib.metadata

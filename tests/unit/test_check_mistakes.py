@@ -1,4 +1,4 @@
-# fm.check names the mistake: each is planted in a hand-written loop, and the test holds the sentence that a user reads.
+# fm.check names the mistake. Each test plants one in a hand-written loop and checks the sentence that a user reads.
 from __future__ import annotations
 
 import copy
@@ -32,7 +32,7 @@ def unrolled(
     after=lambda k, p: p, before_inner=lambda model: None, before_query=lambda model: None, inner_scale=1.0, total=None,
     moves=lambda name: True, sets=lambda task: task, query_loss=None,
 ):  # fmt: skip
-    """A user's loop over tasks; the arguments say where it goes wrong."""
+    """A user's loop over tasks. The arguments plant a mistake."""
 
     def meta_loss(model, batch):
         losses = []
@@ -53,7 +53,7 @@ def unrolled(
 
 
 def by_adjoint(rate, steps=2, order="H(a*v)", forget_query=False):
-    """A user's adjoint sweep that fills .grad itself: v = q; v = v - H (a * v)."""
+    """A user's adjoint sweep that fills .grad itself: v = q, then v = v - H (a * v)."""
 
     def meta_loss(model, batch):
         names, params = zip(*model.named_parameters())
@@ -97,7 +97,7 @@ def check_function(function, model=None, batch=BATCH, loss="mse", inner_lr=RATE,
 
 
 def says(report, *beginnings):
-    """The report is not ok, and its first sentences begin so (numbers that depend on the network stand as #)."""
+    """Checks that the report is not ok, and the beginnings of its first sentences. # matches any number."""
     assert not report.ok, str(report)
     for sentence, beginning in zip(report.sentences, beginnings):
         pattern = re.escape(beginning).replace(r"\#", r"[-\d.e]+")

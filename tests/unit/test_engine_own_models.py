@@ -1,4 +1,4 @@
-"""Models of a user's own: recurrent, attention, tokens, several inputs and outputs, dropout. They train on every face."""
+"""A user's own models: recurrent, attention, tokens, several inputs and outputs, dropout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An nn.Module becomes Program text that computes the same, or a sentence that names the layer.
+"""An nn.Module becomes Program text that computes the same function, or a sentence that names the layer.
 
 The text is checked by a small interpreter of its own (no compiled module needed).
 """
