@@ -226,38 +226,11 @@ class Parser {
       y = {out, 1, 1, false};
     } else if (kind == "conv2d") {
       image(line, in);
-      const int64_t index = line.integer("weight");
-      if (index < 0 || index >= int64_t(net_.params.size()) || net_.params[index].dims.size() != 4)
-        line.fail("weight must be [F, C, KH, KW]");
-      const std::vector<int64_t> d = net_.params[index].dims;
-      const Pool2d window = conv_window(line, x, d[2], d[3]);
-      node.kind = NodeKind::conv2d;
-      node.weight = param(line, "weight", {d[0], x.C, d[2], d[3]}, Param::Order::conv2d);
-      node.bias = param(line, "bias", {d[0]});
-      node.layer =
-          Conv2d{x.C, x.H, x.W, d[0], window.OH, window.OW, d[2], d[3], window.stride_h, window.stride_w, window.pad_h, window.pad_w};
-      y = {d[0], window.OH, window.OW, true};
+      y = conv2d(line, x, node);
     } else if (kind == "batch_norm") {
-      node.kind = NodeKind::batch_norm;
-      node.weight = param(line, "weight", {x.C});
-      node.bias = param(line, "bias", {x.C});
-      const bool frozen = line.mode == "frozen";
-      if (!frozen && line.mode != "batch" && line.mode != "support") line.fail("mode must be batch, support or frozen");
-      if (frozen) {
-        node.mean = buffer(line, "mean", x.C);
-        node.var = buffer(line, "var", x.C);
-      }
-      node.support_stats = line.mode == "support";
-      node.layer = BatchNorm{x.C, x.H * x.W, line.real("eps"), frozen};
+      batch_norm(line, x, node);
     } else if (kind == "layer_norm") {
-      const bool all = line.integer("dims") == (x.image ? 3 : 1);
-      if (!all) line.fail("layer norm is fused over all dimensions of an example only");
-      const std::vector<int64_t> dims = x.image ? std::vector<int64_t>{x.C, x.H, x.W} : std::vector<int64_t>{x.C};
-      const Param::Order order = x.image ? Param::Order::image : Param::Order::torch;
-      node.kind = NodeKind::group_norm;
-      node.weight = param(line, "weight", dims, order);
-      node.bias = param(line, "bias", dims, order);
-      node.layer = GroupNorm{x.size(), 1, 1, line.real("eps")};
+      layer_norm(line, x, node);
     } else if (kind == "group_norm") {
       const int64_t groups = line.integer("groups");
       if (groups < 1 || x.C % groups) line.fail("groups must divide the channels");
@@ -293,6 +266,46 @@ class Parser {
     }
     net_.nodes.push_back(node);
     net_.values.push_back(y);
+  }
+
+  // Returns the output's shape.
+  Shape conv2d(const Line& line, const Shape& x, Node& node) {
+    const int64_t index = line.integer("weight");
+    if (index < 0 || index >= int64_t(net_.params.size()) || net_.params[index].dims.size() != 4)
+      line.fail("weight must be [F, C, KH, KW]");
+    const std::vector<int64_t> d = net_.params[index].dims;
+    const Pool2d window = conv_window(line, x, d[2], d[3]);
+    node.kind = NodeKind::conv2d;
+    node.weight = param(line, "weight", {d[0], x.C, d[2], d[3]}, Param::Order::conv2d);
+    node.bias = param(line, "bias", {d[0]});
+    node.layer =
+        Conv2d{x.C, x.H, x.W, d[0], window.OH, window.OW, d[2], d[3], window.stride_h, window.stride_w, window.pad_h, window.pad_w};
+    return {d[0], window.OH, window.OW, true};
+  }
+
+  void batch_norm(const Line& line, const Shape& x, Node& node) {
+    node.kind = NodeKind::batch_norm;
+    node.weight = param(line, "weight", {x.C});
+    node.bias = param(line, "bias", {x.C});
+    const bool frozen = line.mode == "frozen";
+    if (!frozen && line.mode != "batch" && line.mode != "support") line.fail("mode must be batch, support or frozen");
+    if (frozen) {
+      node.mean = buffer(line, "mean", x.C);
+      node.var = buffer(line, "var", x.C);
+    }
+    node.support_stats = line.mode == "support";
+    node.layer = BatchNorm{x.C, x.H * x.W, line.real("eps"), frozen};
+  }
+
+  void layer_norm(const Line& line, const Shape& x, Node& node) {
+    const bool all = line.integer("dims") == (x.image ? 3 : 1);
+    if (!all) line.fail("layer norm is fused over all dimensions of an example only");
+    const std::vector<int64_t> dims = x.image ? std::vector<int64_t>{x.C, x.H, x.W} : std::vector<int64_t>{x.C};
+    const Param::Order order = x.image ? Param::Order::image : Param::Order::torch;
+    node.kind = NodeKind::group_norm;
+    node.weight = param(line, "weight", dims, order);
+    node.bias = param(line, "bias", dims, order);
+    node.layer = GroupNorm{x.size(), 1, 1, line.real("eps")};
   }
 
   // A convolution's window: like a pool's, without the limit on padding.
