@@ -138,6 +138,29 @@ std::vector<int64_t> output_shape(const std::string& text) {
   return shape.image ? std::vector<int64_t>{shape.C, shape.H, shape.W} : std::vector<int64_t>{shape.C};
 }
 
+// The lists that the engine is made from.
+pybind11::dict vocabulary() {
+  using namespace pybind11::literals;
+  pybind11::list ops, rules;
+#define X(name, ...) ops.append(#name);
+  FASTMAML_ALL_OPS(X)
+#undef X
+#define X(name, ...) rules.append(#name);
+  FASTMAML_RULES(X)
+#undef X
+  pybind11::dict rectifiers, smooth, losses;
+#define X(name, key) rectifiers[#name] = key;
+  FASTMAML_RECTIFIERS(X)
+#undef X
+#define X(name, key) smooth[#name] = key;
+  FASTMAML_SMOOTH(X)
+#undef X
+#define X(name, key, target) losses[#name] = key;
+  FASTMAML_LOSSES(X)
+#undef X
+  return pybind11::dict("ops"_a = ops, "rectifiers"_a = rectifiers, "smooth"_a = smooth, "losses"_a = losses, "rules"_a = rules);
+}
+
 #ifdef __linux__
 std::map<std::string, std::pair<int64_t, std::string>> emulated_kernels() {
   std::map<std::string, emu::Kernel> ran = emu::kernels();
@@ -156,6 +179,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "describe", [](const std::string& program) { return to_string(*program_of(program)); }, "program"_a,
       "The network before a backend fuses its layers, a line per value.");
+  m.def("vocabulary", &vocabulary,
+        "The words the engine knows: ops, rules; and rectifiers, smooth (pointwise functions) and losses, each with the key of the one\n"
+        "number that may follow it in a program's text.");
   m.def("output_shape", &output_shape, "program"_a, "The output of one example, in torch's order.");
   m.def("tape_sizes", &tape_sizes_of, "program"_a, "backend"_a, "gauss_newton"_a, "real_bytes"_a, "examples"_a, "weights"_a,
         "What linearise leaves of a task: elements of (tape, tape_index, tape_tap).");
