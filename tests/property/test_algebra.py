@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastmaml as fm
-from fastmaml import fused_layers
+from fastmaml.network import fused_layers
 
 NETWORKS = [MLP, SINE, CONV4, LAYER_NORM, RESIDUAL]
 SMALL = [MLP, CONV4, LAYER_NORM]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from fastmaml import build, fused_layers
+from fastmaml import build
+from fastmaml.network import fused_layers
 
 _C = pytest.importorskip("fastmaml._C", reason="make build")
 
