@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastmaml.inner import SGD, Optimizer
+from fastmaml.inner import SGD, Adam, Optimizer
 
 
 class UpdateRule(Protocol):
@@ -192,4 +192,6 @@ def rule_for(
     """The rule of an optimizer. state [T, S P] and `taken` steps continue an earlier loop."""
     if isinstance(optimizer, SGD):
         return SGDRule(optimizer, rates, mask, state, taken)
-    return AdamRule(optimizer, rates, mask, state, taken)
+    if isinstance(optimizer, Adam):
+        return AdamRule(optimizer, rates, mask, state, taken)
+    raise TypeError(f"there is no update rule for {type(optimizer).__name__}")
