@@ -85,6 +85,7 @@ int work_of(const Step& step) {
   throw std::logic_error("not an op");
 }
 
+// How many numbers lie side by side; sizes_of asks products for sizes of their own.
 struct Channels {
   int64_t operator()(const BatchNorm& s) const { return s.C; }
   int64_t operator()(const GroupNorm& s) const { return s.channels; }
@@ -92,10 +93,16 @@ struct Channels {
   int64_t operator()(const NormPoolAct& s) const { return s.pool.C; }
   int64_t operator()(const Flatten& s) const { return s.C; }
   int64_t operator()(const Loss& s) const { return s.size; }
-  template <class Flat>
-  int64_t operator()(const Flat&) const {
-    return 1;
-  }
+  int64_t operator()(const Pointwise&) const { return 1; }
+  int64_t operator()(const Add&) const { return 1; }
+  int64_t operator()(const CallerLoss&) const { return 1; }
+  int64_t operator()(const Vector&) const { return 1; }
+  int64_t operator()(const Axpy&) const { return 1; }
+  int64_t operator()(const Clip&) const { return 1; }
+  int64_t operator()(const Momentum&) const { return 1; }
+  int64_t operator()(const Adam&) const { return 1; }
+  int64_t operator()(const Linear&) const { return 1; }
+  int64_t operator()(const Conv2d&) const { return 1; }
 };
 
 std::string image(int64_t C, int64_t H, int64_t W) { return std::to_string(C) + "x" + std::to_string(H) + "x" + std::to_string(W); }
