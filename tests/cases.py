@@ -229,7 +229,7 @@ RECTIFIERS: dict[str, str] = _C.vocabulary()["rectifiers"]
 SMOOTH: dict[str, str] = _C.vocabulary()["smooth"]
 POINTWISE = {**RECTIFIERS, **SMOOTH}
 NUMBER = 0.1  # of those that take one
-KINKED = (*RECTIFIERS,)  # whose first or second derivative jumps at 0
+KINKED = (*RECTIFIERS, "elu")  # whose first or second derivative jumps at 0
 
 
 def torch_pointwise(kind: str, x: Tensor, number: float = NUMBER) -> Tensor:
@@ -865,6 +865,10 @@ NETWORK_CASES: list[NetworkCase] = [
             nn.Linear(12, 7), nn.BatchNorm1d(7), nn.Linear(7, 3),
         ),
         (2, 4, 6), 3,
+    ),
+    NetworkCase(
+        "elu",
+        lambda: nn.Sequential(nn.Linear(5, 9), nn.ELU(), nn.Linear(9, 8), nn.ELU(0.4), nn.Linear(8, 3)), (5,), 3,
     ),
     NetworkCase(
         "layer norm first",

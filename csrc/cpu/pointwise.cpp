@@ -81,6 +81,13 @@ inline __attribute__((always_inline)) Derivatives<V> silu_derivatives(V x, T) {
   return {x * s.s, s.s + x * s.slope, s.slope * (T(2) + x * (T(1) - T(2) * s.s))};
 }
 
+// At 0 torch has f' = alpha and f'' = 0.
+template <class V, class T>
+inline __attribute__((always_inline)) Derivatives<V> elu_derivatives(V x, T alpha) {
+  const V low = where(x < V{}, x, V{}), e = alpha * exp_negative(low);
+  return {where(x <= V{}, alpha * expm1_negative(low), x), where(x <= V{}, e, V{} + T(1)), where(x < V{}, e, V{})};
+}
+
 template <class V, class T>
 inline __attribute__((always_inline)) Derivatives<V> gelu_derivatives(V x, T) {
   const V cdf = T(0.5) * complementary_error(x * T(-0.70710678118654752440));

@@ -13,6 +13,7 @@
   X(sigmoid, "")           \
   X(gelu, "")              \
   X(gelu_tanh, "")         \
-  X(silu, "")
+  X(silu, "")              \
+  X(elu, "alpha")
 
 #define FASTMAML_POINTWISE(X) FASTMAML_RECTIFIERS(X) FASTMAML_SMOOTH(X)

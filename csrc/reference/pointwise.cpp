@@ -31,6 +31,11 @@ Jet evaluate(const Pointwise& function, double x) {
       const double s = 1 / (1 + std::exp(-x));
       return {x * s, s * (1 + x * (1 - s)), s * (1 - s) * (2 + x * (1 - 2 * s))};
     }
+    case Pointwise::Kind::elu: {
+      if (!(x <= 0)) return {x, 1, 0};
+      const double e = function.number * std::exp(x);
+      return {function.number * std::expm1(x), e, x < 0 ? e : 0};  // at 0 torch has f' = alpha and f'' = 0
+    }
     case Pointwise::Kind::gelu: {
       const double Phi = 0.5 * std::erfc(-x * M_SQRT1_2), phi = std::exp(-0.5 * x * x) / std::sqrt(2 * M_PI);
       return {x * Phi, Phi + x * phi, phi * (2 - x * x)};

@@ -43,6 +43,14 @@ __device__ __forceinline__ Derivatives<T> silu_derivatives(T x, T) {
   return {x * s.s, s.s + x * s.slope, s.slope * (T(2) + x * (s.rest - s.s))};
 }
 
+// At 0 torch has f' = alpha and f'' = 0.
+template <class T>
+__device__ __forceinline__ Derivatives<T> elu_derivatives(T x, T alpha) {
+  if (!(x <= T(0))) return {x, T(1), T(0)};
+  const T e = alpha * exp(x);
+  return {alpha * expm1(x), e, x < T(0) ? e : T(0)};
+}
+
 template <class T>
 __device__ __forceinline__ Derivatives<T> gelu_derivatives(T x, T) {
   const T cdf = T(0.5) * erfc(-x * T(0.70710678118654752440)), pdf = T(0.39894228040143267794) * exp(T(-0.5) * x * x);
