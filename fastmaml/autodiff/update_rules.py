@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastmaml.inner import SGD, Optimizer
+from fastmaml.inner import SGD, Adam, Optimizer
 
 
 class UpdateRule(Protocol):
@@ -148,7 +148,7 @@ class AdamRule(_Rule):
 
     def update(self, k: int, phi: Tensor, g: Tensor) -> Tensor:
         o = self.optimizer
-        assert not isinstance(o, SGD)
+        assert isinstance(o, Adam)
         g = self.prepared(phi, g)
         zeros = torch.zeros_like(g)
         b1, b2 = o.betas
@@ -162,7 +162,7 @@ class AdamRule(_Rule):
 
     def adjoint(self, k: int, v: Tensor, phi: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
         o = self.optimizer
-        assert g is not None and not isinstance(o, SGD)
+        assert g is not None and isinstance(o, Adam)
         b1, b2 = o.betas
         mh, sh, c1, c2 = self._corrected(k)
         root = sh.sqrt()
@@ -180,7 +180,7 @@ class AdamRule(_Rule):
 
     def rate_grad(self, k: int, v: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         o = self.optimizer
-        assert not isinstance(o, SGD)
+        assert isinstance(o, Adam)
         mh, sh, _, _ = self._corrected(k)
         d = mh / (sh.sqrt() + o.eps)
         return -(d + o.weight_decay * phi if o.decoupled else d) * v
@@ -192,4 +192,6 @@ def rule_for(
     """The rule of an optimizer. state [T, S P] and `taken` steps continue an earlier loop."""
     if isinstance(optimizer, SGD):
         return SGDRule(optimizer, rates, mask, state, taken)
-    return AdamRule(optimizer, rates, mask, state, taken)
+    if isinstance(optimizer, Adam):
+        return AdamRule(optimizer, rates, mask, state, taken)
+    raise TypeError(f"there is no update rule for {type(optimizer).__name__}")

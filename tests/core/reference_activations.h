@@ -9,18 +9,7 @@ namespace {
 
 void test_pointwise() {
   using Kind = Pointwise::Kind;
-  const struct {
-    const char* name;
-    Kind kind;
-    double at_one, at_minus_two;
-  } cases[] = {{"relu", Kind::relu, 1, 0},
-               {"leaky_relu", Kind::leaky_relu, 1, -0.2},
-               {"tanh", Kind::tanh, std::tanh(1.0), std::tanh(-2.0)},
-               {"sigmoid", Kind::sigmoid, 0.7310585786300049, 0.11920292202211755},
-               {"silu", Kind::silu, 0.7310585786300049, -0.2384058440442351},
-               {"gelu", Kind::gelu, 0.8413447460685429, -0.04550026389635842},
-               {"gelu_tanh", Kind::gelu_tanh, 0.8411919906082768, -0.0454023059122187}};
-  for (const auto& c : cases) {
+  for (const Kind kind : kPointwise) {
     const int64_t N = 3, size = 5;
     const Pointwise f{c.kind, 0.1, size};
     auto one = [&](Op op) { return Sized{op, f, N}; };
@@ -33,22 +22,35 @@ void test_pointwise() {
     piece.backward_jvp = [&](const Values& v, const Values& d, const Vec& dy, const Vec& dy_dot) {
       return Values{run(one(Op::pointwise_bwd_jvp), {hole(N * size), v[0], d[0], dy, dy_dot})[0]};
     };
-    const std::string name = std::string("pointwise ") + c.name;
+    const std::string name = std::string("pointwise ") + pointwise_name(kind);
     const Vec x = draw_spread(N * size, 0.2), dy = draw(N * size), dy_dot = draw(N * size);
     check(name, piece, {x});
     expect_close(name + ": an absent x_dot is zero", {run(one(Op::pointwise_bwd_jvp), {hole(N * size), x, {}, dy, dy_dot})[0]},
                  piece.backward_jvp({x}, {zeros(x)}, dy, dy_dot), 0);
-    const Vec y = run({Op::pointwise_fwd, Pointwise{c.kind, 0.1, 2}, 1}, {hole(2), {1, -2}})[0];
-    expect_close(name + ": known values at 1 and -2", {y}, {{c.at_one, c.at_minus_two}}, kRounding);
-    const Vec lost = run({Op::pointwise_fwd, Pointwise{c.kind, 0.1, 1}, 1}, {hole(1), {kNaN}})[0];
+    const Vec lost = run({Op::pointwise_fwd, Pointwise{kind, 0.1, 1}, 1}, {hole(1), {kNaN}})[0];
     report(name + ": NaN stays NaN", std::isnan(lost[0]), "");
-    const Vec extreme = run({Op::pointwise_fwd, Pointwise{c.kind, 0.1, 2}, 1}, {hole(2), {800, -800}})[0];
-    const Vec slope = run({Op::pointwise_bwd, Pointwise{c.kind, 0.1, 2}, 1}, {hole(2), {800, -800}, {1, 1}})[0];
+    const Vec extreme = run({Op::pointwise_fwd, Pointwise{kind, 0.1, 2}, 1}, {hole(2), {800, -800}})[0];
+    const Vec slope = run({Op::pointwise_bwd, Pointwise{kind, 0.1, 2}, 1}, {hole(2), {800, -800}, {1, 1}})[0];
     report(name + ": finite at 800 and -800", std::isfinite(extreme[0] + extreme[1] + slope[0] + slope[1]), "");
   }
   const Vec zero = run({Op::pointwise_bwd, Pointwise{Kind::relu, 0, 2}, 1}, {hole(2), {0.0, -0.0}, {1, 1}})[0];
   const Vec leaky = run({Op::pointwise_bwd, Pointwise{Kind::leaky_relu, 0.1, 1}, 1}, {hole(1), {0.0}, {1}})[0];
   expect_close("relu'(0) = 0, leaky_relu'(0) = slope", {zero, leaky}, {{0, 0}, {0.1}}, 0);
+  const struct {
+    Kind kind;
+    double at_one, at_minus_two;
+  } known[] = {{Kind::relu, 1, 0},
+               {Kind::leaky_relu, 1, -0.2},
+               {Kind::tanh, std::tanh(1.0), std::tanh(-2.0)},
+               {Kind::sigmoid, 0.7310585786300049, 0.11920292202211755},
+               {Kind::silu, 0.7310585786300049, -0.2384058440442351},
+               {Kind::gelu, 0.8413447460685429, -0.04550026389635842},
+               {Kind::gelu_tanh, 0.8411919906082768, -0.0454023059122187}};
+  for (const auto& f : known) {
+    const Vec y = run({Op::pointwise_fwd, Pointwise{f.kind, 0.1, 2}, 1}, {hole(2), {1, -2}})[0];
+    expect_close(std::string("pointwise ") + pointwise_name(f.kind) + ": known values at 1 and -2", {y}, {{f.at_one, f.at_minus_two}},
+                 kRounding);
+  }
 }
 
 // A pointwise function and its tangent in one are the two alone.
@@ -56,9 +58,9 @@ void test_pointwise_dual() {
   const int64_t size = 7;
   const Vec x = draw(size), x_dot = draw(size), dy = draw(size), dy_dot = draw(size), none;
   using Kind = Pointwise::Kind;
-  for (const Kind kind : {Kind::relu, Kind::leaky_relu, Kind::tanh, Kind::sigmoid, Kind::gelu, Kind::gelu_tanh, Kind::silu}) {
+  for (const Kind kind : kPointwise) {
     const Pointwise f{kind, 0.1, size};
-    const std::string name = "pointwise " + std::to_string(int(kind));
+    const std::string name = std::string("pointwise ") + pointwise_name(kind);
     const Values fwd = run({Op::pointwise_fwd_dual, f}, {hole(size), hole(size), x, x_dot});
     expect_close(name + ": forward", {fwd[0], fwd[1]},
                  {run({Op::pointwise_fwd, f}, {hole(size), x})[0], run({Op::pointwise_fwd_jvp, f}, {hole(size), x, x_dot})[0]}, 0);
