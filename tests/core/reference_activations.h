@@ -11,7 +11,7 @@ void test_pointwise() {
   using Kind = Pointwise::Kind;
   for (const Kind kind : kPointwise) {
     const int64_t N = 3, size = 5;
-    const Pointwise f{c.kind, 0.1, size};
+    const Pointwise f{kind, 0.1, size};
     auto one = [&](Op op) { return Sized{op, f, N}; };
     Piece piece;
     piece.forward = [&](const Values& v) { return Values{run(one(Op::pointwise_fwd), {hole(N * size), v[0]})[0]}; };
