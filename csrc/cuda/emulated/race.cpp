@@ -56,7 +56,6 @@ class Race : public Watcher {
     sequence_.clear();
     if (pages_.size() > kMostPages) pages_.clear();
     recent_.fill({});
-    clocks_.assign(32, {});
     image_ = image();
     static_neighbourhood_ = static_neighbourhood();
     dynamic_neighbourhood_ = dynamic_neighbourhood();
@@ -115,7 +114,7 @@ class Race : public Watcher {
   uint32_t launch_ = 0, first_of_launch_ = 1, last_block_ = 0, barrier_ = 0;
   Range image_, static_neighbourhood_, dynamic_neighbourhood_, dynamic_;
   std::vector<uint3> sequence_;  // the blocks of this launch
-  std::vector<Clocks> clocks_;
+  std::vector<Clocks> clocks_ = std::vector<Clocks>(32);  // of the warps of a block
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   struct Recent {
     uintptr_t number = 0;
