@@ -127,7 +127,7 @@ format: $(STAMP)/lint
 
 # Everything that bench/README.md shows, about five hours; BENCH="--parts startup" takes a part. Interrupted, it goes on the next time.
 bench: $(STAMP)/build
-	$(PY) -m bench.all $(BENCH)
+	$(PY) -m bench $(BENCH)
 
 clean:
 	rm -rf build dist fastmaml/_C*.so fastmaml/_cuda.so fastmaml/_C.stamp *.egg-info $(STAMP)/build

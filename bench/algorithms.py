@@ -21,14 +21,15 @@ import torch
 
 import fastmaml as fm
 from bench.measure import RESULTS, commit, facts, write_json
-from fastmaml import checkpoint
-from fastmaml.evaluation import evaluate_run
-from fastmaml.experiment import make_learner, make_tasks, read_config, seed_generators, write_config
-from fastmaml.metrics import read_rows
-from fastmaml.presets import preset
-from fastmaml.run_config import ALGORITHMS, NEEDS_CLASSES, RunConfig
+from fastmaml.algorithms.names import ALGORITHMS
 from fastmaml.tasks.source import TaskSource
-from fastmaml.trainer import Trainer
+from fastmaml.training import checkpoint
+from fastmaml.training.evaluation import evaluate_run
+from fastmaml.training.experiment import make_learner, make_tasks, read_config, seed_generators, write_config
+from fastmaml.training.metrics import read_rows
+from fastmaml.training.presets import preset
+from fastmaml.training.run_config import NEEDS_CLASSES, RunConfig
+from fastmaml.training.trainer import Trainer
 
 MIB = 2**20
 PROBED_STEPS = 10  # outer steps whose memory is measured
@@ -40,7 +41,7 @@ what is equal
              presets': 1-40-40-1, with context inputs for CAVIA, 1-64-64-1 with tanh for Reptile and FOML
   omniglot   4 tasks an iteration, 5 ways, 1 shot, 5 query images a class, 1,000 iterations, Conv4 with 32 filters that
              halves by stride
-  Everything else is the algorithm's published setting (fastmaml/presets.py), or the one that its note in the table names.
+  Everything else is the algorithm's published setting (fastmaml/training/presets.py), or the one that its note in the table names.
   Reptile and FOML, which have no query set, draw larger support sets in training (50 points; 10 images a class).
 
 what the columns mean

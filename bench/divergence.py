@@ -27,10 +27,10 @@ from torch import Tensor, nn
 import fastmaml as fm
 from bench.measure import RESULTS, facts, write_json
 from fastmaml.benchmark.text import table
-from fastmaml.checkpoint import write_durably
 from fastmaml.report import plots
 from fastmaml.report.style import LIGHT
 from fastmaml.tasks.source import TaskSource
+from fastmaml.training.checkpoint import write_durably
 from tests import oracle
 
 FLOAT64_LIMIT = 1e-8

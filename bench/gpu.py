@@ -20,21 +20,22 @@ from typing import Any
 
 import torch
 
-from bench import run
-from bench.baselines import jax_hvp, learn2learn_maml
+from bench import meta_gradient
 from bench.cases import CASES
 from bench.measure import RESULTS, ROOT, commit, facts
-from fastmaml import backend as choosing
+from bench.peers import jax_hvp, learn2learn_maml
 from fastmaml.benchmark import hvp, meta
 from fastmaml.benchmark.cases import HvpCase
 from fastmaml.benchmark.problem import Case, problem
 from fastmaml.benchmark.results import write
 from fastmaml.benchmark.timing import Clock, device_seconds
+from fastmaml.compiled import loading
+from fastmaml.engine import backend as choosing
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Each op once, whole meta-gradients in both walks and all inner optimizers: sanitizers slow a kernel down a hundred times.
 SANITIZED = ("tests/numerics/test_ops.py", "tests/numerics/test_meta_gradient.py", "tests/numerics/test_inner_loops.py")
-PEERS = [name for name in run.PEERS if name != learn2learn_maml.NAME]
+PEERS = [name for name in meta_gradient.PEERS if name != learn2learn_maml.NAME]
 HVP_PEERS = {**hvp.PEERS, **jax_hvp.PEERS}
 HVPS = tuple(HvpCase(width, tasks) for width in (32, 128, 512) for tasks in (1, 16, 64))
 CASES_TIMED = tuple(
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None, target: Target | None = None) -> int
 
 def why_no_gpu() -> str:
     """ "" where the CUDA backend runs here, or the sentence that says why not. Builds its library where that is missing."""
-    reason = choosing.load_cuda()
+    reason = loading.load_cuda()
     if not reason and not torch.cuda.is_available():
         reason = f"torch {torch.__version__} sees no CUDA device; install a build of torch for CUDA"
     return reason
@@ -179,12 +180,12 @@ def _pytest(
 
 
 def time_meta_gradients(target: Target, rounds: int) -> dict[str, Any]:
-    """The cases of bench.run, each implementation held to the exact result first."""
-    versions, missing = run.peer_versions(target.peers)
+    """The cases of bench.meta_gradient, each implementation held to the exact result first."""
+    versions, missing = meta_gradient.peer_versions(target.peers)
     how = meta.How(rounds, target.backend, device=target.device, clock=target.clock)
     measured = []
     for case in target.cases:
-        result = meta.measure(problem(case), {name: run.PEERS[name] for name in target.peers}, how, missing)
+        result = meta.measure(problem(case), {name: meta_gradient.PEERS[name] for name in target.peers}, how, missing)
         print("\n" + meta.show(result), flush=True)
         measured.append(meta.to_json(result))
     good = all(any(row["name"] == meta.OURS for row in case["rows"]) for case in measured)

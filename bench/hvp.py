@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.baselines import jax_hvp
 from bench.measure import RESULTS, open_results
+from bench.peers import jax_hvp
 from fastmaml.benchmark import hvp
 from fastmaml.benchmark.cases import HVP, HvpCase
 from fastmaml.benchmark.text import progress

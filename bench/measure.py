@@ -31,7 +31,7 @@ def sources(own: str | None = None) -> str:
     """A digest of what decides a time, committed or not: csrc/, fastmaml/, the peers, the cases, and the benchmark's `own` file."""
     found = [p for pattern in ("*.[ch]*", "*.cu*") for p in (ROOT / "csrc").rglob(pattern)]
     found += [p for p in (ROOT / "fastmaml").rglob("*.py") if not {"cli", "report"} & set(p.relative_to(ROOT).parts)]
-    found += [*(ROOT / "bench" / "baselines").glob("*.py"), ROOT / "bench" / "cases.py", *([Path(own)] if own else [])]
+    found += [*(ROOT / "bench" / "peers").glob("*.py"), ROOT / "bench" / "cases.py", *([Path(own)] if own else [])]
     digest = hashlib.sha256()
     for path in sorted({p.resolve() for p in found if p.is_file()}):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())

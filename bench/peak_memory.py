@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 import torch
 
-from bench import run
+from bench import meta_gradient
 from bench.cases import MEMORY, MEMORY_STEPS
 from bench.measure import RESULTS, open_results
 from fastmaml.benchmark import memory
-from fastmaml.benchmark.baselines import fastmaml_maml
 from fastmaml.benchmark.peak import Peak, Source
+from fastmaml.benchmark.peers import fastmaml_maml
 from fastmaml.benchmark.text import progress
 
 # A JAX call takes minutes here, and torch.compile would be measured with its compiler's memory.
-DEFAULT_PEERS = [name for name in run.PEERS if "jax" not in name and "compile" not in name]
+DEFAULT_PEERS = [name for name in meta_gradient.PEERS if "jax" not in name and "compile" not in name]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    versions, missing = run.peer_versions(args.peers)
+    versions, missing = meta_gradient.peer_versions(args.peers)
     results.content["versions"] |= versions
-    peers = {name: run.PEERS[name] for name in args.peers}
+    peers = {name: meta_gradient.PEERS[name] for name in args.peers}
     for name in MEMORY:
         points: list[memory.Point] = []
         for steps in args.inner_steps:
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--inner-steps", type=int, nargs="+", default=list(MEMORY_STEPS), metavar="K", help=f"default {steps}"
     )
-    parser.add_argument("--peers", nargs="*", default=DEFAULT_PEERS, choices=list(run.PEERS), metavar="PEER",
+    parser.add_argument("--peers", nargs="*", default=DEFAULT_PEERS, choices=list(meta_gradient.PEERS), metavar="PEER",
                         help=f"default: {', '.join(DEFAULT_PEERS)}")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and tasks")

@@ -21,12 +21,12 @@ import fastmaml as fm
 from bench.cases import CASES, HVP, MEMORY, MEMORY_STEPS
 from bench.measure import RESULTS, open_results
 from fastmaml.benchmark import hvp, peak
-from fastmaml.benchmark.baselines import fastmaml_maml
+from fastmaml.benchmark.peers import fastmaml_maml
 from fastmaml.benchmark.problem import Case, problem
 from fastmaml.benchmark.text import share, table
 from fastmaml.benchmark.timing import interleaved
-from fastmaml.plan.calibration import Machine, measure
-from fastmaml.plan.predict import BATCH, OPTIMIZER_STATE, Prediction, predict, predict_call
+from fastmaml.prediction.calibration import Machine, measure
+from fastmaml.prediction.predict import BATCH, OPTIMIZER_STATE, Prediction, predict, predict_call
 
 TIME_LIMIT, MEMORY_LIMIT, MEMORY_FLOOR = 0.30, 0.15, 2**20
 HEAD = ["case", "memory", "ms", "predicted", "off by", "MiB", "predicted", "off by"]

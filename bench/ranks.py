@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.cases import CASES
-from fastmaml.benchmark.baselines.fastmaml_engine import NAME as ENGINE
+from fastmaml.benchmark.peers.fastmaml_engine import NAME as ENGINE
 from fastmaml.benchmark.text import markdown, number, share
 
 RANKS = (1, 8, 64, 1024)

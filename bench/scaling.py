@@ -20,7 +20,7 @@ import torch
 from bench.cases import CASES
 from bench.measure import RESULTS, known, open_results
 from fastmaml import models
-from fastmaml.benchmark.baselines import fastmaml_maml
+from fastmaml.benchmark.peers import fastmaml_maml
 from fastmaml.benchmark.problem import Case, problem
 from fastmaml.benchmark.text import number, table
 from fastmaml.benchmark.timing import interleaved

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import fastmaml as fm
-from bench.baselines import Missing, learn2learn_maml
 from bench.measure import RESULTS, facts, write_json
+from bench.peers import Missing, learn2learn_maml
 from fastmaml.benchmark.text import table
 from fastmaml.benchmark.timing import summarise
 

@@ -32,7 +32,7 @@ print([b - a, c - b])
 """
 FIRST_CALL = """
 import gc, sys, time
-from fastmaml.benchmark.baselines import fastmaml_maml
+from fastmaml.benchmark.peers import fastmaml_maml
 from fastmaml.benchmark.cases import META
 from fastmaml.benchmark.problem import problem
 import torch

@@ -17,10 +17,10 @@ from typing import Any
 from bench import plan, ranks
 from bench.cases import CASES
 from bench.measure import RESULTS, ROOT
+from bench.meta_gradient import PEERS
 from bench.plots import PLOTS
-from bench.run import PEERS
-from fastmaml.benchmark.baselines.fastmaml_engine import NAME as ENGINE
 from fastmaml.benchmark.meta import OURS
+from fastmaml.benchmark.peers.fastmaml_engine import NAME as ENGINE
 from fastmaml.benchmark.text import markdown, number, share
 
 PAGES = {"README.md": "bench/results/", "bench/README.md": "results/"}  # from each to its pictures
@@ -266,11 +266,11 @@ def sinusoid(content: Content) -> str:
 
 # By the name in a marker: the result file, the table, the command that measures it.
 TABLES: dict[str, tuple[str, Callable[[Content], str], str]] = {
-    "speed": ("meta", speed, "bench.run"),
-    "meta": ("meta", meta, "bench.run"),
-    "ranks": ("meta", ranks.table, "bench.run"),
-    "meta-jax": ("meta_jax", meta, "bench.run omniglot-t8-k1 --peers jax jax_map jax_fo_rev jax_fo_rev_map"),
-    "speed-avx512": ("meta_avx512", speed, "bench.run"),
+    "speed": ("meta", speed, "bench.meta_gradient"),
+    "meta": ("meta", meta, "bench.meta_gradient"),
+    "ranks": ("meta", ranks.table, "bench.meta_gradient"),
+    "meta-jax": ("meta_jax", meta, "bench.meta_gradient omniglot-t8-k1 --peers jax jax_map jax_fo_rev jax_fo_rev_map"),
+    "speed-avx512": ("meta_avx512", speed, "bench.meta_gradient"),
     "hvp-avx512": ("hvp_avx512", hvp, "bench.hvp"),
     "hvp": ("hvp", hvp, "bench.hvp"),
     "peak-memory": ("peak_memory", peak_memory, "bench.peak_memory"),

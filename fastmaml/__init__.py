@@ -27,8 +27,8 @@ from fastmaml.algorithms import (
     ProtoMAML,
     Reptile,
 )
-from fastmaml.engine import Engine
-from fastmaml.engine_results import MetaGradient, Solution
+from fastmaml.engine.engine import Engine
+from fastmaml.engine.results import MetaGradient, Solution
 
 if TYPE_CHECKING:
     from fastmaml import tasks

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastmaml.parameters import InnerLr
+from torch import Tensor
+
+InnerLr = float | Tensor | Mapping[str, Any]  # one rate, rates in a tensor, or by parameter name
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
-from fastmaml import backend as choosing
+from fastmaml.compiled import loading
+from fastmaml.engine import backend as choosing
 
 OPS = ("forward", "grad", "hvp", "linearise", "curvature", "vjp", "adapt", "meta_gradient", "solve", "passes")
 ON_THE_HOST = ("plain_meta_gradient", "scaled_parts")  # refuse backend "cuda", whose engines then call the others
@@ -42,4 +43,4 @@ def why_no_cuda() -> str:
     """ "" where this machine can run the CUDA backend, or the sentence that says why it cannot."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return choosing.load_cuda()
+    return loading.load_cuda()

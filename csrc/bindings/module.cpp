@@ -223,6 +223,4 @@ PYBIND11_MODULE(_C, m) {
 #ifdef __linux__
   m.def("emulated_kernels", &emulated_kernels, "Every kernel of the emulated CUDA backend by nvcc's symbol: (launches, readable name).");
 #endif
-
-  pybind11::module_::import("fastmaml.fakes");  // the operators' shapes, for torch.compile
 }

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
-from fastmaml.linear_head import LinearHead
-from fastmaml.losses import Loss
-from fastmaml.parameters import InnerLr, ParameterLayout
+from fastmaml.algorithms.linear_head import LinearHead
+from fastmaml.inner import InnerLr
+from fastmaml.problem.losses import Loss
+from fastmaml.problem.parameters import ParameterLayout
 
 
 class ANIL(Learner):

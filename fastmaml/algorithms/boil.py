@@ -9,8 +9,8 @@ from torch import nn
 
 from fastmaml.algorithms.anil import head_of
 from fastmaml.algorithms.learner import Learner
-from fastmaml.losses import Loss
-from fastmaml.parameters import InnerLr
+from fastmaml.inner import InnerLr
+from fastmaml.problem.losses import Loss
 
 
 class BOIL(Learner):

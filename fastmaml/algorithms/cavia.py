@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmaml.algorithms.learner import Learner, MetaStep
-from fastmaml.engine_results import MetaGradient
-from fastmaml.losses import Loss
-from fastmaml.parameters import InnerLr, ParameterLayout
+from fastmaml.engine.results import MetaGradient
+from fastmaml.inner import InnerLr
+from fastmaml.problem.losses import Loss
+from fastmaml.problem.parameters import ParameterLayout
 
 
 class CAVIA(Learner):

@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_map
 
 from fastmaml.algorithms.maml import MAML
 from fastmaml.algorithms.reptile import Reptile, mini_batches
-from fastmaml.checks import whole_number
-from fastmaml.engine_results import Adaptation
-from fastmaml.parameters import InnerLr
+from fastmaml.engine.results import Adaptation
+from fastmaml.inner import InnerLr
+from fastmaml.problem.checks import whole_number
 
 
 class FOMAML(MAML):

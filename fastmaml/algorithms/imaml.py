@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmaml import checks
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep, weighted
-from fastmaml.conjugate_gradients import STOP, Solved, conjugate_gradients
-from fastmaml.engine import Engine
-from fastmaml.inner import SGD, Optimizer
-from fastmaml.losses import Loss
-from fastmaml.newton_cg import newton_cg
-from fastmaml.parameters import InnerLr, expand_rates
-from fastmaml.random_draws import replayed
+from fastmaml.algorithms.newton_cg import newton_cg
+from fastmaml.autodiff.conjugate_gradients import STOP, Solved, conjugate_gradients
+from fastmaml.autodiff.replayed_dropout import replayed
+from fastmaml.engine.engine import Engine
+from fastmaml.inner import SGD, InnerLr, Optimizer
+from fastmaml.problem import checks
+from fastmaml.problem.inner_rates import expand_rates
+from fastmaml.problem.losses import Loss
 
 logger = logging.getLogger("fastmaml")
 

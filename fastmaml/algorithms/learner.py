@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmaml.batch_norm import settle
-from fastmaml.checks import whole_number
-from fastmaml.engine import Engine
-from fastmaml.engine_results import MetaGradient
-from fastmaml.inner import Optimizer, optimizer_of
-from fastmaml.losses import Loss
-from fastmaml.model_parameters import ModelParameters
-from fastmaml.parameters import InnerLr
+from fastmaml.engine.engine import Engine
+from fastmaml.engine.results import MetaGradient
+from fastmaml.inner import InnerLr, Optimizer, optimizer_of
+from fastmaml.problem.batch_norm import settle
+from fastmaml.problem.checks import whole_number
+from fastmaml.problem.losses import Loss
+from fastmaml.problem.named_parameters import ModelParameters
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, query_y
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastmaml import step_statistics
+from fastmaml.algorithms import per_step_batch_norm
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
-from fastmaml.checks import number, whole_number
-from fastmaml.engine import Engine
-from fastmaml.engine_results import Adaptation, MetaGradient
+from fastmaml.engine.engine import Engine
+from fastmaml.engine.results import Adaptation, MetaGradient
 from fastmaml.inner import Optimizer, optimizer_of
-from fastmaml.losses import Loss
-from fastmaml.parameters import ParameterLayout
+from fastmaml.problem.checks import number, whole_number
+from fastmaml.problem.losses import Loss
+from fastmaml.problem.parameters import ParameterLayout
 
 BN_STATS = ("batch", "running_per_step")
 MOMENTUM = 0.1  # of the running statistics
@@ -91,7 +91,7 @@ class MAMLPlusPlus(Learner):
         if self.keeps_statistics:
             if self.engine.batch_norm != "transductive":
                 raise ValueError(f"bn_stats='running_per_step' does not go with batch_norm={self.engine.batch_norm!r}")
-            zeros = self.engine.flatten().new_zeros(steps, step_statistics.channels(model))
+            zeros = self.engine.flatten().new_zeros(steps, per_step_batch_norm.channels(model))
             self.register_buffer("running_mean", zeros)
             self.register_buffer("running_var", torch.ones_like(zeros))
 
@@ -143,12 +143,12 @@ class MAMLPlusPlus(Learner):
         model = copy.deepcopy(self.model)
         how = (own.backend, own.memory, "frozen", own.label_smoothing, own.precision_in_use)
         engine = Engine(model, own.loss_name, *how)
-        step_statistics.put(model, self.running_mean[0], self.running_var[0])
+        per_step_batch_norm.put(model, self.running_mean[0], self.running_var[0])
         now = self._one_step(engine, 0, own.flatten(), support_x, support_y, None, steps=0)
         losses = [now.losses]
         for k in range(self.inner_steps if inner_steps is None else inner_steps):
             row = min(k, self.inner_steps - 1)
-            step_statistics.put(model, self.running_mean[row], self.running_var[row])
+            per_step_batch_norm.put(model, self.running_mean[row], self.running_var[row])
             now = self._one_step(engine, k, now.params, support_x, support_y, now.state)
             losses.append(now.losses)
         return Adapted(engine, now.params, torch.cat(losses, dim=1), support_x)
@@ -163,7 +163,7 @@ class MAMLPlusPlus(Learner):
             judged = k == self.inner_steps - 1 or self.epoch < self.msl_epochs
             for task in range(len(params)):
                 for point, x in [(before, support_x), (params, query_x)] if judged else [(before, support_x)]:
-                    mean, var = step_statistics.of_batch(self.model, self.engine.unflatten(point[task]), x[task])
+                    mean, var = per_step_batch_norm.of_batch(self.model, self.engine.unflatten(point[task]), x[task])
                     self.running_mean[k].lerp_(mean, MOMENTUM)
                     self.running_var[k].lerp_(var, MOMENTUM)
 

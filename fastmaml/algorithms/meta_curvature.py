@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
-from fastmaml.losses import Loss
-from fastmaml.parameters import InnerLr, ParameterLayout, expand_rates
-from fastmaml.update_rules import UpdateRule, rule_for
+from fastmaml.autodiff.update_rules import UpdateRule, rule_for
+from fastmaml.inner import InnerLr
+from fastmaml.problem.inner_rates import expand_rates
+from fastmaml.problem.losses import Loss
+from fastmaml.problem.parameters import ParameterLayout
 
 AXES = {"out": 1, "in": 2, "kernel": 3}
 

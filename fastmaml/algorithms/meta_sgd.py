@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastmaml.algorithms.learner import Learner
 from fastmaml.inner import Optimizer, optimizer_of
-from fastmaml.losses import Loss
-from fastmaml.parameters import ParameterLayout
+from fastmaml.problem.losses import Loss
+from fastmaml.problem.parameters import ParameterLayout
 
 
 class MetaSGD(Learner):

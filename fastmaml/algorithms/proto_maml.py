@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmaml import checks
 from fastmaml.algorithms.learner import Batch, Learner, MetaStep
-from fastmaml.engine import Engine
-from fastmaml.losses import Loss
-from fastmaml.parameters import InnerLr
-from fastmaml.random_draws import replayed
+from fastmaml.autodiff.replayed_dropout import replayed
+from fastmaml.engine.engine import Engine
+from fastmaml.inner import InnerLr
+from fastmaml.problem import checks
+from fastmaml.problem.losses import Loss
 
 
 class Prototypes(NamedTuple):

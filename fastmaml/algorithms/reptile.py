@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep, weighted
-from fastmaml.checks import any_target, whole_number
-from fastmaml.engine_results import Adaptation
-from fastmaml.inner import Adam, Optimizer, optimizer_of
-from fastmaml.losses import Loss
-from fastmaml.parameters import InnerLr
+from fastmaml.engine.results import Adaptation
+from fastmaml.inner import Adam, InnerLr, Optimizer, optimizer_of
+from fastmaml.problem.checks import any_target, whole_number
+from fastmaml.problem.losses import Loss
 
 
 class Reptile(Learner):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastmaml.benchmark.problem import Problem
-from fastmaml.checking.intent import Intent
+from fastmaml.checking.expected import Intent
 from fastmaml.checking.oracle import Norms, Oracle
 from fastmaml.inner import SGD
-from fastmaml.losses import Loss
+from fastmaml.problem.losses import Loss
 
 Answer = tuple[Tensor, Sequence[Tensor]]  # mean query loss, the meta-gradient of each parameter
 Call = Callable[[], Answer]

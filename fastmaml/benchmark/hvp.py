@@ -5,11 +5,9 @@ Every product includes its primal pass. Products of several directions at fixed 
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,47 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml import models
-from fastmaml.benchmark.baselines import Missing
 from fastmaml.benchmark.cases import HvpCase
 from fastmaml.benchmark.exact import disagreement, distance, flat, in_a_line, mean_loss, network
-from fastmaml.benchmark.hvp_peers import PEERS as PEERS
-from fastmaml.benchmark.hvp_peers import REPEATED, Product
 from fastmaml.benchmark.meta import OURS
-from fastmaml.benchmark.problem import forward_flops, random_model
+from fastmaml.benchmark.peers import Missing
+from fastmaml.benchmark.peers.hvp import PEERS as PEERS
+from fastmaml.benchmark.peers.hvp import REPEATED, Product
+from fastmaml.benchmark.problem import HvpProblem, random_model
 from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import Clock, Times, interleaved, sgemm
-from fastmaml.engine import Engine
-from fastmaml.losses import Loss
+from fastmaml.engine.engine import Engine
+from fastmaml.problem.losses import Loss
 
 DIRECTIONS = 8  # of a repeated row
-
-
-@dataclass(frozen=True)
-class HvpProblem:
-    """The network and loss, and for each task its weights, examples and direction."""
-
-    name: str
-    model: nn.Module
-    loss: Loss
-    params: Tensor  # [T, P]
-    x: Tensor  # [T, N, ...]
-    y: Tensor
-    v: Tensor  # [T, P]
-
-    @property
-    def tasks(self) -> int:
-        return len(self.params)
-
-    def to(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> HvpProblem:
-        """The same numbers elsewhere."""
-        moved = [t.to(device, dtype if t.is_floating_point() else None) for t in (self.params, self.x, self.y, self.v)]
-        return HvpProblem(self.name, copy.deepcopy(self.model).to(device, dtype), self.loss, *moved)
-
-    @property
-    def gflop(self) -> float:
-        """Of the matrix products: 9F less the first layer's input gradients, 5F1 (as an exact inner step)."""
-        forward, first = forward_flops(self.model, self.x[0])
-        return self.tasks * self.x.shape[1] * (9 * forward - 5 * first) / 1e9
 
 
 def problem(case: HvpCase, seed: int = 0) -> HvpProblem:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastmaml.benchmark import peak
-from fastmaml.benchmark.baselines import Implementation, Missing
 from fastmaml.benchmark.meta import OURS
+from fastmaml.benchmark.peers import Implementation, Missing
 from fastmaml.benchmark.text import number, table
 
 MIB = 2**20

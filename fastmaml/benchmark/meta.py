@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastmaml.benchmark import peak
-from fastmaml.benchmark.baselines import (
+from fastmaml.benchmark.exact import Call, disagreement, error, exact, in_a_line
+from fastmaml.benchmark.peers import (
     Implementation,
     Missing,
     fastmaml_engine,
@@ -21,11 +22,11 @@ from fastmaml.benchmark.baselines import (
     torch_func_compiled,
     torch_loop,
 )
-from fastmaml.benchmark.exact import Call, disagreement, error, exact, in_a_line
 from fastmaml.benchmark.problem import Case, Problem, arithmetic
 from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import Clock, Times, interleaved, sgemm
-from fastmaml.engine import Engine
+from fastmaml.compiled import introspection
+from fastmaml.engine.engine import Engine
 
 OURS = fastmaml_maml.NAME
 _OURS: dict[str, Implementation] = {m.NAME: m for m in (fastmaml_maml, fastmaml_engine)}
@@ -146,11 +147,10 @@ def memory_mode(problem: Problem, backend: str, memory: str) -> str:
         return "low"  # autodiff always recomputes
     if memory != "auto":
         return memory
-    from fastmaml import _C
 
     def arena(mode: str) -> int:
         case = problem.case
-        return _C.arena_bytes(
+        return introspection.arena_bytes(
             program.text, "meta_gradient", backend=engine.backend, real_bytes=x.element_size(), memory=mode,
             support_examples=case.support, query_examples=case.query, loop=f"steps={case.inner_steps}",
         )  # fmt: skip

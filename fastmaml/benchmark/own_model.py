@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fastmaml.algorithms.learner import Learner
-from fastmaml.benchmark.hvp import HvpProblem, with_directions
-from fastmaml.benchmark.problem import Case, Problem, without_running_statistics
+from fastmaml.benchmark.hvp import with_directions
+from fastmaml.benchmark.problem import Case, HvpProblem, Problem, without_running_statistics
 from fastmaml.checking.oracle import switch_dropout_off
-from fastmaml.target import first_line, load_function
 from fastmaml.tasks import TaskBatch
+from fastmaml.user_function import first_line, load_function
 
 IN_SHORT = """\
 FUNCTION takes no arguments and returns what there is to measure, as a dict:

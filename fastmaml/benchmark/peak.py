@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastmaml.benchmark.baselines import Implementation, Missing
 from fastmaml.benchmark.exact import in_a_line
+from fastmaml.benchmark.peers import Implementation, Missing
 from fastmaml.benchmark.problem import Case, problem
 
 FEW_CALLS_S = 2.0  # so long are calls repeated for their time

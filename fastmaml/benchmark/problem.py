@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fastmaml.losses import Loss
+from fastmaml.problem.losses import Loss
 from fastmaml.tasks import TaskBatch
 
 
@@ -128,3 +128,31 @@ def arithmetic(problem: Problem) -> float:
     forward, first = forward_flops(problem.model, problem.batch.support_x[0])
     step, gradient = 9 * forward - 5 * first, 3 * forward - first
     return case.tasks * (case.inner_steps * case.support * step + case.query * gradient)
+
+
+@dataclass(frozen=True)
+class HvpProblem:
+    """The network and loss, and for each task its weights, examples and direction."""
+
+    name: str
+    model: nn.Module
+    loss: Loss
+    params: Tensor  # [T, P]
+    x: Tensor  # [T, N, ...]
+    y: Tensor
+    v: Tensor  # [T, P]
+
+    @property
+    def tasks(self) -> int:
+        return len(self.params)
+
+    def to(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> HvpProblem:
+        """The same numbers elsewhere."""
+        moved = [t.to(device, dtype if t.is_floating_point() else None) for t in (self.params, self.x, self.y, self.v)]
+        return HvpProblem(self.name, copy.deepcopy(self.model).to(device, dtype), self.loss, *moved)
+
+    @property
+    def gflop(self) -> float:
+        """Of the matrix products: 9F less the first layer's input gradients, 5F1 (as an exact inner step)."""
+        forward, first = forward_flops(self.model, self.x[0])
+        return self.tasks * self.x.shape[1] * (9 * forward - 5 * first) / 1e9

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from fastmaml.algorithms.maml import MAML
 from fastmaml.benchmark.ceilings import Ceilings
-from fastmaml.benchmark.hvp import HvpProblem
-from fastmaml.benchmark.problem import Problem
+from fastmaml.benchmark.problem import HvpProblem, Problem
 from fastmaml.benchmark.text import share, table
-from fastmaml.engine import Engine
+from fastmaml.compiled import introspection
+from fastmaml.engine.engine import Engine
 
 OUTER_LR = 1e-6  # so small that the network stays as it is
 LEAST_S, MOST_CALLS = 0.5, 50  # so long, or so often, is the call repeated under the profile
@@ -86,10 +86,8 @@ class Bound(NamedTuple):
 def measure(call: Callable[[], Any], least_s: float = LEAST_S) -> Profile:
     """Profiles the call, which runs once before. Raises ValueError where nothing of it runs on a compiled host backend."""
     call()
-    from fastmaml import _C
-
     calls, wall = 0, 0.0
-    _C.profile_start()
+    introspection.start_profile()
     try:
         while calls == 0 or (wall < least_s and calls < MOST_CALLS):
             start = time.perf_counter()
@@ -97,7 +95,7 @@ def measure(call: Callable[[], Any], least_s: float = LEAST_S) -> Profile:
             wall += time.perf_counter() - start
             calls += 1
     finally:
-        plans = _C.profile_stop()
+        plans = introspection.stop_profile()
     if not plans:
         raise ValueError("no Step ran on the cpu or reference backend, the two that are profiled")
     walks = sum(plan["wall_seconds"] for plan in plans)

@@ -14,34 +14,24 @@ from typing import Any
 import torch
 
 import fastmaml as fm
-from fastmaml.experiment import machine
+from fastmaml.compiled import introspection
+from fastmaml.machine import machine, processor
 
 
 def facts() -> dict[str, Any]:
     """Machine, threads, versions, instruction set and load: what is needed to measure the same again."""
     described: dict[str, Any] = {
         "machine": machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "versions": {"fastmaml": fm.__version__, "python": platform.python_version(), "torch": torch.__version__},
     }
     if fm.Engine(torch.nn.Linear(1, 1), loss="mse", backend="cpu").fused:
-        from fastmaml import _C
-
-        described["instruction_set"] = _C.cpu_isa()
+        described["instruction_set"] = introspection.instruction_set()
         described["compiler"] = first_line([*os.environ.get("CXX", "c++").split(), "--version"])
     return described
-
-
-def _processor() -> str:
-    """The processor's own name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def first_line(command: list[str]) -> str:

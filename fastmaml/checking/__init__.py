@@ -16,18 +16,17 @@ from torch.utils._pytree import tree_leaves
 
 from fastmaml.algorithms.learner import Learner
 from fastmaml.algorithms.maml import MAML
-from fastmaml.checking import subject as subjects
+from fastmaml.checking import candidate as subjects
+from fastmaml.checking.candidate import Batch, MetaLoss, SubjectError
 from fastmaml.checking.compare import relative
-from fastmaml.checking.examine import Examination
-from fastmaml.checking.intent import Intent
+from fastmaml.checking.examination import Examination
+from fastmaml.checking.expected import Intent
 from fastmaml.checking.learners import check_learner
 from fastmaml.checking.oracle import Oracle
 from fastmaml.checking.report import Report, Row
-from fastmaml.checking.subject import Batch, MetaLoss, SubjectError
-from fastmaml.checks import shape
-from fastmaml.inner import Optimizer, optimizer_of
-from fastmaml.losses import Loss
-from fastmaml.parameters import InnerLr
+from fastmaml.inner import InnerLr, Optimizer, optimizer_of
+from fastmaml.problem.checks import shape
+from fastmaml.problem.losses import Loss
 
 __all__ = ["Report", "Row", "check"]
 

@@ -10,13 +10,13 @@ import torch
 from fastmaml.algorithms.imaml import IMAML
 from fastmaml.algorithms.learner import Learner
 from fastmaml.algorithms.reptile import Reptile
-from fastmaml.checking import subject as subjects
+from fastmaml.checking import candidate as subjects
+from fastmaml.checking.candidate import Batch, Outcome
 from fastmaml.checking.compare import Named, relative
-from fastmaml.checking.examine import Examination, by_differences
-from fastmaml.checking.intent import of_learner
+from fastmaml.checking.examination import Examination, by_differences
+from fastmaml.checking.expected import of_learner
 from fastmaml.checking.oracle import Oracle
 from fastmaml.checking.report import Report, share
-from fastmaml.checking.subject import Batch, Outcome
 
 CONVERGED = 1e-9  # of |grad L_support(phi) + lam (phi - theta)|, beside gradients near 1
 

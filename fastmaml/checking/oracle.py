@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
-from fastmaml.checking.intent import Intent, Rates
+from fastmaml.checking.expected import Intent, Rates
 from fastmaml.inner import SGD
 
 Named = dict[str, Tensor]

@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
-from fastmaml.backend import BACKENDS, load_cuda
 from fastmaml.benchmark import ceilings, hvp, memory, meta, own_model, peak, profile
-from fastmaml.benchmark.baselines import fastmaml_maml
 from fastmaml.benchmark.cases import HVP, MEMORY, META
+from fastmaml.benchmark.peers import fastmaml_maml
 from fastmaml.benchmark.problem import Problem, problem
 from fastmaml.benchmark.results import Results, facts
 from fastmaml.benchmark.text import progress
 from fastmaml.benchmark.timing import device_seconds
 from fastmaml.cli.text import command
-from fastmaml.engine import Engine
+from fastmaml.compiled.loading import load_cuda
+from fastmaml.engine.backend import BACKENDS
+from fastmaml.engine.engine import Engine
 
 DEFAULT_CASES = {
     "hvp": ("mlp32-t16-n32", "mlp128-t16-n32", "mlp512-t16-n32"),

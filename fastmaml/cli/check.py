@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from fastmaml import checkpoint
 from fastmaml.algorithms.learner import Learner
 from fastmaml.checking import Report, check
 from fastmaml.cli.text import command
-from fastmaml.target import first_line, load_function
+from fastmaml.training import checkpoint
+from fastmaml.user_function import first_line, load_function
 
 IN_SHORT = """\
 FUNCTION takes no arguments and returns what there is to check, as a dict:

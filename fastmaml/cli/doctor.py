@@ -20,11 +20,14 @@ from typing import Any, NamedTuple
 import torch
 
 import fastmaml
-from fastmaml import Engine, checkpoint, models
-from fastmaml.backend import BACKENDS, load_cuda
-from fastmaml.experiment import machine
+from fastmaml import Engine, models
+from fastmaml.compiled import introspection
+from fastmaml.compiled.loading import load_cuda
+from fastmaml.engine.backend import BACKENDS
+from fastmaml.machine import machine
 from fastmaml.tasks import TaskBatch
 from fastmaml.tasks.cache import cache_folder
+from fastmaml.training import checkpoint
 
 EXTRAS = {
     "train": ("tqdm", "tensorboard", "safetensors", "pyyaml"),
@@ -167,7 +170,7 @@ def _meta_gradient(model: torch.nn.Module, batch: TaskBatch, backend: str) -> to
 
 
 def _compiled_module() -> Iterator[Finding]:
-    compiled: Any = sys.modules.get("fastmaml._C")  # loaded by the engine, if it can be
+    compiled = introspection.module()  # loaded by the engine, if it can be
     if compiled is None:
         return
     yield Finding("ok", "compiled module", str(compiled.__file__))

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from fastmaml.cli.text import duration, evaluation_table
-from fastmaml.evaluation import evaluate_run
+from fastmaml.training.evaluation import evaluate_run
 
 
 def add_parser(subparsers: Any) -> None:

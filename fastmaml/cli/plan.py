@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from fastmaml import checkpoint
+from fastmaml.algorithms.names import ALGORITHMS
 from fastmaml.benchmark.text import share, table
 from fastmaml.cli.text import duration
-from fastmaml.experiment import machine
-from fastmaml.plan import calibration, request
-from fastmaml.plan.predict import Prediction, predict
-from fastmaml.presets import PRESETS
-from fastmaml.run_config import ALGORITHMS
+from fastmaml.compiled import introspection
+from fastmaml.machine import machine
+from fastmaml.prediction import calibration, request
+from fastmaml.prediction.predict import Prediction, predict
+from fastmaml.training import checkpoint
+from fastmaml.training.presets import PRESETS
 
 WHAT = """\
 Predicts what an outer step will take, without running it: its time by phase, the peak of its memory by part, and whether the
@@ -119,11 +120,9 @@ def show(found: Prediction, steps: int | None = None) -> str:
 
 def notes(found: Prediction) -> list[str]:
     """What a reader must know beside the figures."""
-    from fastmaml import _C
-
     said = []
-    if found.peak_bytes > _C.machine_memory():
-        said.append(f"does not fit: this machine has {mib(_C.machine_memory())}")
+    if found.peak_bytes > introspection.memory_of_machine():
+        said.append(f"does not fit: this machine has {mib(introspection.memory_of_machine())}")
     if found.unknown:
         said.append(f"never measured here, so guessed by other operations: {', '.join(found.unknown)}")
     return ["", *said] if said else []

@@ -7,17 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastmaml import checkpoint
-from fastmaml.backend import PRECISIONS
+from fastmaml.algorithms.names import ALGORITHMS
 from fastmaml.cli.report import write_report
 from fastmaml.cli.text import command, duration, evaluation_table, rate, size
-from fastmaml.config_file import read_option, read_settings, to_yaml
-from fastmaml.evaluation import evaluate_run
-from fastmaml.experiment import make_learner, make_tasks, read_config, seed_generators, write_config
-from fastmaml.metrics import show
-from fastmaml.presets import PRESETS, preset
-from fastmaml.run_config import ALGORITHMS, SCHEDULES, RunConfig, checked
-from fastmaml.trainer import Outcome, Trainer
+from fastmaml.engine.backend import PRECISIONS
+from fastmaml.training import checkpoint
+from fastmaml.training.config_file import read_option, read_settings, to_yaml
+from fastmaml.training.evaluation import evaluate_run
+from fastmaml.training.experiment import make_learner, make_tasks, read_config, seed_generators, write_config
+from fastmaml.training.metrics import show
+from fastmaml.training.presets import PRESETS, preset
+from fastmaml.training.run_config import SCHEDULES, RunConfig, checked
+from fastmaml.training.trainer import Outcome, Trainer
 
 # Options that are settings of RunConfig, and `filters` of its network. Only the free may change when a run goes on.
 _TASK = ("ways", "shots", "train_shots", "query_shots", "meta_batch")

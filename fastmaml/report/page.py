@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmaml.run_config import ALGORITHMS
+from fastmaml.algorithms.names import ALGORITHMS
 
 from . import examples as image_tasks
 from . import plots, tables

@@ -9,14 +9,14 @@ from loop_runs import META_GRADIENT, meta_gradient
 from on_device import ON_THE_HOST, OPS, moved_to
 
 import fastmaml as fm
-from fastmaml import backend as choosing
+from fastmaml.compiled import loading
 
 _C = pytest.importorskip("fastmaml._C", reason="make build")
 
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
-    monkeypatch.setattr(choosing, "load_cuda", lambda: "")
+    monkeypatch.setattr(loading, "load_cuda", lambda: "")
     with moved_to("cpu", "cuda_emulated"):
         yield
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from pictures import Pictures
 
-from fastmaml import checkpoint, experiment
+from fastmaml.algorithms.names import ALGORITHMS
 from fastmaml.cli.main import main
-from fastmaml.run_config import ALGORITHMS, NEEDS_CLASSES
+from fastmaml.training import checkpoint, experiment
+from fastmaml.training.run_config import NEEDS_CLASSES
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")

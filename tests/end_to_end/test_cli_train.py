@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmaml import checkpoint
 from fastmaml.cli.main import main
-from fastmaml.metrics import read_rows
+from fastmaml.training import checkpoint
+from fastmaml.training.metrics import read_rows
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
@@ -206,7 +206,7 @@ def expect_error(capsys, arguments: list[str], sentence: str) -> None:
 
 
 def test_wrong_uses_are_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastmaml.experiment.load_cuda", lambda: "no CUDA driver on this machine")
+    monkeypatch.setattr("fastmaml.training.experiment.load_cuda", lambda: "no CUDA driver on this machine")
     run_dir = tmp_path / "run"
     assert main(["train", *SMALL, *QUICK, "--steps", "1", "--out", str(run_dir)]) == 0
     capsys.readouterr()

@@ -12,7 +12,7 @@ from cases import LoopCase, OpCase, draw_loop, draw_op, program
 from compare import expect_close, expect_same_bits
 from loop_runs import META_GRADIENT, adapt, meta_gradient
 
-from fastmaml.caller_loss import tensor_of
+from fastmaml.compiled.python_loss import tensor_of
 
 _C = pytest.importorskip("fastmaml._C")
 NOTHING = torch.empty(0, dtype=torch.float64)

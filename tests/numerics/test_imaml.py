@@ -14,7 +14,7 @@ from torch.func import functional_call, vmap
 
 import fastmaml as fm
 from fastmaml.algorithms.imaml import IMAML
-from fastmaml.newton_cg import armijo, newton_cg
+from fastmaml.algorithms.newton_cg import armijo, newton_cg
 
 TASKS, SUPPORT, QUERY, CLASSES = 3, 6, 5, 3
 EXACT = {"cg_steps": 60, "cg_stop": 1e-28}

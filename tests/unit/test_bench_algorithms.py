@@ -15,9 +15,9 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # bench is no installed package
 
 from bench import algorithms  # noqa: E402
-from fastmaml import checkpoint  # noqa: E402
-from fastmaml.run_config import ALGORITHMS  # noqa: E402
+from fastmaml.algorithms.names import ALGORITHMS  # noqa: E402
 from fastmaml.tasks import Sinusoid  # noqa: E402
+from fastmaml.training import checkpoint  # noqa: E402
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 pytest.importorskip("fastmaml._C")
-from fastmaml.benchmark import cases, hvp, hvp_peers, memory, meta, own_model, peak
-from fastmaml.benchmark.baselines import Missing, torch_loop
+from fastmaml.benchmark import cases, hvp, memory, meta, own_model, peak
 from fastmaml.benchmark.cases import HvpCase
+from fastmaml.benchmark.peers import Missing, torch_loop
+from fastmaml.benchmark.peers import hvp as hvp_peers
 from fastmaml.cli import bench
 from fastmaml.cli.main import main
 

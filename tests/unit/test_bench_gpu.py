@@ -13,8 +13,8 @@ pytest.importorskip("fastmaml._C")
 import fastmaml as fm
 from bench import gpu
 from bench.cases import CASES
-from fastmaml import backend as choosing
 from fastmaml.benchmark.cases import HvpCase
+from fastmaml.compiled import loading
 
 TINY = replace(
     CASES["mlp-k1"],
@@ -40,7 +40,7 @@ STAND_IN = gpu.Target(
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(choosing, "load_cuda", lambda: "no CUDA driver on this machine")
+    monkeypatch.setattr(loading, "load_cuda", lambda: "no CUDA driver on this machine")
     assert gpu.main([]) == 3
     assert capsys.readouterr().err == "no GPU was found: no CUDA driver on this machine\n"
 

@@ -17,13 +17,13 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # bench is no installed package
 
 import fastmaml as fm  # noqa: E402
-from bench import divergence, measure, memory, plan, run, sinusoid, tables  # noqa: E402
-from bench.baselines import Missing, fetch, jax_network, learn2learn_maml  # noqa: E402
+from bench import arena, divergence, measure, meta_gradient, plan, sinusoid, tables  # noqa: E402
 from bench.cases import CASES, WORKLOADS  # noqa: E402
+from bench.peers import Missing, fetch, jax_network, learn2learn_maml  # noqa: E402
 from fastmaml.benchmark import meta, timing  # noqa: E402
-from fastmaml.benchmark.baselines import torch_func  # noqa: E402
 from fastmaml.benchmark.disturbance import Disturbance, Watch  # noqa: E402
 from fastmaml.benchmark.exact import FLOAT64_LIMIT, disagreement, error, exact  # noqa: E402
+from fastmaml.benchmark.peers import torch_func  # noqa: E402
 from fastmaml.benchmark.problem import Case, arithmetic, problem  # noqa: E402
 from fastmaml.benchmark.results import Results  # noqa: E402
 from fastmaml.benchmark.text import number, table  # noqa: E402
@@ -40,7 +40,7 @@ CONV = Case(
 def learn2learn():
     """Its baseline, where the sources are in the cache already: tests use no network."""
     if not fetch.folder(f"learn2learn-{learn2learn_maml.VERSION}-source").is_dir():
-        pytest.skip("learn2learn's sources are not in the cache folder; `python -m bench.run` fetches them")
+        pytest.skip("learn2learn's sources are not in the cache folder; `python -m bench.meta_gradient` fetches them")
     return learn2learn_maml
 
 
@@ -53,7 +53,7 @@ def one_thread(threads):
 
 
 def peers(*names):
-    return {name: run.PEERS[name] for name in names}
+    return {name: meta_gradient.PEERS[name] for name in names}
 
 
 def measured(case, *names, rounds=1):
@@ -93,7 +93,7 @@ def test_arithmetic_counts_the_matrix_products():
 @pytest.mark.parametrize("case", [SINE, CONV], ids=str)
 @pytest.mark.parametrize("peer", ["torch_loop", "torch_func", "fo_rev_torch", "fo_rev_torch_loop", "learn2learn"])
 def test_peers_agree_with_the_exact_result(case, peer):
-    module = learn2learn() if peer == "learn2learn" else run.PEERS[peer]
+    module = learn2learn() if peer == "learn2learn" else meta_gradient.PEERS[peer]
     made = problem(case)
     answer = exact(made)
     assert error(module.prepare(made.double())(), answer) <= FLOAT64_LIMIT
@@ -107,7 +107,7 @@ def test_installed_libraries_agree_too(peer):
     if importlib.util.find_spec(peer.split("_")[0]) is None:
         pytest.skip(f"{peer.split('_')[0]} is not installed")
     made = problem(SINE)
-    assert error(run.PEERS[peer].prepare(made.double())(), exact(made)) <= FLOAT64_LIMIT
+    assert error(meta_gradient.PEERS[peer].prepare(made.double())(), exact(made)) <= FLOAT64_LIMIT
 
 
 def test_jax_pools_and_normalises_as_torch_does():
@@ -190,8 +190,8 @@ def test_a_peer_that_cannot_be_had_is_named_with_the_reason(monkeypatch, tmp_pat
     def version():
         raise Missing("pip could not fetch higher==0.2.1 (no network)")
 
-    monkeypatch.setattr(run.PEERS["higher"], "version", version)
-    monkeypatch.setitem(run.CASES, SINE.name, SINE)
+    monkeypatch.setattr(meta_gradient.PEERS["higher"], "version", version)
+    monkeypatch.setitem(meta_gradient.CASES, SINE.name, SINE)
     out = tmp_path / "meta.json"
     order = [
         SINE.name,
@@ -206,7 +206,7 @@ def test_a_peer_that_cannot_be_had_is_named_with_the_reason(monkeypatch, tmp_pat
         "--out",
         str(out),
     ]
-    assert run.main(order) == 0
+    assert meta_gradient.main(order) == 0
     assert "higher: not measured, pip could not fetch" in capsys.readouterr().out
     value = json.loads(out.read_text())
     assert value["entries"][SINE.name]["absent"] == {"higher": "pip could not fetch higher==0.2.1 (no network)"}
@@ -216,13 +216,13 @@ def test_a_peer_that_cannot_be_had_is_named_with_the_reason(monkeypatch, tmp_pat
 
 def test_an_unknown_case_is_refused(capsys):
     with pytest.raises(SystemExit):
-        run.main(["sinusoid-k7"])
+        meta_gradient.main(["sinusoid-k7"])
     assert "there is no case 'sinusoid-k7'; there are W1 to W4 and sinusoid-k1" in capsys.readouterr().err
 
 
 def test_the_help_explains_the_columns(capsys):
     with pytest.raises(SystemExit):
-        run.main(["--help"])
+        meta_gradient.main(["--help"])
     text = capsys.readouterr().out
     assert all(word in text for word in ("median over the rounds", "learn2learn", "float64", "sgemm"))
 
@@ -265,13 +265,13 @@ def test_an_entry_of_other_sources_stays_until_it_is_measured_again(tmp_path):
 
 
 def test_a_case_that_is_done_is_not_measured_again(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(run.CASES, SINE.name, SINE)
+    monkeypatch.setitem(meta_gradient.CASES, SINE.name, SINE)
     order = [SINE.name, "--peers", "torch_loop", "--threads", "1", "--no-peak", "--out", str(tmp_path / "meta.json")]
-    assert run.main([*order, "--rounds", "1"]) == 0
-    monkeypatch.setattr(run, "_measure", lambda *_: pytest.fail("measured again"))
-    assert run.main([*order, "--rounds", "1"]) == 0
+    assert meta_gradient.main([*order, "--rounds", "1"]) == 0
+    monkeypatch.setattr(meta_gradient, "_measure", lambda *_: pytest.fail("measured again"))
+    assert meta_gradient.main([*order, "--rounds", "1"]) == 0
     assert f"{SINE.name}: done before" in capsys.readouterr().out
-    assert run.main([*order, "--rounds", "2"]) == 2
+    assert meta_gradient.main([*order, "--rounds", "2"]) == 2
     assert "was measured with rounds 1, not 2" in capsys.readouterr().err
 
 
@@ -370,7 +370,7 @@ def test_sinusoid_refuses_loops_that_differ(monkeypatch, capsys):
 
 def test_memory_is_explained_by_phi(tmp_path, capsys):
     out = tmp_path / "memory.json"
-    assert memory.main(["--filters", "8", "--query-shots", "2", "--out", str(out)]) == 0
+    assert arena.main(["--filters", "8", "--query-shots", "2", "--out", str(out)]) == 0
     assert "growth is phi alone" in capsys.readouterr().out
     rows = json.loads(out.read_text())["rows"]
     assert [row["inner_steps"] for row in rows] == [1, 5, 20]
@@ -378,9 +378,9 @@ def test_memory_is_explained_by_phi(tmp_path, capsys):
 
 
 def test_memory_notices_other_growth(monkeypatch, capsys):
-    original = memory.arena_bytes
-    monkeypatch.setattr(memory, "arena_bytes", lambda *how: original(*how) + 4096 * how[3])
-    assert memory.main(["--filters", "8", "--query-shots", "2", "--out", ""]) == 1
+    original = arena.arena_bytes
+    monkeypatch.setattr(arena, "arena_bytes", lambda *how: original(*how) + 4096 * how[3])
+    assert arena.main(["--filters", "8", "--query-shots", "2", "--out", ""]) == 1
     assert "NOT explained" in capsys.readouterr().out
 
 

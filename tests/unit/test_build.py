@@ -338,5 +338,5 @@ def test_a_wheel_carries_the_sources(tmp_path):
 
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"fastmaml/csrc/program/op.h", "fastmaml/csrc/bindings/module.cpp", "fastmaml/engine.py"} <= names
+    assert {"fastmaml/csrc/program/op.h", "fastmaml/csrc/bindings/module.cpp", "fastmaml/engine/engine.py"} <= names
     assert not any(name.endswith((".o", ".so")) for name in names)

@@ -40,11 +40,11 @@ EXACT = 1e-12  # both sides are the same float64 autograd, up to the order of su
 @pytest.fixture(scope="module")
 def theirs():
     """learn2learn.algorithms, as bench/ loads it; nothing is fetched here."""
-    from bench.baselines import fetch, learn2learn_maml
+    from bench.peers import fetch, learn2learn_maml
 
     if not fetch.folder(f"learn2learn-{learn2learn_maml.VERSION}-source").is_dir():
         pytest.skip(
-            "learn2learn's sources are not in the cache; `python -m bench.run sinusoid-k1 --peers learn2learn` fetches them"
+            "learn2learn's sources are not in the cache; `python -m bench.meta_gradient sinusoid-k1 --peers learn2learn` fetches them"
         )
     learn2learn_maml.wrapper()
     meta_sgd = importlib.import_module("learn2learn.algorithms.meta_sgd")

@@ -10,8 +10,8 @@ from pathlib import Path
 import kernel_launches
 import pytest
 
-from fastmaml import backend as choosing
 from fastmaml import build
+from fastmaml.compiled import loading
 
 _C = pytest.importorskip("fastmaml._C", reason="make build")
 LIBRARY = build.PACKAGE / build.CUDA_LIBRARY
@@ -97,9 +97,9 @@ def test_without_a_driver_nothing_is_built(monkeypatch):
     def no_driver(name: str) -> None:
         raise OSError(name)
 
-    monkeypatch.setattr(choosing.ctypes, "CDLL", no_driver)
+    monkeypatch.setattr(loading.ctypes, "CDLL", no_driver)
     monkeypatch.setattr(build, "load_cuda", lambda: pytest.fail("built for nobody"))
-    assert choosing.load_cuda.__wrapped__() == "no CUDA driver on this machine"
+    assert loading.load_cuda.__wrapped__() == "no CUDA driver on this machine"
 
 
 def test_nvcc_is_found_in_its_places(tmp_path, monkeypatch):

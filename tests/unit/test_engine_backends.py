@@ -14,7 +14,7 @@ from torch import nn
 from unrolled import BACKENDS, regression_batch, small_mlp
 
 from fastmaml import ANIL, MAML, Engine
-from fastmaml import backend as choosing
+from fastmaml.compiled import loading
 
 
 @pytest.fixture(params=BACKENDS)
@@ -30,7 +30,7 @@ def clean_environment(monkeypatch):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    monkeypatch.setattr(choosing, "load_compiled", lambda: "")
+    monkeypatch.setattr(loading, "load_compiled", lambda: "")
 
 
 def recurrent():
@@ -75,10 +75,10 @@ def test_the_environment_stands_in_for_auto_only(compiled, monkeypatch):
 
 
 def test_cuda_says_what_it_lacks_here(compiled, monkeypatch):
-    monkeypatch.setattr(choosing, "load_cuda", lambda: "no CUDA driver on this machine")
+    monkeypatch.setattr(loading, "load_cuda", lambda: "no CUDA driver on this machine")
     with pytest.raises(ValueError, match="backend 'cuda' cannot run Sequential: no CUDA driver on this machine"):
         Engine(small_mlp(), "mse", "cuda")
-    monkeypatch.setattr(choosing, "load_cuda", lambda: "")
+    monkeypatch.setattr(loading, "load_cuda", lambda: "")
     with pytest.raises(ValueError, match="the model is on cpu and backend 'cuda' computes on a CUDA device"):
         Engine(small_mlp(), "mse", "cuda")
 
@@ -99,9 +99,7 @@ def test_what_auto_allows_on_a_device_changes_nothing_on_the_cpu(learner):
 
 
 def test_without_the_compiled_module_autodiff_runs_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(
-        choosing, "load_compiled", lambda: "the compiled module is not available: no compiler was found"
-    )
+    monkeypatch.setattr(loading, "load_compiled", lambda: "the compiled module is not available: no compiler was found")
     made = Engine(small_mlp(), "mse")
     assert made.backend == "autodiff"
     assert caplog.messages == [

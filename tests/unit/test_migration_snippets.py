@@ -22,7 +22,7 @@ LIBRARIES = ("learn2learn", "higher", "torchopt", "torch_func")
 
 def available(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a library importable, from the environment or from where bench/ has fetched it; skips where it is not there."""
-    from bench.baselines import fetch, higher_loop, learn2learn_maml
+    from bench.peers import fetch, higher_loop, learn2learn_maml
 
     if library == "torch_func" or (library != "learn2learn" and importlib.util.find_spec(library) is not None):
         return
@@ -36,7 +36,9 @@ def available(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
             sys.modules["learn2learn"], "algorithms", sys.modules["learn2learn.algorithms"], raising=False
         )
         return
-    fetched = "" if library == "torchopt" else f"; `python -m bench.run sinusoid-k1 --peers {library}` fetches it"
+    fetched = (
+        "" if library == "torchopt" else f"; `python -m bench.meta_gradient sinusoid-k1 --peers {library}` fetches it"
+    )
     pytest.skip(f"{library} is not installed{fetched}")
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fastmaml as fm
-from fastmaml.model_parameters import ModelParameters
-from fastmaml.parameters import ParameterLayout
+from fastmaml.problem.named_parameters import ModelParameters
+from fastmaml.problem.parameters import ParameterLayout
 
 
 class Net(nn.Module):

@@ -12,10 +12,10 @@ from torch import nn
 from unrolled import BACKENDS
 
 from fastmaml import Engine
-from fastmaml.fused_layers import Unsupported
 from fastmaml.models import conv4, mlp, sinusoid_mlp
-from fastmaml.network import read_network
-from fastmaml.parameters import ParameterLayout
+from fastmaml.network.fused_layers import Unsupported
+from fastmaml.network.trace import read_network
+from fastmaml.problem.parameters import ParameterLayout
 
 
 def program(model, input_shape, loss="none", norm_mode="transductive", smoothing=0.0):

@@ -12,16 +12,16 @@ import torch
 
 import fastmaml as fm
 from fastmaml.benchmark import peak
-from fastmaml.benchmark.baselines import fastmaml_maml
+from fastmaml.benchmark.peers import fastmaml_maml
 from fastmaml.cli.main import main
-from fastmaml.experiment import make_learner
-from fastmaml.plan import calibration, request
-from fastmaml.plan.calibration import Machine
-from fastmaml.plan.outside import Costs
-from fastmaml.plan.predict import ARENAS, BATCH, OPTIMIZER, OPTIMIZER_STATE, predict
-from fastmaml.plan.rates import Rates, features, key, yardstick
-from fastmaml.plan.work import empty_batch, engine_calls
-from fastmaml.presets import preset
+from fastmaml.prediction import calibration, request
+from fastmaml.prediction.calibration import Machine
+from fastmaml.prediction.call_overhead import Costs
+from fastmaml.prediction.engine_calls import empty_batch, engine_calls
+from fastmaml.prediction.predict import ARENAS, BATCH, OPTIMIZER, OPTIMIZER_STATE, predict
+from fastmaml.prediction.step_times import Rates, features, key, yardstick
+from fastmaml.training.experiment import make_learner
+from fastmaml.training.presets import preset
 
 _C: Any = pytest.importorskip("fastmaml._C")
 

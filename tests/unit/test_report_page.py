@@ -232,7 +232,7 @@ def test_the_command_and_the_cards_name_what_an_algorithm_adds(runs: dict[str, P
     import shlex
 
     from fastmaml.cli.main import make_parser
-    from fastmaml.config_file import read_option
+    from fastmaml.training.config_file import read_option
 
     pytest.importorskip("yaml")
     run = run_folder.read(runs["glyphs"])

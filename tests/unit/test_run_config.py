@@ -7,11 +7,12 @@ import re
 import pytest
 import torch
 
-from fastmaml.config_file import read_option, read_settings, to_yaml
-from fastmaml.experiment import make_learner
+from fastmaml.algorithms.names import ALGORITHMS
 from fastmaml.inner import AdamW
-from fastmaml.presets import ALGORITHM_PRESETS, PRESETS, preset
-from fastmaml.run_config import ALGORITHMS, NEEDS_CLASSES, RunConfig
+from fastmaml.training.config_file import read_option, read_settings, to_yaml
+from fastmaml.training.experiment import make_learner
+from fastmaml.training.presets import ALGORITHM_PRESETS, PRESETS, preset
+from fastmaml.training.run_config import NEEDS_CLASSES, RunConfig
 
 pytest.importorskip("yaml")
 

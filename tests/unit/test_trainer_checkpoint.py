@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmaml import checkpoint
+from fastmaml.training import checkpoint
 
 pytest.importorskip("safetensors")
 
@@ -109,7 +109,7 @@ def test_a_full_disk_before_the_first_checkpoint_says_there_is_none(tmp_path, mo
 def test_a_real_file_size_limit_keeps_the_earlier_checkpoint(tmp_path):
     script = (
         "import resource, sys, torch\n"
-        "from fastmaml import checkpoint\n"
+        "from fastmaml.training import checkpoint\n"
         "checkpoint.save(sys.argv[1], 'last', {'weight': torch.full((1000,), 1.0)}, {'step': 1})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "try:\n"
@@ -130,7 +130,7 @@ def test_a_real_file_size_limit_keeps_the_earlier_checkpoint(tmp_path):
 def test_kill_9_at_any_moment_leaves_a_valid_checkpoint(tmp_path):
     script = (
         "import sys, torch\n"
-        "from fastmaml import checkpoint\n"
+        "from fastmaml.training import checkpoint\n"
         "step = int(sys.argv[2])\n"
         "while True:\n"
         "    checkpoint.save(sys.argv[1], 'last', {'weight': torch.full((100_000,), float(step))}, {'step': step})\n"

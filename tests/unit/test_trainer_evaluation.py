@@ -10,13 +10,26 @@ import pytest
 import torch
 from pictures import Pictures
 
-from fastmaml import checkpoint, experiment
 from fastmaml.cli.text import command, duration, evaluation_table, size
-from fastmaml.evaluation import adapted_outputs, ensemble_outputs, evaluate_run, evaluation_steps, quoted_steps
-from fastmaml.experiment import load_learners, make_learner, make_model, make_tasks, read_config, write_config
-from fastmaml.metrics import accuracy, mse
-from fastmaml.presets import preset
 from fastmaml.tasks import TaskBatch
+from fastmaml.training import checkpoint, experiment
+from fastmaml.training.evaluation import (
+    adapted_outputs,
+    ensemble_outputs,
+    evaluate_run,
+    evaluation_steps,
+    quoted_steps,
+)
+from fastmaml.training.experiment import (
+    load_learners,
+    make_learner,
+    make_model,
+    make_tasks,
+    read_config,
+    write_config,
+)
+from fastmaml.training.metrics import accuracy, mse
+from fastmaml.training.presets import preset
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")

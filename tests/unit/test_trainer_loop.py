@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from fastmaml import MAML, checkpoint
-from fastmaml.experiment import seed_generators
-from fastmaml.metrics import read_rows
-from fastmaml.presets import PRESETS
-from fastmaml.run_config import RunConfig
+from fastmaml import MAML
 from fastmaml.tasks import Sinusoid
-from fastmaml.trainer import Trainer, chunks, member_name
+from fastmaml.training import checkpoint
+from fastmaml.training.experiment import seed_generators
+from fastmaml.training.metrics import read_rows
+from fastmaml.training.presets import PRESETS
+from fastmaml.training.run_config import RunConfig
+from fastmaml.training.trainer import Trainer, chunks, member_name
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from fastmaml.baselines import mean_predictor, nearest_neighbour
-from fastmaml.metrics import MetricsWriter, accuracy, better, mse, read_rows, show, summarise
+from fastmaml.training.metrics import MetricsWriter, accuracy, better, mse, read_rows, show, summarise
+from fastmaml.training.trivial_predictors import mean_predictor, nearest_neighbour
 
 
 def test_accuracy_counts_each_task_by_itself():

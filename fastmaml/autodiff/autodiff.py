@@ -1,0 +1,134 @@
+"""The autodiff backend: the derivatives of any nn.Module by torch.func, for the adjoint sweep of adjoint_sweep.py.
+
+A Hessian-vector product is the tangent of the gradient (forward-over-reverse): no graph of a graph. How tasks and
+random layers are handled stands in task_derivatives.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastmaml.autodiff.task_derivatives import DOUBLE_BACKWARD, TaskDerivatives
+from fastmaml.problem import batch_norm
+from fastmaml.problem.examples import Examples
+from fastmaml.problem.losses import LossFunction, weighted
+from fastmaml.problem.parameters import ParameterLayout
+from fastmaml.problem.pytrees import Packing
+
+
+class Autodiff:
+    """forward, grad, query, hvp and vjp of one module and loss; parameters are vectors [T, P] (adjoint_sweep.Derivatives)."""
+
+    hvp_gives_gradient = True
+
+    def __init__(self, model: nn.Module, layout: ParameterLayout, loss: LossFunction, norm_mode: str):
+        self.model = model
+        self.layout = layout
+        self.loss = loss
+        self.norm_mode = norm_mode
+        self.inputs: Packing | None = None  # how the model's inputs lie in x; None: x is the input
+        self.outputs: Packing | None = None  # how its outputs lie in one tensor, known after the first evaluation
+        self._tasks = TaskDerivatives(self._loss)
+        self._of_outputs = TaskDerivatives(self._loss_of_output)
+
+    @property
+    def note(self) -> str:
+        """How the tasks are run where that is not vmap, and why."""
+        return self._tasks.note
+
+    def begin(self, seed: int | None = None) -> Autodiff:
+        """Starts a call: the evaluations that follow share one seed for dropout, drawn when it is first needed."""
+        self._tasks.begin(seed)
+        return self
+
+    # ---- what the Engine asks for; every argument has the task dimension in front
+
+    def forward(self, params: Tensor, x: Tensor, support_x: Tensor | None = None, step: int = 0) -> Tensor:
+        given = (params, x) if support_x is None else (params, x, support_x)
+        return self._tasks.over_tasks(lambda style: self._output, step, *given)
+
+    def grad(self, params: Tensor, at: Examples, step: int = 0) -> tuple[Tensor, Tensor]:
+        """(loss [T], grad [T, P])."""
+        return self.query(params, at, step)[:2]
+
+    def query(
+        self, params: Tensor, at: Examples, step: int = 0, support_x: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss [T], grad [T, P], output [T, N, ...])."""
+        return self._tasks.grad(step, params, *(at if support_x is None else (*at, support_x)))
+
+    def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
+        """(grad [T, P], H v [T, P])."""
+        x, y, w = at.weighted()
+        assert w is not None
+        return self._tasks.hvp(step, params, v, x, y, w)
+
+    def gauss_newton(self, params: Tensor, at: Examples, v: Tensor) -> Tensor:
+        """J^T L J v [T, P]: L the loss's Hessian by the outputs. Each of the three passes sees the same random layers."""
+        z, z_dot = self._tasks.over_tasks(self._jvp_of_one, 0, params, at.x, v)
+        w = at.weighted().w
+        assert w is not None
+        _, dz_dot = self._of_outputs.hvp(0, z, z_dot, at.y, w)
+        return self.vjp(params, at.x, dz_dot)[1]
+
+    def vjp(self, params: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """(output y [T, N, ...], dy^T dy/dparams [T, P])."""
+        return self._tasks.over_tasks(lambda style: self._vjp_of_one, 0, params, x, dy)
+
+    # ---- one task
+
+    def _output(self, phi: Tensor, x: Tensor, support_x: Tensor | None = None) -> Tensor:
+        # Buffers are constants: a module that updates its own does so on a copy.
+        constants = {
+            name: b.to(phi.dtype, copy=True) if b.is_floating_point() else b.clone()
+            for name, b in self.model.named_buffers()
+        }
+        values = {**self.layout.split(phi), **constants}
+        if support_x is None:
+            with batch_norm.statistics(self.model, self.norm_mode):
+                return self._call(values, x)
+        rows = support_x.shape[0]
+        with batch_norm.statistics(self.model, self.norm_mode, support_rows=rows):
+            return self._call(values, torch.cat([support_x, x]))[rows:]
+
+    def _call(self, values: dict[str, Tensor], x: Tensor) -> Tensor:
+        inputs = x if self.inputs is None else self.inputs.unpack(x, 1)
+        named = inputs if isinstance(inputs, dict) else {}
+        listed = () if named else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivatives
+            output = functional_call(self.model, values, listed, named)
+        if isinstance(output, Tensor):
+            self.outputs = None
+            return output
+        self.outputs = Packing.of(output, 1)
+        return self.outputs.pack(output, 1, x.dtype)
+
+    def _loss(
+        self, phi: Tensor, x: Tensor, y: Tensor, w: Tensor, support_x: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        output = self._output(phi, x, support_x)
+        return self._loss_of_output(output, y, w)
+
+    def _loss_of_output(self, output: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        seen = output if self.outputs is None else self.outputs.unpack(output, 1)
+        return weighted(self.loss, seen, y, w), output
+
+    def _jvp_of_one(self, style: int) -> Callable[..., tuple[Tensor, Tensor]]:
+        derivative: Callable[..., Any] = torch.autograd.functional.jvp if style == DOUBLE_BACKWARD else jvp
+
+        def of_one(phi: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.set_grad_enabled(style == DOUBLE_BACKWARD):
+                y, y_dot = derivative(lambda point: self._output(point, x), (phi,), (v,))
+            return y, y_dot
+
+        return of_one
+
+    def _vjp_of_one(self, phi: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        y, pull = vjp(lambda point: self._output(point, x), phi)  # type: ignore[misc]
+        return y, pull(dy)[0]

@@ -1,0 +1,106 @@
+"""What a caller says of an inner loop, checked and brought into the form that the sweeps take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaml.inner import Optimizer
+from fastmaml.problem import checks
+from fastmaml.problem.examples import Rows
+from fastmaml.problem.inner_loop import InnerLoop
+from fastmaml.problem.parameters import ParameterLayout
+
+StepRows = Mapping[str, Tensor]
+
+
+def inner_loop(
+    layout: ParameterLayout, optimizer: Optimizer, inner_steps: int, step_rows: StepRows | None, **rest: Any
+) -> InnerLoop:
+    names = layout.names
+    unknown = [name for name in step_rows or () if name not in names]
+    if unknown:
+        raise ValueError(f"step_rows names '{unknown[0]}', which is not a parameter of the model")
+    loop = InnerLoop(
+        optimizer,
+        checks.whole_number("inner_steps", inner_steps, 0),
+        rows=tuple(names.index(name) for name in step_rows or ()),
+        **rest,
+    )
+    if loop.order is not None:
+        checks.whole_number("truncate", loop.order, 0)
+    if loop.proximal and (optimizer.clip_value is not None or optimizer.clip_norm is not None):
+        raise ValueError("proximal and gradient clipping do not go together: which one comes first is not defined")
+    return loop
+
+
+def minibatch_of(loop: InnerLoop, x: Any) -> int | None:
+    """The examples that one inner step sees, where they are not all."""
+    if loop.minibatch is None:
+        return None
+    checks.whole_number("minibatch", loop.minibatch, 1)
+    if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] != loop.steps * loop.minibatch:
+        raise ValueError(f"support_x {checks.shape(x)} must hold {loop.steps} inner steps of {loop.minibatch} examples")
+    return loop.minibatch
+
+
+def moved(
+    layout: ParameterLayout,
+    mask: Tensor | None,
+    adapted: Sequence[str] | None,
+    step_rows: StepRows | None,
+    like: Tensor,
+) -> Tensor | None:
+    """A mask [P] of what the inner loop moves: adapted, no rows per step, and in `mask`. None: everything."""
+    if adapted is not None:
+        chosen = layout.matching([adapted] if isinstance(adapted, str) else adapted, like)
+        mask = chosen if mask is None else mask * chosen
+    if step_rows:
+        mask = torch.ones_like(like[..., :].reshape(-1)[: layout.size]) if mask is None else mask.clone()
+        mask[layout.positions(tuple(step_rows))] = 0.0
+    return mask
+
+
+def rows(layout: ParameterLayout, step_rows: StepRows | None, like: Tensor) -> Rows | None:
+    if not step_rows:
+        return None
+    shapes = dict(zip(layout.names, layout.shapes))
+    steps = {len(row) for row in step_rows.values()}
+    for name, row in step_rows.items():
+        if tuple(row.shape[1:]) != shapes[name] or len(row) == 0 or len(steps) > 1:
+            raise ValueError(
+                f"step_rows['{name}'] {checks.shape(row)} must be {['steps', *shapes[name]]}, with as many steps as "
+                "the others"
+            )
+    values = torch.cat([row.detach().to(like).flatten(1) for row in step_rows.values()], dim=1)
+    return Rows(layout.positions(tuple(step_rows)).to(like.device), values)
+
+
+def by_name(step_rows: StepRows, values: Tensor) -> dict[str, Tensor]:
+    """The gradient [.., K, R] of all rows as that of each."""
+    pieces = values.split([row[0].numel() for row in step_rows.values()], dim=-1)
+    lead = values.shape[:-1]
+    return {n: p.reshape(*lead, *row.shape[1:]) for (n, row), p in zip(step_rows.items(), pieces)}
+
+
+def queries(loss_weights: Tensor | None, inner_steps: int) -> tuple[int, ...]:
+    """The k with a query loss: those with a weight, and the last."""
+    if loss_weights is None:
+        return ()
+    if not isinstance(loss_weights, Tensor) or tuple(loss_weights.shape) != (inner_steps + 1,):
+        form = checks.shape(loss_weights) if isinstance(loss_weights, Tensor) else type(loss_weights).__name__
+        raise ValueError(f"loss_weights {form} must hold one weight for each of phi[0] .. phi[{inner_steps}]")
+    checks.finite("loss_weights", loss_weights)
+    return (*(k for k in range(inner_steps) if float(loss_weights[k]) != 0.0), inner_steps)
+
+
+def proximal_weight(proximal: float | Tensor | None) -> float:
+    if proximal is None:
+        return 0.0
+    lam = checks.number("proximal", proximal)
+    if lam < 0:
+        raise ValueError(f"proximal is {lam}; it must not be negative")
+    return lam
