@@ -11,6 +11,8 @@ from typing import Any
 from hypothesis import given, seed, settings
 
 EMULATED_EXAMPLES = 4  # the first is always the simplest
+SAME_SIZES = 2  # where numbers alone are drawn, so that the kernels and their sizes are the same in all examples
+NUMBERS = ("seed", "a", "b", "scale")
 BACKENDS = ("backend", "compiled")  # the fixtures of conftest.py that name one
 
 
@@ -23,12 +25,13 @@ def for_all(**strategies: Any) -> Callable[[Callable[..., None]], Callable[..., 
 
         @functools.wraps(test)
         def run(**fixtures: Any) -> None:
+            few = SAME_SIZES if set(strategies) <= set(NUMBERS) else EMULATED_EXAMPLES
             emulated = fixtures[named].name == "cuda_emulated"
             # Hypothesis, which sees one function, would show all tests the same examples.
             own = f"{test.__module__} {test.__qualname__} {fixtures.get('case')}"
 
             @seed(zlib.crc32(own.encode()))
-            @settings(max_examples=EMULATED_EXAMPLES if emulated else settings.default.max_examples)
+            @settings(max_examples=few if emulated else settings.default.max_examples)
             @given(**strategies)
             def on_example(**drawn: Any) -> None:
                 test(**fixtures, **drawn)
