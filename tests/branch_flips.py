@@ -1,5 +1,5 @@
-# Finds masks and argmaxes that fall differently in float32 than in the float64 reference. A flip is a decision, not an
-# error of arithmetic: such draws are left out of the float32 rule, by name (ALGORITHMS section 7).
+# Finds masks and argmaxes that differ between float32 and the float64 reference. A flip is a decision, not an arithmetic
+# error, so such draws are left out of the float32 rule, by name (ALGORITHMS section 7).
 from __future__ import annotations
 
 import torch
@@ -28,7 +28,7 @@ def _prefixes(text: str) -> list[tuple[str, dict[str, str], str]]:
 
 
 def branch_flips(text: str, params: Tensor, exact_params: Tensor, x: Tensor, buffers: Tensor) -> list[str]:
-    """Names of `cpu`'s float32 decisions at params that differ from `reference`'s at exact_params, on inputs x."""
+    """Names of `cpu`'s float32 decisions at params that differ from `reference`'s at exact_params, for inputs x."""
     flips = []
     shape = [int(word) for word in text.splitlines()[1].split()[1:]]
     for name, settings, prefix in _prefixes(text):

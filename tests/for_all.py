@@ -1,4 +1,4 @@
-"""Hypothesis for tests that run on every backend: the emulator, a thousand times as slow, sees fewer of the examples."""
+"""Hypothesis for tests on every backend. The emulator is a thousand times slower, so it gets fewer examples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def for_all(**strategies: Any) -> Callable[[Callable[..., None]], Callable[..., 
         def run(**fixtures: Any) -> None:
             few = SAME_SIZES if set(strategies) <= set(NUMBERS) else EMULATED_EXAMPLES
             emulated = fixtures[named].name == "cuda_emulated"
-            # Hypothesis, which sees one function, would show all tests the same examples.
+            # Hypothesis sees one function, so all tests would get the same examples.
             own = f"{test.__module__} {test.__qualname__} {fixtures.get('case')}"
 
             @seed(zlib.crc32(own.encode()))

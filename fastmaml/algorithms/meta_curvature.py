@@ -9,12 +9,13 @@ The matrices' gradients come from the same adjoint and g[k], mode by mode.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
+from fastmaml.algorithms.learner import Adapted, Batch, Gradients, Learner, LearnerOutput, weights_of_tasks
 from fastmaml.autodiff.update_rules import UpdateRule, rule_for
 from fastmaml.inner import InnerLr
 from fastmaml.problem.inner_rates import expand_rates
@@ -56,31 +57,27 @@ class MetaCurvature(Learner):
         return super().leaves() | {f"curvature.{name}": matrix for name, matrix in self._matrices().items()}
 
     @torch.no_grad()
-    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
+    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:
         theta = self.start(*batch[:2])
         rule = self._rule(theta, self.inner_steps, len(batch[1]), task_weights)
         result = self.engine.meta_gradient(
             theta,
             batch,
-            inner=self.inner,
-            inner_steps=self.inner_steps,
+            self.inner_lr,
             task_weights=task_weights,
-            inner_lr_grad=any(rate.requires_grad for rate in self.learnable_rates().values()),
+            options=self.options(),
             rule=rule,
-            **self.sweep_options(),
         )
-        curvature = {f"curvature.{name}": grad for name, grad in rule.grads.items()}
-        step = self.as_step(result, task_weights)
-        return step._replace(more_grads=step.more_grads | curvature)
+        output, grads = self.as_output(result, task_weights)
+        return output, grads | {f"curvature.{name}": grad for name, grad in rule.grads.items()}
 
     @torch.no_grad()
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
         steps = self.inner_steps if inner_steps is None else inner_steps
         theta = self.start(support_x, support_y)
         rule = self._rule(theta, steps, len(support_y))
-        result = self.engine.adapt_with(
-            theta, support_x, support_y, inner=self.inner, inner_steps=steps, rule=rule, **self.adapt_options()
-        )
+        options = replace(self.options(), inner_steps=steps)
+        result = self.engine.adapt_with(theta, support_x, support_y, self.inner_lr, options=options, rule=rule)
         return Adapted(self.engine, result.params, result.losses, support_x)
 
     def _matrices(self) -> dict[str, Tensor]:
@@ -94,8 +91,8 @@ class MetaCurvature(Learner):
             chosen = layout.matching(self.adapted, theta)
             mask = chosen if mask is None else mask * chosen
         rates = expand_rates(self.inner.lr, layout, mask, theta, steps)
-        of_task = theta.new_full((tasks,), 1.0 / tasks) if task_weights is None else task_weights.detach()
-        return CurvatureRule(rule_for(self.inner, rates, mask), layout, self._matrices(), of_task)
+        weights = weights_of_tasks(task_weights, theta.new_empty(tasks))
+        return CurvatureRule(rule_for(self.inner, rates, mask), layout, self._matrices(), weights)
 
 
 class CurvatureRule:
@@ -103,8 +100,8 @@ class CurvatureRule:
 
     needs_gradient = True
 
-    def __init__(self, rule: UpdateRule, layout: ParameterLayout, matrices: dict[str, Tensor], of_task: Tensor):
-        self.rule, self.layout, self.of_task = rule, layout, of_task
+    def __init__(self, rule: UpdateRule, layout: ParameterLayout, matrices: dict[str, Tensor], task_weights: Tensor):
+        self.rule, self.layout, self.task_weights = rule, layout, task_weights
         self.matrices = {name: matrix.detach() for name, matrix in matrices.items()}
         self.grads = {name: torch.zeros_like(matrix) for name, matrix in matrices.items()}
 
@@ -128,7 +125,7 @@ class CurvatureRule:
         """MC^T(y) [T, P] for the adjoint y of MC(g); adds what it says of the matrices to their gradients."""
         given, pieces = self.layout.split(g), []
         for name, piece in self.layout.split(y).items():
-            piece, grads = pulled_back(self._modes(name), piece, given[name], self.of_task)
+            piece, grads = pulled_back(self._modes(name), piece, given[name], self.task_weights)
             pieces.append(piece.reshape(len(g), -1))
             for mode, grad in grads.items():
                 self.grads[f"{name}.{mode}"] += grad
@@ -160,10 +157,12 @@ def transformed(modes: dict[str, Tensor], G: Tensor) -> Tensor:
     return G
 
 
-def pulled_back(modes: dict[str, Tensor], Y: Tensor, G: Tensor, of_task: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the adjoint of G, the gradients of the matrices summed over tasks with weights of_task) for Y, that of MC(G)."""
+def pulled_back(
+    modes: dict[str, Tensor], Y: Tensor, G: Tensor, task_weights: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the adjoint of G, the gradients of the matrices summed over tasks with task_weights) for Y, that of MC(G)."""
     if "scale" in modes:
-        return Y * modes["scale"], {"scale": torch.tensordot(of_task, Y * G, 1)}
+        return Y * modes["scale"], {"scale": torch.tensordot(task_weights, Y * G, 1)}
     Y, G = (X.flatten(3) if X.dim() > 3 else X for X in (Y, G))
     stages = [G]
     for mode, matrix in modes.items():
@@ -171,7 +170,7 @@ def pulled_back(modes: dict[str, Tensor], Y: Tensor, G: Tensor, of_task: Tensor)
     grads = {}
     for (mode, matrix), before in zip(reversed(modes.items()), reversed(stages[:-1])):
         axis = AXES[mode]
-        weighted = torch.einsum("t...,t->t...", Y, of_task)
+        weighted = torch.einsum("t...,t->t...", Y, task_weights)
         grads[mode] = weighted.movedim(axis, 0).flatten(1) @ before.movedim(axis, 0).flatten(1).T
         Y = along(axis, matrix.T, Y)
     return Y, grads

@@ -53,29 +53,29 @@ class Autodiff:
         given = (params, x) if support_x is None else (params, x, support_x)
         return self._tasks.over_tasks(lambda style: self._output, step, *given)
 
-    def grad(self, params: Tensor, at: Examples, step: int = 0) -> tuple[Tensor, Tensor]:
+    def grad(self, params: Tensor, examples: Examples, step: int = 0) -> tuple[Tensor, Tensor]:
         """(loss [T], grad [T, P])."""
-        return self.query(params, at, step)[:2]
+        return self.query(params, examples, step)[:2]
 
     def query(
-        self, params: Tensor, at: Examples, step: int = 0, support_x: Tensor | None = None
+        self, params: Tensor, examples: Examples, step: int = 0, support_x: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss [T], grad [T, P], output [T, N, ...])."""
-        return self._tasks.grad(step, params, *(at if support_x is None else (*at, support_x)))
+        return self._tasks.grad(step, params, *(examples if support_x is None else (*examples, support_x)))
 
-    def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
+    def hvp(self, params: Tensor, examples: Examples, v: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
         """(grad [T, P], H v [T, P])."""
-        x, y, w = at.weighted()
+        x, y, w = examples.weighted()
         assert w is not None
         return self._tasks.hvp(step, params, v, x, y, w)
 
-    def gauss_newton(self, params: Tensor, at: Examples, v: Tensor) -> Tensor:
+    def gauss_newton(self, params: Tensor, examples: Examples, v: Tensor) -> Tensor:
         """J^T L J v [T, P]: L the loss's Hessian by the outputs. Each of the three passes sees the same random layers."""
-        z, z_dot = self._tasks.over_tasks(self._jvp_of_one, 0, params, at.x, v)
-        w = at.weighted().w
+        z, z_dot = self._tasks.over_tasks(self._jvp_of_one, 0, params, examples.x, v)
+        w = examples.weighted().w
         assert w is not None
-        _, dz_dot = self._of_outputs.hvp(0, z, z_dot, at.y, w)
-        return self.vjp(params, at.x, dz_dot)[1]
+        _, dz_dot = self._of_outputs.hvp(0, z, z_dot, examples.y, w)
+        return self.vjp(params, examples.x, dz_dot)[1]
 
     def vjp(self, params: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """(output y [T, N, ...], dy^T dy/dparams [T, P])."""

@@ -21,7 +21,7 @@ _HOW = {LOOP: "a loop over tasks", DOUBLE_BACKWARD: "double backward in a loop o
 
 
 class TaskDerivatives:
-    """Derivatives of value(point, *at) -> (scalar, anything), a function of one task; arguments here are [T, ...]."""
+    """Derivatives of value(point, *examples) -> (scalar, anything), a function of one task; arguments here are [T, ...]."""
 
     def __init__(self, value: Callable[..., tuple[Tensor, Tensor]]):
         self.value = value
@@ -33,40 +33,40 @@ class TaskDerivatives:
         """Starts a call: the evaluations that follow share one seed, drawn when it is first needed."""
         self._seed = seed
 
-    def grad(self, step: int, point: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def grad(self, step: int, point: Tensor, *examples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(value [T], gradient as point, what the function returns beside its value)."""
-        return self.over_tasks(self._grad_of_one, step, point, *at)
+        return self.over_tasks(self._grad_of_one, step, point, *examples)
 
-    def hvp(self, step: int, point: Tensor, v: Tensor, *at: Tensor) -> tuple[Tensor, Tensor]:
+    def hvp(self, step: int, point: Tensor, v: Tensor, *examples: Tensor) -> tuple[Tensor, Tensor]:
         """(gradient, H v), both as point: the primal of forward-over-reverse is the gradient."""
-        return self.over_tasks(self._hvp_of_one, step, point, v, *at)
+        return self.over_tasks(self._hvp_of_one, step, point, v, *examples)
 
     def _grad_of_one(self, style: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        def by_functorch(point: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            grad, (value, beside) = grad_and_value(self.value, has_aux=True)(point, *at)
+        def by_functorch(point: Tensor, *examples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            grad, (value, beside) = grad_and_value(self.value, has_aux=True)(point, *examples)
             return value, grad, beside.detach()
 
-        def by_backward(point: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def by_backward(point: Tensor, *examples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             with torch.enable_grad():
                 point = point.detach().requires_grad_()
-                value, beside = self.value(point, *at)
+                value, beside = self.value(point, *examples)
                 (grad,) = torch.autograd.grad(value, point, allow_unused=True, materialize_grads=True)
             return value.detach(), grad, beside.detach()
 
         return by_backward if style == DOUBLE_BACKWARD else by_functorch
 
     def _hvp_of_one(self, style: int) -> Callable[..., tuple[Tensor, Tensor]]:
-        def by_functorch(point: Tensor, v: Tensor, *at: Tensor) -> tuple[Tensor, Tensor]:
+        def by_functorch(point: Tensor, v: Tensor, *examples: Tensor) -> tuple[Tensor, Tensor]:
             def grad_at(where: Tensor) -> Tensor:
-                return grad_and_value(self.value, has_aux=True)(where, *at)[0]
+                return grad_and_value(self.value, has_aux=True)(where, *examples)[0]
 
             grad, hv = jvp(grad_at, (point,), (v,))  # type: ignore[misc]
             return grad, hv
 
-        def by_backward(point: Tensor, v: Tensor, *at: Tensor) -> tuple[Tensor, Tensor]:
+        def by_backward(point: Tensor, v: Tensor, *examples: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 point = point.detach().requires_grad_()
-                value, _ = self.value(point, *at)
+                value, _ = self.value(point, *examples)
                 (grad,) = torch.autograd.grad(
                     value, point, create_graph=True, allow_unused=True, materialize_grads=True
                 )

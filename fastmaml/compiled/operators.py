@@ -8,31 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmaml.compiled.python_loss import CallerLoss
+from fastmaml.compiled.python_loss import PythonLoss
 from fastmaml.network.trace import Program
 from fastmaml.problem.examples import Examples, LoopTensors, Rows
 from fastmaml.problem.inner_loop import InnerLoop
 from fastmaml.problem.parameters import ParameterLayout
+from fastmaml.problem.results import MetaGradient
 
-_NO_CALLER = nullcontext()
-
-
-class Reduced(NamedTuple):
-    """A meta-gradient as the operator returns it: gradients reduced over tasks, or of each task with loop.per_task."""
-
-    loss: Tensor
-    grad: Tensor
-    output: Tensor
-    support_losses: Tensor
-    rate_grad: Tensor  # [1 or K, P] or [T, 1 or K, P]; [0] if not asked for
-    rows_grad: Tensor  # [K, R] or [T, K, R]; [0] without rows
-    query_losses: Tensor
-    total_loss: Tensor  # [] what grad is the gradient of; [0] with loop.per_task, and on a device
+_NO_PYTHON_LOSS = nullcontext()
 
 
 class Compiled:
@@ -40,33 +28,52 @@ class Compiled:
 
     hvp_gives_gradient = False
 
-    def __init__(self, program: Program, model: nn.Module, backend: str, memory: str, caller: CallerLoss | None):
-        self.program, self.model, self.backend, self.memory, self.caller = program, model, backend, memory, caller
+    def __init__(self, program: Program, model: nn.Module, backend: str, memory: str, python_loss: PythonLoss | None):
+        self.program, self.model, self.backend, self.memory, self.python_loss = (
+            program,
+            model,
+            backend,
+            memory,
+            python_loss,
+        )
 
     def forward(self, params: Tensor, x: Tensor, support_x: Tensor | None = None) -> Tensor:
         return self._call("forward", params, x, support_x)[0]
 
-    def grad(self, params: Tensor, at: Examples, step: int = 0) -> tuple[Tensor, Tensor]:
-        with self._loss_of(at):
-            loss, grad = self._call("grad", params, *_contiguous(at))
+    def grad(self, params: Tensor, examples: Examples, step: int = 0) -> tuple[Tensor, Tensor]:
+        with self._loss_of(examples):
+            loss, grad = self._call("grad", params, *_contiguous(examples))
         return loss, grad
 
     def query(
-        self, params: Tensor, at: Examples, step: int = 0, support_x: Tensor | None = None
+        self, params: Tensor, examples: Examples, step: int = 0, support_x: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss [T], grad [T, P], output [T, N, ...]): the meta-gradient of no steps at all."""
-        shown = at.x if support_x is None else support_x
-        shown_y = at.y if support_x is None else at.y.new_zeros((*shown.shape[:2], *at.y.shape[2:]))
+        shown = examples.x if support_x is None else support_x
+        shown_y = examples.y if support_x is None else examples.y.new_zeros((*shown.shape[:2], *examples.y.shape[2:]))
         rates = params.new_zeros((1, params.shape[-1]))
         loop = "steps=0 per_task=1"
-        with self._loss_of(at, at):
-            given = (shown, shown_y, None, *_contiguous(at), None, rates, loop, self.memory, None, None, None, None)
+        with self._loss_of(examples, examples):
+            given = (
+                shown,
+                shown_y,
+                None,
+                *_contiguous(examples),
+                None,
+                rates,
+                loop,
+                self.memory,
+                None,
+                None,
+                None,
+                None,
+            )
             loss, grad, output, *_ = self._call("meta_gradient", params, *given)
         return loss, grad, output
 
-    def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int = 0) -> tuple[None, Tensor]:
-        with self._loss_of(at):
-            return None, self._call("hvp", params, *_contiguous(at), v.contiguous())[0]
+    def hvp(self, params: Tensor, examples: Examples, v: Tensor, step: int = 0) -> tuple[None, Tensor]:
+        with self._loss_of(examples):
+            return None, self._call("hvp", params, *_contiguous(examples), v.contiguous())[0]
 
     def plain_hvp(self, params: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """hvp's product without weights, of a network without buffers. The tensors must be as the operator takes them."""
@@ -74,18 +81,18 @@ class Compiled:
             self.program.text, self.backend, params, x, y, None, v, params.new_empty(0)
         )
 
-    def linearise(self, params: Tensor, at: Examples, gauss_newton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def linearise(self, params: Tensor, examples: Examples, gauss_newton: bool) -> tuple[Tensor, Tensor, Tensor]:
         """What `curvature` with the same arguments takes, in the backend's own types and layout."""
-        with self._loss_of(at):
-            tape, index, tap = self._operator("linearise", gauss_newton, params.contiguous(), *_contiguous(at))
+        with self._loss_of(examples):
+            tape, index, tap = self._operator("linearise", gauss_newton, params.contiguous(), *_contiguous(examples))
         return tape, index, tap
 
     def curvature(
-        self, params: Tensor, at: Examples, gauss_newton: bool, tape: tuple[Tensor, Tensor, Tensor], v: Tensor
+        self, params: Tensor, examples: Examples, gauss_newton: bool, tape: tuple[Tensor, Tensor, Tensor], v: Tensor
     ) -> Tensor:
-        with self._loss_of(at):
+        with self._loss_of(examples):
             mv: Tensor = self._operator(
-                "curvature", gauss_newton, params.contiguous(), *_contiguous(at), *tape, v.contiguous()
+                "curvature", gauss_newton, params.contiguous(), *_contiguous(examples), *tape, v.contiguous()
             )
         return mv.to(params.dtype)
 
@@ -94,10 +101,10 @@ class Compiled:
         return y, grad
 
     def solve(
-        self, params: Tensor, at: Examples, v: Tensor, lam: float, steps: int, damping: float
+        self, params: Tensor, examples: Examples, v: Tensor, lam: float, steps: int, damping: float
     ) -> tuple[Tensor, Tensor]:
-        with self._loss_of(at):
-            solution, residual = self._call("solve", params, *at, v, lam, steps, damping)
+        with self._loss_of(examples):
+            solution, residual = self._call("solve", params, *examples, v, lam, steps, damping)
         return solution, residual
 
     def adapt(
@@ -136,7 +143,7 @@ class Compiled:
         tensors: LoopTensors,
         loss_weights: Tensor | None,
         task_weights: Tensor | None,
-    ) -> Reduced:
+    ) -> MetaGradient:
         theta, rows = _with_first_row(theta, tensors.rows, loop.steps)
         with self._loss_of(support, query):
             result = self._call(
@@ -153,8 +160,11 @@ class Compiled:
                 _scalar(loop, tensors.lam, theta),
                 tensors.mask,
             )
-        found = Reduced(*result)
-        return found if tensors.rows is None else found._replace(rows_grad=_of_given_rows(found, tensors.rows, loop))
+        loss, grad, output, losses, rate_grad, rows_grad, query_losses, total = result
+        rates = rate_grad if loop.rate_grad else None
+        of_rows = None if tensors.rows is None else _of_given_rows(grad, rows_grad, tensors.rows, loop)
+        of_all = None if total.dim() else total
+        return MetaGradient(loss, grad, output, rates, losses, of_rows, query_losses, of_all)
 
     def plain_meta_gradient(
         self, theta: Sequence[Tensor], batch: Sequence[Tensor], rate: float, loop: str
@@ -169,11 +179,11 @@ class Compiled:
 
     def _loss_of(self, support: Examples, query: Examples | None = None) -> AbstractContextManager[None]:
         """Within the block the operators reach a loss written in Python."""
-        if self.caller is None:
-            return _NO_CALLER
+        if self.python_loss is None:
+            return _NO_PYTHON_LOSS
         from fastmaml import _C
 
-        return self.caller.serving(_C.set_caller_loss, support, query)  # type: ignore[attr-defined,unused-ignore]
+        return self.python_loss.serving(_C.set_python_loss, support, query)  # type: ignore[attr-defined,unused-ignore]
 
     def _call(self, op: str, params: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """The reference backend computes in float64 and answers in the caller's type."""
@@ -195,8 +205,8 @@ def scaled_parts(flat: Tensor, scale: Tensor, layout: ParameterLayout) -> Sequen
     return torch.ops.fastmaml.scaled_parts.default(flat, scale, layout.dims)  # type: ignore[no-any-return]
 
 
-def _contiguous(at: Examples) -> tuple[Tensor | None, ...]:
-    return tuple(None if part is None else part.contiguous() for part in at)
+def _contiguous(examples: Examples) -> tuple[Tensor | None, ...]:
+    return tuple(None if part is None else part.contiguous() for part in examples)
 
 
 def _with_first_row(theta: Tensor, rows: Rows | None, steps: int) -> tuple[Tensor, Tensor | None]:
@@ -207,12 +217,12 @@ def _with_first_row(theta: Tensor, rows: Rows | None, steps: int) -> tuple[Tenso
     return theta.index_copy(-1, rows.places, first), rows.values[_row_of_step(rows, steps)].contiguous()
 
 
-def _of_given_rows(found: Reduced, rows: Rows, loop: InnerLoop) -> Tensor:
+def _of_given_rows(grad: Tensor, rows_grad: Tensor, rows: Rows, loop: InnerLoop) -> Tensor:
     """The gradient of each step's row as that of the rows that were given [rows, R] (or [T, rows, R])."""
-    given = found.grad.new_zeros((*found.grad.shape[:-1], *rows.values.shape))
+    given = grad.new_zeros((*grad.shape[:-1], *rows.values.shape))
     if loop.steps == 0:  # the operator returns none
         return given
-    return given.index_add(-2, _row_of_step(rows, loop.steps), found.rows_grad)
+    return given.index_add(-2, _row_of_step(rows, loop.steps), rows_grad)
 
 
 def _row_of_step(rows: Rows, steps: int) -> Tensor:

@@ -1,4 +1,4 @@
-# Does a call that is recorded and replayed compute what one that launches every Step does, whatever changes between replays?
+# A recorded and replayed call computes the same as a call that launches every Step, whatever changes between replays.
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -146,7 +146,7 @@ def test_few_recordings_are_held_and_released():
 def test_an_error_while_recording_leaves_nothing_behind():
     engine = fm.Engine(regressor(), "mse", "cuda_emulated")
     x, y, *_ = numbers(0)
-    program = engine._program("x", x, engine.flatten())
+    program = engine.program(x)
     wrong = program.text.replace("loss mse", "loss none")
     empty = torch.empty(0)
     for _ in range(2):

@@ -1,5 +1,5 @@
-# Plain descent with one rate on a network of linear layers: the weight gradients make the updates themselves (program/join_updates.cpp).
-# The same results as with a vector of equal rates, whose updates stand alone.
+# Plain descent with one rate on linear layers: the weight gradients include the updates (plan/fuse_updates.cpp).
+# The results equal those of a vector of equal rates, whose updates are separate.
 from __future__ import annotations
 
 from itertools import pairwise
@@ -33,7 +33,7 @@ def problem(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 def ops_of(engine: fm.Engine, batch: tuple[torch.Tensor, ...], loop: str, uniform_rate: bool, memory: str) -> set[str]:
     from fastmaml import _C
 
-    program = engine._program("x", batch[0], engine.flatten())
+    program = engine.program(batch[0])
     assert program is not None
     sizes = {"real_bytes": 8, "support_examples": batch[0].shape[1], "query_examples": batch[2].shape[1]}
     steps = _C.costs(program.text, "meta_gradient", loop=loop, uniform_rate=uniform_rate, memory=memory, **sizes)[

@@ -1,4 +1,4 @@
-# The two layouts of tasks on the CPU: the network and the numbers of examples choose, and both keep the same promises.
+# The two layouts of tasks on the CPU. The network and the numbers of examples choose one; both pass the same tests.
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
-# Linear layers wider than a tile, a panel and a slice of the CPU's kernels: dot products and copied panels, rows and columns
-# that leave remainders, in every pass.
+# Linear layers wider than a tile, a panel and a slice of the CPU's kernels, in every pass. They use dot products and
+# copied panels, with remainders in rows and columns.
 from __future__ import annotations
 
 from functools import cache
@@ -18,7 +18,7 @@ def test_is_the_reference(widths, examples, cpu):
     _compare(widths, examples)
 
 
-# Of 2.2 MB, which is more than is read in place, and in rows of more than a copied run; and one whose last run is a part of a vector.
+# The first has 2.2 MB, too large to read in place, and rows longer than a copied run. In the second the last run is part of a vector.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("examples", [1, 6, 7, 16, 17])
 @pytest.mark.parametrize("widths", [(3, 1104, 250), (3, 1105, 20)], ids=str)

@@ -1,5 +1,4 @@
-# What any right meta-gradient obeys, whatever the numbers: symmetry, linearity, permutations, limits, and the same bits
-# every time.
+# The algebra of any right meta-gradient: symmetry, linearity, permutations, limits, and the same bits every time.
 from __future__ import annotations
 
 import pytest

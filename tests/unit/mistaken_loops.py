@@ -16,8 +16,8 @@ IMAGES = image_batch(TASKS, 6, 6, shape=(1, 6, 6))
 RATE = 0.3
 
 FIRST_ORDER = (
-    "First order only: the Hessian terms are missing; the inner gradient is taken without create_graph=True (or detached), "
-    "or the gradient is that of the adapted copy instead of the start."
+    "First order only: the Hessian terms are missing. Either the inner gradient is taken without create_graph=True (or is "
+    "detached), or this is the gradient of the adapted copy, not of the start."
 )
 
 
@@ -35,7 +35,7 @@ def unrolled(
     after=lambda k, p: p, before_inner=lambda model: None, before_query=lambda model: None, inner_scale=1.0, total=None,
     moves=lambda name: True, sets=lambda task: task, query_loss=None,
 ):  # fmt: skip
-    """A user's loop over tasks; the arguments say where it goes wrong."""
+    """A user's loop over tasks. The arguments plant a mistake."""
 
     def meta_loss(model, batch):
         losses = []
@@ -70,7 +70,7 @@ def by_task(**modes):
 
 
 def by_adjoint(rate, steps=2, order="H(a*v)", forget_query=False):
-    """A user's adjoint sweep that fills .grad itself: v = q; v = v - H (a * v)."""
+    """A user's adjoint sweep that fills .grad itself: v = q, then v = v - H (a * v)."""
 
     def meta_loss(model, batch):
         names, params = zip(*model.named_parameters())
@@ -106,7 +106,7 @@ def by_adjoint(rate, steps=2, order="H(a*v)", forget_query=False):
     return meta_loss
 
 
-def examine(function, model=None, batch=BATCH, loss="mse", inner_lr=RATE, inner_steps=2, **options):
+def check_function(function, model=None, batch=BATCH, loss="mse", inner_lr=RATE, inner_steps=2, **options):
     options.setdefault("directions", 0)
     return check(
         function, batch, model=model or small_mlp(), loss=loss, inner_lr=inner_lr, inner_steps=inner_steps, **options
@@ -114,7 +114,7 @@ def examine(function, model=None, batch=BATCH, loss="mse", inner_lr=RATE, inner_
 
 
 def says(report, *beginnings):
-    """The report is not ok, and its first sentences begin so (numbers that depend on the network stand as #)."""
+    """Checks that the report is not ok, and the beginnings of its first sentences. # matches any number."""
     assert not report.ok, str(report)
     for sentence, beginning in zip(report.sentences, beginnings):
         pattern = re.escape(beginning).replace(r"\#", r"[-\d.e]+")

@@ -1,4 +1,4 @@
-# The table of all algorithms: its cells have the equal budget, finished ones are skipped, interrupted ones go on.
+# The table of all algorithms: its cells have equal budgets, finished cells are skipped, interrupted ones resume.
 from __future__ import annotations
 
 import json

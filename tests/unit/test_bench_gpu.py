@@ -1,4 +1,4 @@
-# `make gpu` without a GPU: what it says, and its parts with the emulated backend in the place of the device.
+# `make gpu` without a GPU: its message, and its parts with the emulated backend instead of the device.
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-# The parsers and formulas of bench/kernels: on recorded pieces of ptxas' reports and of SASS, and on counts made up for the purpose.
+# The parsers and formulas of bench/kernels, on recorded pieces of ptxas reports and SASS, and on made-up counts.
 from __future__ import annotations
 
 import shutil

@@ -3,33 +3,34 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mistaken_loops import IMAGES, RATE, TASKS, by_task, examine, norm_net, says, unrolled, verdicts
+from mistaken_loops import IMAGES, RATE, TASKS, by_task, norm_net, says, unrolled, verdicts
 from torch import nn
 from torch.func import functional_call
 from unrolled import cross_entropy
 
-EVAL = "batch_norm='transductive' means batch statistics; call model.train(), or check with batch_norm='frozen' if that is what is meant."
+EVAL = "batch_norm='transductive' means batch statistics. Call model.train(), or check with batch_norm='frozen' if eval mode is intended."
 
 
 def test_batch_norm_in_eval_mode():
-    report = examine(by_task(before_inner=nn.Module.eval), norm_net(), IMAGES, "cross_entropy")
+    report = check_function(by_task(before_inner=nn.Module.eval), norm_net(), IMAGES, "cross_entropy")
     where = "in the inner loop and the query pass"
     says(
-        report, f"The batch norm '1' uses its running statistics {where}: the model is in eval mode there, while {EVAL}"
+        report,
+        f"The batch norm '1' uses its running statistics {where}, because the model is in eval mode there. But {EVAL}",
     )
     assert verdicts(report)["1.weight"] == "batch norm in eval mode"
 
 
 def test_batch_norm_in_eval_mode_whose_statistics_the_query_pass_changes_before_backward():
     # torch takes the changed statistics in backward, without a word: the gradient is that of no loss at all
-    report = examine(
+    report = check_function(
         by_task(before_inner=nn.Module.eval, before_query=nn.Module.train), norm_net(), IMAGES, "cross_entropy"
     )
     assert not report.ok
-    where = "in the inner loop (as the query passes so far have left them)"
+    where = "in the inner loop (as updated by the query passes so far)"
     assert (
-        f"Its loss is that of this mistake, although its gradient is not: The batch norm '1' uses its running statistics {where}: "
-        f"the model is in eval mode there, while {EVAL}"
+        f"The loss fits this mistake, but the gradient does not: The batch norm '1' uses its running statistics {where}, "
+        f"because the model is in eval mode there. But {EVAL}"
     ) in report.sentences
     assert any(sentence.startswith("Stateful layer '1' (BatchNorm2d)") for sentence in report.sentences)
 
@@ -41,7 +42,7 @@ def test_batch_norm_in_eval_mode_in_the_inner_loop():
     def train_without_track(model):
         model[1].training, model[1].momentum = True, 0.0
 
-    report = examine(
+    report = check_function(
         unrolled(loss=cross_entropy, before_inner=eval_without_track, before_query=train_without_track),
         norm_net(),
         IMAGES,
@@ -49,7 +50,7 @@ def test_batch_norm_in_eval_mode_in_the_inner_loop():
     )
     says(
         report,
-        f"The batch norm '1' uses its running statistics in the inner loop: the model is in eval mode there, while {EVAL}",
+        f"The batch norm '1' uses its running statistics in the inner loop, because the model is in eval mode there. But {EVAL}",
     )
 
 
@@ -74,12 +75,12 @@ def test_batch_norm_in_eval_mode_in_the_query_pass(shared):
             losses.append(loss.item())
         return sum(losses)
 
-    report = examine(meta_loss, norm_net(), IMAGES, "cross_entropy")
-    of = "of all tasks so far " if shared else ""
+    report = check_function(meta_loss, norm_net(), IMAGES, "cross_entropy")
+    of = " of all tasks so far" if shared else ""
     says(
         report,
-        f"The batch norm '1' uses its running statistics in the query pass (after the inner passes {of}have updated them): the "
-        f"model is in eval mode there, while {EVAL}",
+        f"The batch norm '1' uses its running statistics in the query pass (as updated by the inner passes{of}), because the "
+        f"model is in eval mode there. But {EVAL}",
     )
     stateful = [s for s in report.sentences if s.startswith("Stateful")]
     assert len(stateful) == int(shared)
@@ -87,14 +88,14 @@ def test_batch_norm_in_eval_mode_in_the_query_pass(shared):
 
 def test_batch_norm_modes_that_are_right():
     plain = unrolled(loss=cross_entropy)
-    report = examine(plain, norm_net(), IMAGES, "cross_entropy", directions=1)
+    report = check_function(plain, norm_net(), IMAGES, "cross_entropy", directions=1)
     assert report.ok and verdicts(report)["0.bias"] == "zero"
-    assert examine(plain, norm_net().eval(), IMAGES, "cross_entropy", batch_norm="frozen").ok
+    assert check_function(plain, norm_net().eval(), IMAGES, "cross_entropy", batch_norm="frozen").ok
 
 
 def test_batch_norm_in_train_mode_where_frozen_is_meant():
     says(
-        examine(unrolled(loss=cross_entropy), norm_net(), IMAGES, "cross_entropy", batch_norm="frozen"),
-        "The batch norm '1' uses batch statistics everywhere, while batch_norm='frozen' means the running ones: the model is "
+        check_function(unrolled(loss=cross_entropy), norm_net(), IMAGES, "cross_entropy", batch_norm="frozen"),
+        "The batch norm '1' uses batch statistics everywhere, but batch_norm='frozen' means running statistics. The model is "
         "in train mode there.",
     )

@@ -1,4 +1,4 @@
-"""What every learner has in common: it trains with a loss and a layer of one's own, and says what does not fit."""
+"""Shared by all learners: they train with a custom loss and a custom layer, and name wrong settings."""
 
 from __future__ import annotations
 

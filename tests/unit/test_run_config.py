@@ -1,4 +1,4 @@
-"""Settings of a run: the presets, what may change them, files, and the sentence for each mistake."""
+"""Settings of a run: presets, changes, files, and the sentence for each mistake."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ def test_a_regression_is_also_tested_with_the_shots_that_it_was_trained_with():
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"ways": 1}, "ways is 1, it must be at least 2"),
+        ({"ways": 1}, "ways is 1; it must be at least 2"),
         ({"meta_batch": 0}, "meta_batch is 0"),
-        ({"outer_lr": 0.0}, "outer_lr is 0.0, it must be above 0"),
-        ({"clip_grad": -1.0}, "clip_grad is -1.0, it must be above 0"),
-        ({"outer_lr_min": 1.0}, "outer_lr_min is 1.0, it must be between 0 and outer_lr (0.001)"),
+        ({"outer_lr": 0.0}, "outer_lr is 0.0; it must be above 0"),
+        ({"clip_grad": -1.0}, "clip_grad is -1.0; it must be above 0"),
+        ({"outer_lr_min": 1.0}, "outer_lr_min is 1.0; it must be between 0 and outer_lr (0.001)"),
         ({"inner_steps": -1}, "inner_steps is -1"),
-        ({"train_shots": 0}, "train_shots is 0, it must be at least 1"),
-        ({"ensemble": 0}, "ensemble is 0, it must be at least 1"),
+        ({"train_shots": 0}, "train_shots is 0; it must be at least 1"),
+        ({"ensemble": 0}, "ensemble is 0; it must be at least 1"),
         ({"time_limit": -1.0}, "time_limit is -1.0 seconds"),
         ({"algorithm": "sgd"}, "algorithm 'sgd' is not one of maml, fomaml, reptile, foml, maml++"),
         ({"schedule": "step"}, "schedule 'step' is not one of constant, cosine, linear"),
-        ({"options": {"inner_steps": 3}}, "inner_steps is a setting of its own, not one of the options"),
+        ({"options": {"inner_steps": 3}}, "inner_steps is a separate setting, not one of the options"),
     ],
 )
 def test_a_value_out_of_range_is_named(wrong, sentence):
@@ -130,19 +130,19 @@ def test_files_in_yaml_and_toml_say_the_same(tmp_path, name, text):
     [
         ("run.yaml", "inner_rate: 0.1", "there is no setting 'inner_rate'; the nearest is 'inner_lr'"),
         ("run.toml", "step = 5", "there is no setting 'step'; the nearest is 'steps'"),
-        ("run.yaml", "steps: many", "steps is 'many', it must be a whole number"),
-        ("run.yaml", "steps: 1.5", "steps is 1.5, it must be a whole number"),
-        ("run.yaml", "steps: true", "steps is True, it must be a whole number"),
-        ("run.yaml", "outer_lr: null", "outer_lr is None, it must be a number"),
-        ("run.yaml", "clip_grad: .inf", "clip_grad is inf, it must be a number or null"),
-        ("run.yaml", "inner_lr: [1, 2, 3]", "inner_lr is (1, 2, 3), it must be a number or two in a list"),
-        ("run.yaml", "eval_shots: 5", "eval_shots is 5, it must be a list of whole numbers"),
-        ("run.yaml", "options: [lam]", "options is ['lam'], it must be a mapping"),
-        ("run.yaml", "backend: 3", "backend is 3, it must be text"),
+        ("run.yaml", "steps: many", "steps is 'many'; it must be a whole number"),
+        ("run.yaml", "steps: 1.5", "steps is 1.5; it must be a whole number"),
+        ("run.yaml", "steps: true", "steps is True; it must be a whole number"),
+        ("run.yaml", "outer_lr: null", "outer_lr is None; it must be a number"),
+        ("run.yaml", "clip_grad: .inf", "clip_grad is inf; it must be a number or null"),
+        ("run.yaml", "inner_lr: [1, 2, 3]", "inner_lr is (1, 2, 3); it must be a number or two in a list"),
+        ("run.yaml", "eval_shots: 5", "eval_shots is 5; it must be a list of whole numbers"),
+        ("run.yaml", "options: [lam]", "options is ['lam']; it must be a mapping"),
+        ("run.yaml", "backend: 3", "backend is 3; it must be text"),
         ("run.yaml", "- 1", "must hold settings by name, not a list"),
         ("run.yaml", "a: [", "cannot be read as yaml"),
         ("run.toml", "a = [", "cannot be read as toml"),
-        ("run.json", "{}", "is named neither .yaml, .yml nor .toml"),
+        ("run.json", "{}", "must be named .yaml, .yml or .toml"),
     ],
 )
 def test_a_wrong_file_is_one_sentence(tmp_path, name, text, sentence):

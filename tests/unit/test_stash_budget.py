@@ -1,4 +1,4 @@
-"""memory="auto": which mode it takes is what the plan says, and no mode changes a bit."""
+"""memory="auto": it takes the mode that the plan says, and no mode changes a bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_keeping_and_computing_again_give_the_same_bits(name: str) -> None:
 
 def test_a_stash_beyond_the_budget_is_not_kept() -> None:
     engine = fm.Engine(fm.models.conv4(filters=64, image_size=112), backend="cpu")
-    program = engine._program("x", torch.zeros(1, 1, 1, 112, 112), engine.flatten())
+    program = engine.program(torch.zeros(1, 1, 1, 112, 112))
     assert program is not None
     examples = _C.machine_memory() // 2**25  # an image takes more than 16 megabytes
 
