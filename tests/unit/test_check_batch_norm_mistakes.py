@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mistaken_loops import IMAGES, RATE, TASKS, by_task, norm_net, says, unrolled, verdicts
+from mistaken_loops import IMAGES, RATE, TASKS, by_task, check_function, norm_net, says, unrolled, verdicts
 from torch import nn
 from torch.func import functional_call
 from unrolled import cross_entropy

@@ -13,6 +13,7 @@ from mistaken_loops import (
     TASKS,
     by_adjoint,
     by_task,
+    check_function,
     norm_net,
     says,
     unrolled,
