@@ -43,11 +43,11 @@ $(RUN)/report.html: | $(STAMP)/build
 # The core's own tests are linked with the module's objects, whose sources and flags are the same. Which kernels were launched is asked
 # after all that may launch them.
 EMULATED := $(if $(filter Linux,$(shell uname)),emulated)
-TESTS ?= not slow and not bench
+MARKS ?= not slow and not bench
 BUILT = $(abspath build/$(shell $(PY) -c "import sys; print(sys.implementation.cache_tag)"))
 test: $(STAMP)/build $(STAMP)/test
 	@$(PART) "C++ programs, of the core and emulated" $(MAKE) --no-print-directory -j $(JOBS) -C csrc test $(EMULATED) BUILT=$(BUILT)
-	@$(PART) "pytest" $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "$(TESTS)" --durations=10 $(PYTEST)
+	@$(PART) "pytest" $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "$(MARKS)" --durations=10 $(PYTEST)
 	@$(if $(PYTEST),,$(PART) "kernels that were launched" $(PY) -m pytest -q tests/emulated/test_kernel_coverage.py)
 	@$(PART) --table
 
