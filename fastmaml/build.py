@@ -3,7 +3,8 @@
 `python -m fastmaml.build` builds in place. `load()` imports the compiled module. If the module is missing, `load()` builds
 it once, into the user's cache. The module uses torch's stable ABI, so one build serves every torch from 2.10 on.
 The CUDA backend is a separate library without torch (`--cuda`, `load_cuda()`). Only this library needs nvcc.
-This file imports neither fastmaml nor torch, because setup.py runs it before they are installed.
+This file imports neither fastmaml nor torch, because setup.py runs it before they are installed. For the same reason it is one
+file: setup.py and the Makefile load it by its path, and stamp() hashes it alone.
 """
 
 from __future__ import annotations

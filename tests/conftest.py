@@ -2,11 +2,16 @@
 # machine. `device`: the CUDA kernels, on a GPU and emulated.
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+# Two workers and their subprocesses on two cores: an OpenMP thread that spins while it waits takes the core from one that works.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest
@@ -124,6 +129,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item.path.name != "test_kernel_coverage.py"]
 
 
+def pytest_collection_finish() -> None:
+    """Thousands of items stay until the end: the garbage collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     if getattr(session.config.option, "numprocesses", None) and not worker_of(session.config):
         kernel_launches.forget_workers()
@@ -135,7 +146,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints the launches on the emulator, and the number of checks of the race build."""
+    """Prints where the time went, the launches on the emulator, and the number of checks of the race build."""
+    folders, files = Counter[str](), Counter[str]()
+    for report in [r for of_one in terminalreporter.stats.values() for r in of_one if isinstance(r, pytest.TestReport)]:
+        file = report.nodeid.partition("::")[0]
+        files[file] += report.duration
+        folders[file.rpartition("/")[0]] += report.duration
+    if len(files) > 10:
+        for title, seconds in (("folders", folders), ("slowest files", files)):
+            listed = ", ".join(f"{Path(name).name} {s:.0f}" for name, s in seconds.most_common(10))
+            terminalreporter.write_line(f"seconds of all workers by {title}: {listed}")
     if line := kernel_launches.summary():
         terminalreporter.write_line(line)
     checks = [

@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.kernels import cubins, sass, workloads
 from bench.kernels.cubins import ARCHS, Missing
+from bench.kernels.history import history_text, key_of, line, snapshot
 from bench.kernels.workloads import FLOPS, LAUNCH_S, MULTIPROCESSORS, Resident, Workload
 from bench.measure import RESULTS, facts, write_json
 from tests import kernel_launches
@@ -52,11 +53,6 @@ def short(name: str) -> str:
         for i, value in enumerate(values):
             name = name.replace(f"({enum}){i}", value)
     return re.sub(r"\s+>", ">", name)
-
-
-def lasting(name: str) -> str:
-    """A kernel's name in the history: without the stages of its tile, which may change."""
-    return re.sub(r"\b(Tile<\d+, \d+, \d+, \d+), \d+>", r"\1>", name)
 
 
 def kernel_rows(
@@ -103,13 +99,13 @@ def kernel_rows(
 
 def kernel_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     head = ["kernel", "threads", "shared", "regs 80 / 90", "occupancy 80", "occupancy 90", "inner loop on sm_90"]
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     for row in rows:
         a, b = row["sm_80"], row["sm_90"]
         spills = max(a["spill_bytes"], b["spill_bytes"])
         shared = f"{row['static_shared'] + row['dynamic_shared']:,}"
         lines.append(
-            _line(
+            line(
                 [
                     f"`{row['kernel']}`",
                     str(row["threads"]),
@@ -144,10 +140,10 @@ def workload_table(all_of_them: Sequence[Workload]) -> list[str]:
         "meta-gradient", "tasks", "K", "memory", "walk", "launches", "launching", "GFLOP", "MB requested", "MB compulsory", "ratio",
         "roofline", "with requested bytes",
     ]  # fmt: skip
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     for w in all_of_them:
         lines.append(
-            _line(
+            line(
                 [
                     f"{w.case.network}, {w.case.support} + {w.case.query} examples",
                     str(w.case.tasks),
@@ -178,13 +174,13 @@ def walks_table(all_of_them: Sequence[Workload]) -> list[str]:
         "meta-gradient", "tasks", "K", "memory", "launches", "MB requested", "launching and roofline", "of the H100's arithmetic",
         "the resident walk",
     ]  # fmt: skip
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     residents = {_same_work(w): w for w in all_of_them if w.resident}
     for w in (w for w in all_of_them if not w.resident):
         other = residents.get(_same_work(w))
         both = [w, other] if other else [w]
         lines.append(
-            _line(
+            line(
                 [
                     w.case.network,
                     str(w.case.tasks),
@@ -215,11 +211,11 @@ def _same_work(w: Workload) -> tuple[str, int, str, str]:
 def step_table(w: Workload, most: int) -> list[str]:
     """The slowest Steps by requested bytes or arithmetic."""
     head = ["Step", "launches", "blocks", "MB requested", "ratio", "GFLOP", "roofline", "with requested bytes"]
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     speed = FLOPS[w.precision]
     for a in sorted(w.asked, key=lambda a: -a.seconds(speed, requested=True))[:most]:
         lines.append(
-            _line(
+            line(
                 [
                     a.name,
                     str(a.launches),
@@ -241,102 +237,6 @@ def _time(seconds: float) -> str:
 
 def _megabytes(number: float) -> str:
     return f"{number / 1e6:,.1f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-# ---------------------------------------------------------------- history
-
-
-def snapshot(
-    note: str, rows: Sequence[Mapping[str, Any]], all_of_them: Sequence[Workload], described: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The entry of the history for one state of the kernels."""
-    return {
-        "note": note,
-        "date": described["date"],
-        "commit": described["commit"],
-        "kernels": {
-            lasting(row["kernel"]): {
-                "registers": row["sm_90"]["registers"],
-                "warps": row["sm_90"]["warps"],
-                "instructions": row["sm_90"]["instructions"],
-                "math": row["sm_90"]["math"],
-            }
-            for row in rows
-            if row["type"] == "float32"
-        },
-        "workloads": {
-            key_of(w): {
-                "launches": w.launches,
-                "requested": w.requested,
-                "compulsory": w.compulsory,
-                "roofline_us": 1e6 * w.seconds(),
-                "requested_us": 1e6 * w.seconds(requested=True),
-            }
-            for w in all_of_them
-        },
-    }
-
-
-def key_of(w: Workload) -> str:
-    words = [w.precision] if w.precision != "float32" else []
-    words += [w.memory] if w.memory != "low" else []
-    words += [w.walk] if w.walk != "layered" else []
-    return ", ".join([f"{w.case.network}, K = {w.inner_steps}", *words])
-
-
-def history_text(entries: Sequence[Mapping[str, Any]], most: int = 24) -> list[str]:
-    """Every entry with its changes against the one before: workloads, and the most changed kernels."""
-    lines: list[str] = []
-    before: dict[str, Any] = {}
-    for after in entries:
-        lines += [f"### {after['date']}, {after['commit']}: {after['note']}", ""]
-        changed = changes(before, after, most) if before else []
-        if before and not changed:
-            lines += ["No number of this table changed.", ""]
-        elif changed:
-            lines += [_line(["what", "before", "after"]), _line(["---"] * 3), *(_line(row) for row in changed), ""]
-        # An entry may lack some workloads.
-        before = {"kernels": after["kernels"], "workloads": {**before.get("workloads", {}), **after["workloads"]}}
-    return lines
-
-
-def changes(before: Mapping[str, Any], after: Mapping[str, Any], most: int) -> list[list[str]]:
-    rows = []
-    for name, now in after["workloads"].items():
-        # A new resident walk is compared with the layered walk it replaces.
-        was = before["workloads"].get(name) or before["workloads"].get(name.removesuffix(", resident"))
-        if was and (was["launches"], was["requested"]) != (now["launches"], now["requested"]):
-            rows.append([name, workload_text(was), workload_text(now)])
-    kernels = []
-    for name, now in after["kernels"].items():
-        was = before["kernels"].get(name)
-        if was is None or was == now:
-            continue
-        by = max(abs(now[key] - was[key]) / max(was[key], 1) for key in now)
-        kernels.append((by, [f"`{name}`", *(kernel_text(k) for k in (was, now))]))
-    kernels.sort(key=lambda item: -item[0])
-    rows += [row for _, row in kernels[:most]]
-    fresh = sorted(set(after["kernels"]) - set(before["kernels"]))
-    gone = sorted(set(before["kernels"]) - set(after["kernels"]))
-    rows += [[f"`{name}`", "", kernel_text(after["kernels"][name])] for name in fresh[:most]]
-    rows += [[f"`{name}`", kernel_text(before["kernels"][name]), ""] for name in gone[:most]]
-    left = max(len(kernels) - most, 0) + max(len(fresh) - most, 0) + max(len(gone) - most, 0)
-    if left:
-        rows.append([f"and {left} kernels more", "", ""])
-    return rows
-
-
-def workload_text(w: Mapping[str, Any]) -> str:
-    return f"{w['launches']} launches, {w['requested'] / 1e6:,.1f} MB, {w['requested_us']:,.1f} us"
-
-
-def kernel_text(k: Mapping[str, Any]) -> str:
-    share = f" ({100 * k['math'] / k['instructions']:.0f} % math)" if k["math"] else ""
-    return f"{k['registers']} registers, {k['warps']} warps, loop of {k['instructions']}{share}"
 
 
 # ---------------------------------------------------------------- the page

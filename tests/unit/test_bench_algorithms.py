@@ -22,6 +22,7 @@ from fastmaml.training import checkpoint  # noqa: E402
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
 pytest.importorskip("tensorboard")
+pytestmark = pytest.mark.bench
 linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
 

@@ -31,6 +31,8 @@ from fastmaml.benchmark.text import number, table  # noqa: E402
 from fastmaml.benchmark.timing import interleaved, summarise  # noqa: E402
 from tests import oracle  # noqa: E402
 
+pytestmark = pytest.mark.bench
+
 SINE = replace(CASES["sinusoid-k1"], name="tiny-sine", tasks=3, support=4, query=5, inner_steps=2)
 CONV = Case(
     "tiny-conv", "Conv4-4, 16x16", lambda: fm.models.conv4(filters=4, image_size=16, ways=2),
