@@ -6,7 +6,7 @@ from fastmaml.algorithms.learner import Learner
 
 
 class MAML(Learner):
-    """phi <- phi - inner_lr * grad L_support(phi) from theta, inner_steps times. The loss is L_query(phi).
+    """Adapts phi <- phi - inner_lr * grad L_support(phi), inner_steps times from theta. The loss is L_query(phi).
 
         maml = MAML(model, inner_lr=0.4, inner_steps=1)
         out = maml(*batch)

@@ -25,7 +25,7 @@ class MetaSGD(Learner):
         optimizer = torch.optim.Adam(learner.parameters(), 1e-3)   # the model and "inner_lr.NAME"
 
     inner_lr: the start of every rate, a number or a range (low, high) to draw from. Default: (0.005, 0.1).
-    seed: of these draws; torch's own generator does not advance.
+    seed: the seed of the draws. torch's own generator is not used.
     inner: an optimizer of fm.inner, instead of inner_lr. Its lr gives the start of the rates.
     The other arguments are Learner's. Parameters that are frozen or not adapted have no rate.
     Raises ValueError if inner_lr is neither a number nor a range.

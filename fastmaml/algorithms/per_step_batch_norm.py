@@ -17,7 +17,7 @@ from fastmaml.problem.batch_norm import check_mode, statistics
 
 
 def channels(model: nn.Module) -> int:
-    """R, the number of channels. Raises ValueError if the model has no batch norm, or none with running statistics."""
+    """R, the number of channels. Raises ValueError if the model has no batch norm, or one without running statistics."""
     check_mode(model, "frozen")
     total = sum(norm.num_features for norm in _norms(model))
     if total == 0:
