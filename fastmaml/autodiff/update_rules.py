@@ -1,6 +1,6 @@
-"""The inner optimizers on flat vectors [T, P]: each step's update, and its exact adjoint (ALGORITHMS 1.1 to 1.4).
+"""The inner optimizers on flat vectors [T, P]: each step's update and its exact adjoint (ALGORITHMS 1.1 to 1.4).
 
-The compiled engine has the same rules as fused Steps; these serve autodiff, and rules that are not compiled.
+The compiled engine has the same rules as fused Steps. autodiff uses the rules here, and so do custom rules.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from fastmaml.inner import SGD, Adam, Optimizer
 
 
 class UpdateRule(Protocol):
-    """phi[k+1] from phi[k] and the gradient g[k]; and what the adjoint sweep needs of it.
+    """Computes phi[k+1] from phi[k] and the gradient g[k], and the adjoint of this update.
 
-    A rule is made for one inner loop. `update` is called for k = 0 .. K-1, then `adjoint` for k = K-1 down.
+    A rule serves one inner loop. The sweep calls `update` for k = 0 .. K-1, then `adjoint` for k = K-1 .. 0.
     """
 
     needs_gradient: bool  # whether the adjoint reads g[k] before the Hessian term
@@ -25,14 +25,14 @@ class UpdateRule(Protocol):
         """phi[k+1] [T, P]."""
 
     def adjoint(self, k: int, v: Tensor, phi: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(v without the Hessian term, y the adjoint of g[k]): the sweep goes on with v + H[k] y."""
+        """(v without the Hessian term, y the adjoint of g[k]). The sweep continues with v + H[k] y."""
 
     def rate_grad(self, k: int, v: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-        """The gradient [T, P] by the rates of step k, from v before `adjoint`."""
+        """The gradient [T, P] by the rates of step k. v: the value before `adjoint`."""
 
 
 class _Rule:
-    """Rates, clipping and coupled weight decay, which the rules share."""
+    """The shared part of the rules: rates, clipping and coupled weight decay."""
 
     def __init__(self, optimizer: Optimizer, rates: Tensor, mask: Tensor | None):
         self.optimizer = optimizer
@@ -58,7 +58,7 @@ class _Rule:
         return (g if self.mask is None else g * self.mask).norm(dim=1, keepdim=True)
 
     def prepared_adjoint(self, v: Tensor, y: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
-        """From y, the adjoint of the prepared gradient, to (v with the decay's part, adjoint of the raw gradient)."""
+        """(v with the weight decay's term, the adjoint of the raw gradient). y: the adjoint of the prepared gradient."""
         o = self.optimizer
         if o.weight_decay and not getattr(o, "decoupled", False):
             v = v + o.weight_decay * y
@@ -75,7 +75,7 @@ class _Rule:
 
 
 class SGDRule(_Rule):
-    """Gradient descent, with PyTorch's momentum semantics: the first buffer is the undamped gradient."""
+    """Gradient descent with torch.optim.SGD's momentum: the first buffer is the gradient without dampening."""
 
     def __init__(self, optimizer: SGD, rates: Tensor, mask: Tensor | None, state: Tensor | None = None, taken: int = 0):
         super().__init__(optimizer, rates, mask)
@@ -122,7 +122,7 @@ class SGDRule(_Rule):
 
 
 class AdamRule(_Rule):
-    """Adam and AdamW with bias correction, eps outside the square root."""
+    """Adam and AdamW with bias correction; eps is outside the square root."""
 
     def __init__(self, optimizer: Any, rates: Tensor, mask: Tensor | None, state: Tensor | None = None, taken: int = 0):
         super().__init__(optimizer, rates, mask)
