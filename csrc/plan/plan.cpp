@@ -18,13 +18,13 @@
 namespace fastmaml {
 namespace {
 
-// A gradient of more bytes has left the cache before it is read, so it is made in chunks that have not; both are chosen from the network
-// and N alone, as a sum's order depends on them.
+// A gradient above kCacheBytes would leave the cache before it is read, so it is made in chunks of kChunkBytes.
+// All three sizes are fixed, because chunks set the order of a sum: only the network and N may decide it.
 constexpr int64_t kCacheBytes = int64_t(2) << 20, kChunkBytes = int64_t(512) << 10;
-constexpr int64_t kChunkedBytes = int64_t(1) << 20;  // likewise of what a run of layers touches
-constexpr size_t kCached = 64;                       // a plan of 100 inner steps of Conv4 holds megabytes of Steps
+constexpr int64_t kChunkedBytes = int64_t(1) << 20;  // the limit for what a run of layers touches
+constexpr size_t kCached = 64;                       // a plan of 100 inner steps of Conv4 takes megabytes
 
-// Values by key. When it is full everything goes: a program that makes that many plans has no favourites.
+// Values by key. A full cache is emptied: a program with so many plans seldom repeats one.
 template <class Value>
 class Cache {
  public:
@@ -52,7 +52,7 @@ std::atomic<Walk> forced_walk{Walk::automatic};
 std::string key_of(const std::string& text, const OpTable& table, const CallSpec& call) {
   const InnerLoopSpec& spec = call.spec;
   const int64_t numbers[] = {
-      int64_t(reinterpret_cast<uintptr_t>(&table)),  // one table for each backend, type and instruction set
+      int64_t(reinterpret_cast<uintptr_t>(&table)),  // backend, type and instruction set each have their own table
       int64_t(call.computation),
       int64_t(call.memory),
       call.solve_steps,
@@ -68,7 +68,7 @@ std::string key_of(const std::string& text, const OpTable& table, const CallSpec
       spec.mask,
       spec.state,
       spec.step_count,
-      table.resident ? int64_t(table.resident->fast_bytes()) : 0,  // which devices differ in
+      table.resident ? int64_t(table.resident->fast_bytes()) : 0,  // differs between devices
       int64_t(forced_layout.load()),
   };
   return std::string(reinterpret_cast<const char*>(numbers), sizeof numbers) + spec.loop.text + '\n' + text;
@@ -101,10 +101,10 @@ Schedule schedule_of(const Program& net, const CallSpec& call) {
   throw std::logic_error("a computation without a schedule");
 }
 
-// Of a Schedule that is run as two.
+// Is this one of the two parts of a split Schedule?
 bool is_part(Computation c) { return c == Computation::linearise || c == Computation::curvature; }
 
-// The table that is the backend's fastest for the network and the numbers of examples, which are all that the choice may look at.
+// The backend's fastest table for the network and the numbers of examples. The choice must depend on nothing else.
 const OpTable& best_layout(const OpTable& table, const Program& net, const InnerLoopSpec& spec) {
   const Layout layout = forced_layout;
   if (!table.in_lanes || layout == Layout::tasks || !table.in_lanes->run(net)) return table;
@@ -125,7 +125,7 @@ Plan make_plan(const std::string& text, const OpTable& backend, CallSpec call) {
       plan.schedule = stream(plan.schedule, {kCacheBytes / int64_t(table.real_bytes), kChunkBytes / int64_t(table.real_bytes)});
     if (!table.device && plan.lanes() == 1) plan.schedule = chunk_examples(plan.schedule, {kChunkedBytes / int64_t(table.real_bytes)});
     if (plan.lanes() > 1) plan.schedule = lane_schedule(std::move(plan.schedule));
-    plan.schedule = fuse_updates(std::move(plan.schedule), supports);  // of what was cut in chunks nothing: their gradients are added up
+    plan.schedule = fuse_updates(std::move(plan.schedule), supports);  // not for chunked layers, whose gradients are added up
     plan.workspace = plan_workspace(plan.schedule, table);
   };
   if (is_part(call.computation)) {
@@ -134,7 +134,7 @@ Plan make_plan(const std::string& text, const OpTable& backend, CallSpec call) {
     write();
     plan.resident = table.resident->encode(plan.schedule, table.resident->fast_bytes());
   }
-  if (!table.resident || !plan.resident.refusal.empty()) {  // fused layers spare memory traffic, which a resident walk has none of
+  if (!table.resident || !plan.resident.refusal.empty()) {  // fused layers save memory traffic; a resident walk has none to save
     plan.program = std::make_shared<const Program>(fuse(*plan.program, {supports, table.rectifies, table.out_in}));
     write();
   }
@@ -142,7 +142,7 @@ Plan make_plan(const std::string& text, const OpTable& backend, CallSpec call) {
     call.memory = Memory::low;
     return make_plan(text, backend, call);
   }
-  if (call.memory == Memory::automatic && !plan.resident.refusal.empty()) {  // it may be the activations that do not fit
+  if (call.memory == Memory::automatic && !plan.resident.refusal.empty()) {  // perhaps only the activations do not fit
     call.memory = Memory::low;
     Plan low = make_plan(text, backend, call);
     if (low.resident.refusal.empty()) return low;
