@@ -309,7 +309,7 @@ std::string kilobytes(size_t bytes) { return std::to_string((bytes + 1023) / 102
 // Why the walk cannot take this Schedule, whatever the memory.
 std::optional<std::string> unfit(const Schedule& schedule, size_t real_bytes) {
   for (const Step& step : schedule.steps) {
-    if (is_python_loss(step.op)) return "the loss is written in Python, and all tasks meet at it";
+    if (is_python_loss(step.op)) return "a loss written in Python needs all tasks at once";
     if (!has_resident(step.op)) return std::string("the resident walk has no ") + op_name(step.op);
     const Layer& layer = schedule.layers[size_t(step.layer)];
     if (rectified_output(layer).on || rectified_input(layer).on)
@@ -374,7 +374,7 @@ ResidentCode resident_code(const Schedule& schedule, size_t fast_bytes) {
   }
   if (!drafts.empty() && products / int64_t(drafts.size()) > kMostResidentProducts) {
     code.refusal = "its Steps take " + std::to_string(products / int64_t(drafts.size())) + " products each, more than the " +
-                   std::to_string(kMostResidentProducts) + " that one block a task is quick at";
+                   std::to_string(kMostResidentProducts) + " at which one block for a task is still fast";
     return code;
   }
 
@@ -382,7 +382,7 @@ ResidentCode resident_code(const Schedule& schedule, size_t fast_bytes) {
   const size_t room = fast_bytes > reserved ? fast_bytes - reserved : 0;
   const Places places = place(schedule, drafts, sizeof(T), room);
   if (places.in_shared < kLeastInShared) {
-    code.refusal = "a task needs " + kilobytes(places.all_bytes + reserved) + " of shared memory, or most of them, and a block has " +
+    code.refusal = "a task needs " + kilobytes(places.all_bytes + reserved) + " of shared memory, most of it at once, and a block has " +
                    kilobytes(fast_bytes);
     return code;
   }

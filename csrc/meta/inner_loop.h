@@ -1,5 +1,4 @@
-// How one task learns, as plain data: the update rule, clipping and decay of its gradients, and the steps with a query
-// loss.
+// How one task learns, as plain data: the update rule, its gradients' clipping and decay, and the steps with a query loss.
 #pragma once
 
 #include <cstdint>

@@ -95,12 +95,12 @@ bool is_summed(const Run& run, Arg arg) {
 void check(const Run& run) {
   if (run.lanes != run.table.lanes && run.table.lanes != kAnyLanes)
     throw std::invalid_argument(std::string("backend ") + run.table.backend + " has no layout of " + std::to_string(run.lanes) +
-                                " tasks side by side in this table");
+                                " tasks in lanes in this table");
   for (const Slot& slot : run.schedule.slots)
     if (slot.arg != Arg::none && slot.size > 0 && !run.args[static_cast<int>(slot.arg)] && !is_summed(run, slot.arg))
       throw std::invalid_argument(std::string("argument ") + arg_name(slot.arg) + " is missing");
   if (!run.python_loss && has_python_loss(run.schedule))
-    throw std::invalid_argument("the loss is written in Python, and there is no function for it");
+    throw std::invalid_argument("a loss written in Python needs a function, and this run has none");
 }
 
 }  // namespace
@@ -116,7 +116,7 @@ size_t layered_bytes(const Run& run) { return slot_bytes(run) + run.workspace.sc
 
 void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor& parallel_for) {
   check(run);
-  if (has_python_loss(run.schedule)) throw std::invalid_argument("a task alone cannot walk through a loss written in Python");
+  if (has_python_loss(run.schedule)) throw std::invalid_argument("run_resident cannot walk a loss written in Python; use run_segments");
   const int64_t groups = (run.tasks + run.lanes - 1) / run.lanes;
   const size_t slots = run.lanes * run.workspace.task_bytes, bytes = slots + run.workspace.scratch_bytes;
   workers = int(std::min<int64_t>(std::max(workers, 1), groups));

@@ -129,7 +129,7 @@ Plan make_plan(const std::string& text, const OpTable& backend, CallSpec call) {
     plan.workspace = plan_workspace(plan.schedule, table);
   };
   if (is_part(call.computation)) {
-    plan.resident.refusal = "a tape between two calls must be of one network, and the two might decide differently";
+    plan.resident.refusal = "linearise and curvature share a tape, so both take the layered walk";
   } else if (table.resident) {
     write();
     plan.resident = table.resident->encode(plan.schedule, table.resident->fast_bytes());
@@ -194,12 +194,12 @@ bool Plan::as_torch() const { return !table->device && in_torch_order(program->p
 
 std::string Plan::walk() const {
   if (!table->device && program->loss.kind == Loss::Kind::caller) return "segments";
-  if (!table->device && lanes() > 1) return "resident: a thread of the host for " + std::to_string(lanes()) + " tasks side by side";
-  if (!table->device) return "resident: a thread of the host a task";
+  if (!table->device && lanes() > 1) return "resident: a host thread for each group of " + std::to_string(lanes()) + " tasks in lanes";
+  if (!table->device) return "resident: a host thread for each task";
   if (!table->resident) return "layered";
   if (!takes_resident()) return "layered" + (resident.refusal.empty() ? std::string() : ": " + resident.refusal);
   return "resident: " + std::to_string(resident.threads) + " threads, " + std::to_string(resident.shared_bytes) +
-         " bytes of shared memory and " + std::to_string(resident.arena_bytes) + " of device memory a task";
+         " bytes of shared memory and " + std::to_string(resident.arena_bytes) + " of device memory for each task";
 }
 
 std::shared_ptr<const Program> program_of(const std::string& text) {
