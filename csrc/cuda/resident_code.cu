@@ -382,7 +382,7 @@ ResidentCode resident_code(const Schedule& schedule, size_t fast_bytes) {
   const size_t room = fast_bytes > reserved ? fast_bytes - reserved : 0;
   const Places places = place(schedule, drafts, sizeof(T), room);
   if (places.in_shared < kLeastInShared) {
-    code.refusal = "a task needs " + kilobytes(places.all_bytes + reserved) + " of shared memory, most of it at once, and a block has " +
+    code.refusal = "a task needs " + kilobytes(places.all_bytes + reserved) + " of shared memory, or most of them, and a block has " +
                    kilobytes(fast_bytes);
     return code;
   }
