@@ -1,8 +1,8 @@
-// The race build: g++ -fsanitize=thread makes every load and store of a kernel call a function of this file, in place of those of
-// its own runtime. Each word of memory remembers who touched it last; two threads that touch a word, one of them writing, must have
-// a barrier between them. So a race is found in any order of threads, also where the values happen to be right. Atomics order nothing
-// but one another, a shuffle or a vote nothing at all, and __threadfence does not exist. Of bytes that several threads write in one
-// word the last is remembered.
+// The race build: with g++ -fsanitize=thread every load and store of a kernel calls a function of this file.
+// Each word of memory remembers its last accesses. If two threads touch a word and one writes, a barrier must lie between.
+// A race is therefore found in any order of threads, even if the values happen to be right.
+// Atomics order only atomics. Shuffles, votes and __threadfence order nothing.
+// If several threads write bytes of one word, only the last is remembered.
 #include <array>
 #include <bit>
 #include <memory>
@@ -17,30 +17,30 @@ namespace {
 
 struct Touch {
   Position position{};
-  uint32_t block = 0;    // in the order of execution, over all launches
+  uint32_t block = 0;    // in order of execution, over all launches
   uint32_t barrier = 0;  // barriers that the block had passed
-  uint32_t clock = 0;    // of the lane
+  uint32_t clock = 0;    // the lane's clock
   uint16_t thread = 0;
-  uint8_t bytes = 0;  // of the word, a bit each
+  uint8_t bytes = 0;  // a bit for each byte of the word
   bool atomic = false;
 };
 
 struct Word {
   Touch write;
-  Touch read[2];      // in the last block: of two warps where there were two, else the two last lanes
-  Touch read_before;  // in a block before it
-  Touch copying;      // a cp.async that has not been waited for
+  Touch read[2];      // in the last block: from two warps if there were two, else the two last lanes
+  Touch read_before;  // in an earlier block
+  Touch copying;      // a cp.async without a wait so far
 };
 
 constexpr size_t kPage = 4096;
 struct Page {
   uint32_t launch = 0;
-  bool foreign = false;  // the stack of another thread
-  Range buffer;          // that the page belongs to
+  bool foreign = false;  // another thread's stack
+  Range buffer;          // the page's buffer
   std::array<Word, kPage / 4> words;
 };
 
-// Lane i knows of lane j what it did up to clock known[i][j]: __syncwarp tells all lanes of its mask what any of them knows.
+// known[i][j]: the clock up to which lane i knows lane j's accesses. __syncwarp tells all lanes of its mask what any of them knows.
 struct Clocks {
   std::array<std::array<uint32_t, 32>, 32> known;
   bool fresh = false;
@@ -111,7 +111,7 @@ class Race : public Watcher {
 
  private:
   static constexpr size_t kMostPages = 4096;  // 500 MB
-  uint32_t oldest_block_ = 1;  // that can have touched this memory: this block where it is shared, else the first of the launch
+  uint32_t oldest_block_ = 1;  // the oldest that can have touched this memory: this block for shared memory, else the launch's first
   uint32_t launch_ = 0, first_of_launch_ = 1, last_block_ = 0, barrier_ = 0;
   Range image_, static_neighbourhood_, dynamic_neighbourhood_, dynamic_;
   std::vector<uint3> sequence_;  // the blocks of this launch
@@ -132,8 +132,8 @@ class Race : public Watcher {
     clocks.fresh = true;
   }
 
-  // The __shared__ variable, or the dynamic shared memory, around an address: null outside shared memory, and a range that does not
-  // hold the address where it lies beside what the kernel may touch.
+  // The __shared__ variable, or dynamic shared memory, around an address. Null outside shared memory.
+  // For an address in shared memory that the kernel may not touch, a range without that address.
   const Range* shared_near(const void* address) const {
     if (dynamic_neighbourhood_.holds(address)) return &dynamic_;
     if (!static_neighbourhood_.holds(address)) return nullptr;
@@ -159,7 +159,7 @@ class Race : public Watcher {
     return *page;
   }
 
-  // Is it of this launch and not ordered before what the running thread does now?
+  // Is the earlier access of this launch, and not ordered before the running thread's access?
   bool open(const Touch& before, const Touch& now) const {
     if (before.block < oldest_block_ || !(before.bytes & now.bytes)) return false;
     if (before.block != now.block) return true;
@@ -268,7 +268,7 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-// Of the host's code in the same files: guards of static variables.
+// For host code in the same files: guards of static variables.
 unsigned char __tsan_atomic8_load(const volatile unsigned char* from, int) { return __atomic_load_n(from, __ATOMIC_SEQ_CST); }
 void __tsan_atomic8_store(volatile unsigned char* to, unsigned char value, int) { __atomic_store_n(to, value, __ATOMIC_SEQ_CST); }
 int __tsan_atomic32_load(const volatile int* from, int) { return __atomic_load_n(from, __ATOMIC_SEQ_CST); }
