@@ -49,7 +49,7 @@ void with_side(const Sizes& z, Body body) {
   body(std::integral_constant<int, 0>());
 }
 
-// Calls f(V{}, c, n, h, w) for h < rows and w < columns of every example, all channels of a place before the next place.
+// Calls f(V{}, c, n, h, w) for h < rows and w < columns of every example. All channels of one place come before the next place.
 // This order of memory streams 1.4 times as fast as channel by channel. A channel's numbers come from L1 each time.
 template <class T, class F>
 inline __attribute__((always_inline)) void for_places(const Sizes& z, int64_t rows, int64_t columns, F f) {
