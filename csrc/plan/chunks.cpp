@@ -152,7 +152,7 @@ class Chunks {
   const std::vector<Step>& steps_;
   const std::vector<bool>& local_;
   const int64_t rows_;
-  std::map<int, int> small_;                      // by slot: the slot that holds a chunk of it
+  std::map<int, int> small_;                      // by slot: the small slot for its chunk
   std::map<std::pair<int, int64_t>, int> share_;  // by the place of a sum: the slot that holds a chunk's share
 
   void part(Step step, int64_t from, int64_t count) {

@@ -28,7 +28,7 @@ struct Cost {
 };
 Cost cost_of(const Step& step, const Layer& layer, size_t real_bytes);
 
-// The sizes that decide the speed of a Step, for a model of it.
+// The sizes that decide the speed of a Step, for a model of the speed.
 // Products: rows, depth, columns, and the width of the images. Other ops: number and length of their vectors.
 std::vector<int64_t> sizes_of(const Step& step, const Layer& layer);
 

@@ -113,7 +113,7 @@ class Streaming {
   Schedule& out_;
   const Group& group_;
   int64_t N_ = 0, chunk_ = 0;
-  std::map<int, int> small_;                      // by slot: the slot that holds a chunk of it
+  std::map<int, int> small_;                      // by slot: the small slot for its chunk
   std::map<std::pair<int, int64_t>, int> share_;  // by the place of a sum: the slot that holds a chunk's share
 
   void part(Step step, int64_t from, int64_t count) {
