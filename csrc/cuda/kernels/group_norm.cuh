@@ -194,8 +194,8 @@ struct GroupNormBwdData {
   }
 };
 
-// With h' = gamma' dy + gamma dy':  dx' = r' u + r u',  r' = -r^2 s,  u' = h' - mean(h') - xhat' mean(h xhat) - xhat
-// mean(h' xhat + h xhat')
+// With h' = gamma' dy + gamma dy':  dx' = r' u + r u',  r' = -r^2 s,
+//   u' = h' - mean(h') - xhat' mean(h xhat) - xhat mean(h' xhat + h xhat')
 template <class T>
 struct GroupNormBwdDataJvp {
   PerTask<T> dx_dot;

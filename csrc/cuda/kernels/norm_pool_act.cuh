@@ -221,11 +221,11 @@ struct NormPoolActBwdWeightJvp {
 
 // ---------------------------------------------------------------- x: one pixel
 
-// F::Channels(f, task, c, count) has  template <bool kWide, bool kMasks> void write(int i, Chunk<T>
-// (&dz)[F::kGradients], int count) const.
-// It turns dz of the pixel at i (and its tangent, if F has one) into dx. kMasks: `dz` is still dy, not yet masked.
+// F::Channels(f, task, c, count) has
+//   template <bool kWide, bool kMasks> void write(int i, Chunk<T> (&dz)[F::kGradients], int count) const,
+// which turns dz of the pixel at i (and its tangent, if F has one) into dx. kMasks: `dz` is still dy, not yet masked.
 
-// dx = gamma r u. The first M = `inside` numbers give the statistics: u = dz - dbeta / M - xhat dgamma / M. Later ones: u = dz.
+// dx = gamma r u. The first `inside` numbers give the statistics: u = dz - dbeta / M - xhat dgamma / M. Later ones: u = dz.
 template <class T>
 struct NormPoolActBwdData {
   static constexpr int kGradients = 1;
@@ -395,7 +395,7 @@ struct NormPoolActBwdTiles {
   }
 };
 
-// Any windows: a thread adds up, row by row, what the windows around its pixel pass to the pixel.
+// Any windows: a thread adds up, row by row, what the windows that contain its pixel pass to it.
 template <class T, class F>
 struct NormPoolActBwdWindows {
   F f;

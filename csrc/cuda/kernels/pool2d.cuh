@@ -1,5 +1,5 @@
 // Pooling over windows of [KH, KW].   x [N, H, W, C]   y [N, OH, OW, C]   index [N, OH, OW, C]: the tap kh * KW + kw that won.
-// A thread has a chunk of channels of one pixel. Backward gathers: a pixel of dx adds up the windows around it, row by row.
+// A thread has a chunk of channels of one pixel. Backward gathers: a pixel of dx adds up the windows that contain the pixel, row by row.
 #pragma once
 
 #include "cuda/kernels/operands.cuh"
@@ -46,7 +46,7 @@ __device__ __forceinline__ void for_taps(const PoolSizes& s, const PoolThread<T>
     }
 }
 
-// Calls body(tap, oh, ow) for the windows around pixel (h, w), with the pixel's tap.
+// Calls body(tap, oh, ow) for the windows that contain pixel (h, w), with the pixel's tap.
 template <class T, class Body>
 __device__ __forceinline__ void for_windows(const PoolSizes& s, const PoolThread<T>& t, Body body) {
   const int h = t.h + s.pad_h, w = t.w + s.pad_w;

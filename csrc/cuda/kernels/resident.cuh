@@ -1,4 +1,4 @@
-// The resident walk: a block takes one task through a whole Schedule, Step after Step. Its numbers are in shared memory if they fit.
+// The resident walk: a block takes one task through a whole Schedule, Step after Step. Its numbers are in shared memory as far as they fit.
 // Steps come encoded (resident_step.cuh), a stage at a time: up to kStageSteps independent Steps, then a barrier.
 // While a stage runs, the next one is copied to shared memory.
 #pragma once
