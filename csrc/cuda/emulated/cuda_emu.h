@@ -25,7 +25,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define __restrict__ __restrict
 #define FASTMAML_SHARED unsigned char* const shared_bytes = ::fastmaml::emu::dynamic_shared()
-#define FASTMAML_UNSEEN __attribute__((no_sanitize("thread", "undefined")))  // by the race build
+#define FASTMAML_UNSEEN __attribute__((no_sanitize("thread", "undefined")))  // the race build does not check such code
 
 // ---------------------------------------------------------------- vectors and indices
 
