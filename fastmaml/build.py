@@ -32,7 +32,7 @@ MODULE = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 STAMP = "_C.stamp"  # next to the module: a hash of the sources it was built from
 CUDA_LIBRARY = "_cuda.so"
 
-BASE_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra")
+BASE_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Werror=switch")
 # The oldest torch the module runs with (torch's stable ABI). pybind11's headers come with torch.
 TORCH_ABI = "0x020a000000000000"
 

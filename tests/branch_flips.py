@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from cases import KINKED
 from torch import Tensor
-
-KINKED = ("relu", "leaky_relu", "max_pool2d")
 
 
 def _prefixes(text: str) -> list[tuple[str, dict[str, str], str]]:
@@ -17,7 +16,7 @@ def _prefixes(text: str) -> list[tuple[str, dict[str, str], str]]:
     found = []
     for i, line in enumerate(lines):
         kind, *words = line.split()
-        if is_layer[i] and kind in KINKED:
+        if is_layer[i] and kind in (*KINKED, "max_pool2d"):
             value = int(words[0])
             kept = lines[: first + value]  # layer line k makes value k + 1; the layer's own input is `value`
             settings = dict(word.split("=") for word in words[1:])

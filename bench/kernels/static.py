@@ -1,4 +1,4 @@
-"""The CUDA kernels judged without a GPU: registers, occupancy, inner loops, bytes, launches and roofline times."""
+"""Analyses the CUDA kernels without a GPU: registers, occupancy, inner loops, bytes, launches and roofline times."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from bench.measure import RESULTS, facts, write_json
 from tests import kernel_launches
 
 HELP = """
-what it does
-  Compiles the kernels by nvcc for sm_80 and sm_90 (sources that did not change are kept), reads ptxas' report and the
-  disassembly, and counts whole meta-gradients on the emulator: launches for all tasks, and the bytes of global memory
-  that one inner step of one task requests, each kernel executed. The tables go to bench/results/cuda_static.{md,json};
-  with --note "what was done" an entry of the history is added. Nothing here was timed on a GPU.
+method
+  Compiles the kernels with nvcc for sm_80 and sm_90 (unchanged sources are kept). Reads ptxas' report and the disassembly.
+  Counts whole meta-gradients on the emulator: launches for all tasks, and the global memory bytes that one inner step of
+  one task requests. The tables go to bench/results/cuda_static.{md,json}. --note "what was done" adds an entry to the
+  history. Nothing here was timed on a GPU.
 
-what the columns mean
-  regs        registers a thread; spills are named if there are any
-  shared      bytes of shared memory a block, static and dynamic (the most that a test or a workload asked for)
-  occupancy   warps of a multiprocessor of 64, and what allows no more
-  inner loop  the loop with the most multiply-adds, without loops inside it: all instructions, and the share of FFMA and
-              HMMA (and of fp64) among them; of the resident walk, that of its products
-  requested   bytes that the kernels ask of global memory; caches answer many. Less than compulsory: a ReLU does not
-              need all operands
+columns
+  regs        registers per thread; spills are named if there are any
+  shared      bytes of shared memory per block, static and dynamic (the maximum of all tests and workloads)
+  occupancy   warps of a multiprocessor of 64, and the limiting resource
+  inner loop  the loop with the most multiply-adds, without inner loops: all instructions, and the share of FFMA, HMMA and
+              fp64; for the resident walk, the loop of its products
+  requested   bytes that the kernels request from global memory; caches serve many of them. May be below compulsory, because
+              a ReLU does not need all operands
   compulsory  every operand of a launch once
   roofline    the longer of compulsory bytes at 3.35 TB/s and products at 67 TFLOP/s (TF32: 495), launch after launch; a
-              resident walk has the arithmetic of its blocks' multiprocessors alone
+              resident walk only has the arithmetic of its blocks' multiprocessors
 """
 
 
@@ -47,7 +47,7 @@ ENUMS = {"Order": ("along_k", "along_rows"), "Numbers": ("tf32", "tf32x3", "bf16
 
 
 def short(name: str) -> str:
-    """A kernel's readable name without what is the same in all, and with enumerators by name."""
+    """A kernel's readable name, without the common parts and with enumerators by name."""
     name = name.replace("fastmaml::cuda::", "")
     for enum, values in ENUMS.items():
         for i, value in enumerate(values):
@@ -58,7 +58,7 @@ def short(name: str) -> str:
 def kernel_rows(
     names: Mapping[str, str], launched: Mapping[str, kernel_launches.Launched], jobs: int
 ) -> list[dict[str, Any]]:
-    """One row per kernel of the sources: by arch what ptxas and the disassembly say."""
+    """One row per kernel: by architecture, the facts of ptxas and the disassembly."""
     rows: dict[str, dict[str, Any]] = {}
     for arch, machine in ARCHS.items():
         for cubin in cubins.compile_all(arch, jobs):
@@ -169,7 +169,7 @@ def memory_text(w: Workload) -> str:
 
 
 def walks_table(all_of_them: Sequence[Workload]) -> list[str]:
-    """Each meta-gradient by both walks, or why there is but one."""
+    """Each meta-gradient by both walks, or why there is only one."""
     head = [
         "meta-gradient", "tasks", "K", "memory", "launches", "MB requested", "launching and roofline", "of the H100's arithmetic",
         "the resident walk",
@@ -209,7 +209,7 @@ def _same_work(w: Workload) -> tuple[str, int, str, str]:
 
 
 def step_table(w: Workload, most: int) -> list[str]:
-    """The Steps that take the longest by their requested bytes or arithmetic."""
+    """The slowest Steps by requested bytes or arithmetic."""
     head = ["Step", "launches", "blocks", "MB requested", "ratio", "GFLOP", "roofline", "with requested bytes"]
     lines = [line(head), line(["---"] * len(head))]
     speed = FLOPS[w.precision]
@@ -313,7 +313,7 @@ def around_text(all_of_them: Sequence[Workload]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, read, count, write. 2 with one sentence where a tool is missing, 1 if a float32 kernel of the layered walk spills."""
+    """Compile, read, count, write. Returns 2 if a tool is missing, 1 if a float32 kernel of the layered walk spills."""
     args = _parser().parse_args(argv)
     try:
         return run(args)
@@ -323,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    cubins.nvcc(), cubins.nvdisasm()  # before minutes of work
+    cubins.nvcc(), cubins.nvdisasm()  # fail before minutes of work
     described = {**facts(), "nvcc": nvcc_version()}
     kernel_launches.make("emulated")
     counted: list[Workload] = []

@@ -1,4 +1,4 @@
-// Fills the tables of one instruction set: tasks one after the other, and side by side.
+// Fills the two tables of one instruction set: one task at a time, and tasks in lanes.
 #include "cpu/choose.h"
 #include "cpu/lanes/lanes.h"
 
@@ -33,7 +33,7 @@ OpTable lane_table() {
 template <class T>
 OpTable task_table() {
   static const OpTable lanes = lane_table<T>();
-  static const LaneOps in_lanes{&lanes, lanes_run, lanes_pay};
+  static const LaneOps in_lanes{&lanes, lanes_run, lanes_pay_off};
   OpTable table = elementwise_table<TaskMajor<T>>();
   table.in_lanes = &in_lanes;
   table.out_in = true;

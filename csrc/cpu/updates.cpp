@@ -68,7 +68,7 @@ void adjoint_update(const Call& call) {
   }
 }
 
-// rate_grad -= g lambda;  lambda -= hu;  u = rate lambda: the parts' bits
+// rate_grad -= g lambda;  lambda -= hu;  u = rate lambda: the same bits as the three separate ops
 template <class Layout>
 void sgd_adjoint(const Call& call) {
   for (int64_t g = 0; g < Layout::groups(call); ++g) {
@@ -107,7 +107,7 @@ void proximal(const Call& call) {
   }
 }
 
-constexpr double kConverged = 1e-10;  // of r.r
+constexpr double kConverged = 1e-10;  // for r.r
 
 template <class Layout>
 typename Layout::Number dot(typename Layout::Operand a, typename Layout::Operand b, int64_t n) {
@@ -131,11 +131,11 @@ void cg_start(const Call& call) {
     const Number vv = dot<Layout>(v, v, size_of(call)), one = Number{} + 1;
     state.put_number(0, vv);
     state.put_number(1, vv);
-    state.put_number(2, vv != Number{} ? one : Number{});  // NaN goes on, and shows in the solution
+    state.put_number(2, vv != Number{} ? one : Number{});  // NaN stays active, and shows in the solution
   }
 }
 
-// A task that is done keeps its vectors.
+// A converged task keeps its vectors.
 template <class Layout>
 void cg_step(const Call& call) {
   using T = typename Layout::Type;
@@ -202,7 +202,7 @@ template <class T>
 void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t size, int64_t stride, uintptr_t /* stream */) {
   T *out = static_cast<T*>(out_), *x = static_cast<T*>(x_);
   const T* w = static_cast<const T*>(w_);
-  constexpr int64_t kBlock = 1024;  // every task's slice of a block stays in cache
+  constexpr int64_t kBlock = 1024;  // every task's part of a block stays in cache
   const T mean = w ? T(1) : T(1.0 / double(tasks));
   for (int64_t from = 0; from < size; from += kBlock) {
     const int64_t count = size - from < kBlock ? size - from : kBlock;

@@ -1,5 +1,5 @@
-// The gradient of a loss and its tangent (the Hessian-vector product), as Steps that the other Schedules are made of; and the
-// Schedules that are one such pass.
+// The gradient of a loss and its tangent (the Hessian-vector product) as Steps. All other Schedules are made of them.
+// Also the Schedules that are one such pass.
 #include <stdexcept>
 
 #include "meta/meta.h"
@@ -23,19 +23,33 @@ Op loss_op(const Loss& loss, bool tangent) {
 
 Operand buffers(Schedule& out, const Program& net) { return net.buffer_count ? out.external(Arg::buffers, net.buffer_count) : Operand{}; }
 
-// Labels, rows like the output's, or nothing where a loss written in Python has its own.
+// Labels, or rows shaped like the output. Empty for a loss written in Python, which may hold its own targets.
 Operand targets(Schedule& out, const Program& net, Arg arg, int64_t examples) {
-  switch (net.loss.kind) {
-    case Loss::Kind::cross_entropy:
+  switch (target_of(net.loss.kind)) {
+    case Target::label:
       return out.external(arg, examples, Type::label);
-    case Loss::Kind::caller:
-      return {};
-    default:
+    case Target::row:
       return out.external(arg, examples * net.output_shape().size());
+    case Target::nothing:
+      return {};
   }
+  throw std::logic_error("not a loss's target");
 }
 
-// The loss sees the last rows of the batch; the gradient by the others is zero.
+// Of that argument, where row `rows` starts.
+Operand targets_from(const Program& net, Operand y, int64_t rows) {
+  switch (target_of(net.loss.kind)) {
+    case Target::label:
+      return offset(y, rows);
+    case Target::row:
+      return offset(y, rows * net.output_shape().size());
+    case Target::nothing:
+      return {};
+  }
+  throw std::logic_error("not a loss's target");
+}
+
+// The loss sees only the last rows of the batch. The gradient by the other rows is zero.
 void loss_step(Schedule& out, const Program& net, const Batch& batch, Pass pass, Tape& tape, Operand loss, Operand dz) {
   const int64_t skipped = batch.loss_from * net.output_shape().size(), rows = batch.examples - batch.loss_from;
   const Operand z = offset(tape.value[net.output], skipped);
@@ -53,7 +67,7 @@ void loss_step(Schedule& out, const Program& net, const Batch& batch, Pass pass,
   }
 }
 
-// The tangent of the gradient by the output.
+// The tangent of the loss's gradient by the output.
 Operand loss_tangent(Schedule& out, const Program& net, const Batch& batch, Tape& tape) {
   const int64_t outputs = batch.examples * net.output_shape().size();
   if (!tape.dot[net.output]) {  // no parameter reaches the output
@@ -103,7 +117,7 @@ Batch step_batch(const Program& net, const InnerLoopSpec& spec, const Batch& sup
   batch.first_row = k * rows;
   batch.examples = batch.stat_examples = rows;
   batch.x = offset(batch.x, batch.first_row * net.input_shape().size());
-  batch.y = offset(batch.y, batch.first_row * (net.loss.kind == Loss::Kind::cross_entropy ? 1 : net.output_shape().size()));
+  batch.y = targets_from(net, batch.y, batch.first_row);
   batch.weights = offset(batch.weights, batch.first_row);
   return batch;
 }

@@ -9,7 +9,7 @@
 namespace fastmaml {
 namespace {
 
-constexpr size_t kAlign = 64;  // a cache line, and the widest vector
+constexpr size_t kAlign = 64;  // a cache line, also the width of the widest vector
 
 size_t round_up(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
@@ -26,7 +26,7 @@ size_t element_bytes(Type type, size_t real_bytes) {
     case Type::tap:
       return sizeof(int8_t);
   }
-  return 0;
+  throw std::logic_error("not a type of numbers");
 }
 
 std::vector<LiveRange> live_ranges(const Schedule& schedule, size_t real_bytes) {

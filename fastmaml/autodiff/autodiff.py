@@ -1,7 +1,7 @@
 """The autodiff backend: the derivatives of any nn.Module by torch.func, for the adjoint sweep of adjoint_sweep.py.
 
-A Hessian-vector product is the tangent of the gradient (forward-over-reverse): no graph of a graph. How tasks and
-random layers are handled stands in task_derivatives.py.
+A Hessian-vector product is the tangent of the gradient (forward-over-reverse), without a graph of a graph.
+task_derivatives.py handles tasks and random layers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastmaml.problem.pytrees import Packing
 
 
 class Autodiff:
-    """forward, grad, query, hvp and vjp of one module and loss; parameters are vectors [T, P] (adjoint_sweep.Derivatives)."""
+    """adjoint_sweep.Derivatives of one module and loss, with forward and vjp. Parameters are vectors [T, P]."""
 
     hvp_gives_gradient = True
 
@@ -32,22 +32,22 @@ class Autodiff:
         self.layout = layout
         self.loss = loss
         self.norm_mode = norm_mode
-        self.inputs: Packing | None = None  # how the model's inputs lie in x; None: x is the input
-        self.outputs: Packing | None = None  # how its outputs lie in one tensor, known after the first evaluation
+        self.inputs: Packing | None = None  # how x packs the model's inputs; None: x is the input
+        self.outputs: Packing | None = None  # how one tensor packs the outputs; set by each evaluation
         self._tasks = TaskDerivatives(self._loss)
         self._of_outputs = TaskDerivatives(self._loss_of_output)
 
     @property
     def note(self) -> str:
-        """How the tasks are run where that is not vmap, and why."""
+        """How the tasks run if vmap cannot, and why. "" with vmap."""
         return self._tasks.note
 
     def begin(self, seed: int | None = None) -> Autodiff:
-        """Starts a call: the evaluations that follow share one seed for dropout, drawn when it is first needed."""
+        """Starts a call. Its evaluations share one seed for dropout. None: the first random evaluation draws it."""
         self._tasks.begin(seed)
         return self
 
-    # ---- what the Engine asks for; every argument has the task dimension in front
+    # ---- called by the Engine; every argument has the task dimension in front
 
     def forward(self, params: Tensor, x: Tensor, support_x: Tensor | None = None, step: int = 0) -> Tensor:
         given = (params, x) if support_x is None else (params, x, support_x)
@@ -70,7 +70,7 @@ class Autodiff:
         return self._tasks.hvp(step, params, v, x, y, w)
 
     def gauss_newton(self, params: Tensor, examples: Examples, v: Tensor) -> Tensor:
-        """J^T L J v [T, P]: L the loss's Hessian by the outputs. Each of the three passes sees the same random layers."""
+        """J^T L J v [T, P], with L the loss's Hessian by the outputs. All three passes see the same dropout masks."""
         z, z_dot = self._tasks.over_tasks(self._jvp_of_one, 0, params, examples.x, v)
         w = examples.weighted().w
         assert w is not None
@@ -84,7 +84,7 @@ class Autodiff:
     # ---- one task
 
     def _output(self, phi: Tensor, x: Tensor, support_x: Tensor | None = None) -> Tensor:
-        # Buffers are constants: a module that updates its own does so on a copy.
+        # Buffers are constants: a module that updates its buffers updates a copy.
         constants = {
             name: b.to(phi.dtype, copy=True) if b.is_floating_point() else b.clone()
             for name, b in self.model.named_buffers()

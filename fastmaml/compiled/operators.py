@@ -1,7 +1,7 @@
-"""The compiled kernels of one Program: the only file that calls torch.ops.fastmaml (csrc/bindings/module.cpp lists them).
+"""The compiled kernels of one Program. Only this file calls torch.ops.fastmaml (csrc/bindings/module.cpp lists them).
 
-Its derivatives have autodiff's face (sweep.Derivatives), so an update rule that is not compiled runs on them too;
-`adapt` and `meta_gradient` are whole inner loops, and whole sweeps, as one fused Schedule.
+Compiled implements adjoint_sweep.Derivatives, so custom update rules run on the compiled kernels too.
+`adapt` and `meta_gradient` run a whole inner loop, or a whole sweep, as one fused Schedule.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Compiled:
     def query(
         self, params: Tensor, examples: Examples, step: int = 0, support_x: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss [T], grad [T, P], output [T, N, ...]): the meta-gradient of no steps at all."""
+        """(loss [T], grad [T, P], output [T, N, ...]), by a meta-gradient with zero inner steps."""
         shown = examples.x if support_x is None else support_x
         shown_y = examples.y if support_x is None else examples.y.new_zeros((*shown.shape[:2], *examples.y.shape[2:]))
         rates = params.new_zeros((1, params.shape[-1]))
@@ -76,7 +76,7 @@ class Compiled:
             return None, self._call("hvp", params, *_contiguous(examples), v.contiguous())[0]
 
     def plain_hvp(self, params: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """hvp's product without weights, of a network without buffers. The tensors must be as the operator takes them."""
+        """H v without weights, for a network without buffers. The caller has checked the tensors."""
         return torch.ops.fastmaml.hvp.default(  # type: ignore[no-any-return]
             self.program.text, self.backend, params, x, y, None, v, params.new_empty(0)
         )
@@ -116,7 +116,7 @@ class Compiled:
         state: Tensor | None = None,
         steps_taken: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(adapted [T, P], support losses [T, K], the optimizer's state [T, S P])."""
+        """(adapted parameters [T, P], support losses [T, K], the optimizer's state [T, S P])."""
         theta, rows = _with_first_row(theta, tensors.rows, loop.steps)
         count = theta.new_tensor([float(steps_taken)]) if state is not None else None
         with self._loss_of(support):
@@ -169,16 +169,16 @@ class Compiled:
     def plain_meta_gradient(
         self, theta: Sequence[Tensor], batch: Sequence[Tensor], rate: float, loop: str
     ) -> Sequence[Tensor]:
-        """The fields of meta_gradient's result for one rate and no options, in the host's memory.
+        """The fields of meta_gradient's result for one rate and no options, on CPU tensors.
 
-        theta: [P], or a part for each parameter. The tensors must be as the operator takes them.
+        theta: [P], or one part per parameter. The caller has checked the tensors.
         """
         return torch.ops.fastmaml.plain_meta_gradient.default(  # type: ignore[no-any-return]
             self.program.text, self.backend, theta, *batch, rate, loop, self.memory
         )
 
     def _loss_of(self, support: Examples, query: Examples | None = None) -> AbstractContextManager[None]:
-        """Within the block the operators reach a loss written in Python."""
+        """Within the block, the operators can call the loss written in Python."""
         if self.python_loss is None:
             return _NO_PYTHON_LOSS
         from fastmaml import _C
@@ -186,13 +186,13 @@ class Compiled:
         return self.python_loss.serving(_C.set_python_loss, support, query)  # type: ignore[attr-defined,unused-ignore]
 
     def _call(self, op: str, params: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        """The reference backend computes in float64 and answers in the caller's type."""
+        """Calls an operator. The reference backend computes in float64; its results are cast back to params' type."""
         result = self._operator(op, params.contiguous(), *arguments)
         results = (result,) if isinstance(result, Tensor) else result
         return tuple(r.to(params.dtype) for r in results) if self.backend == "reference" else results
 
     def _operator(self, op: str, *arguments: Any) -> Any:
-        """One of the arguments is the parameters; results are in the backend's type."""
+        """Calls an operator; its results keep the backend's type. The first tensor argument is the parameters."""
         params = next(a for a in arguments if isinstance(a, Tensor))
         given = (*arguments, self.program.gather_buffers(self.model, params))
         if self.backend == "reference":
@@ -201,7 +201,7 @@ class Compiled:
 
 
 def scaled_parts(flat: Tensor, scale: Tensor, layout: ParameterLayout) -> Sequence[Tensor]:
-    """flat [P] times scale [] in the host's memory, as one new tensor for each parameter."""
+    """flat [P] times scale [] on the CPU, as one new tensor per parameter."""
     return torch.ops.fastmaml.scaled_parts.default(flat, scale, layout.dims)  # type: ignore[no-any-return]
 
 
@@ -210,7 +210,7 @@ def _contiguous(examples: Examples) -> tuple[Tensor | None, ...]:
 
 
 def _with_first_row(theta: Tensor, rows: Rows | None, steps: int) -> tuple[Tensor, Tensor | None]:
-    """theta with the first step's row in its places, and a row for each of the steps, the last one reused."""
+    """(theta with the first step's row written into it, one row per step). Missing rows repeat the last row."""
     if rows is None:
         return theta, None
     first = rows.values[0].expand(*theta.shape[:-1], -1)
@@ -218,9 +218,9 @@ def _with_first_row(theta: Tensor, rows: Rows | None, steps: int) -> tuple[Tenso
 
 
 def _of_given_rows(grad: Tensor, rows_grad: Tensor, rows: Rows, loop: InnerLoop) -> Tensor:
-    """The gradient of each step's row as that of the rows that were given [rows, R] (or [T, rows, R])."""
+    """Sums the gradients of the steps' rows into gradients of the given rows: [rows, R] or [T, rows, R]."""
     given = grad.new_zeros((*grad.shape[:-1], *rows.values.shape))
-    if loop.steps == 0:  # the operator returns none
+    if loop.steps == 0:  # the operator returns no row gradients
         return given
     return given.index_add(-2, _row_of_step(rows, loop.steps), rows_grad)
 

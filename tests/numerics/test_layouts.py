@@ -35,7 +35,7 @@ def lanes(widths: list[int], examples: int, kind: str = "hvp", real_bytes: int =
     from fastmaml import _C
 
     made = fm.Engine(network(widths), backend="cpu")
-    program = made._program("x", torch.zeros(1, examples, widths[0]), made.flatten())
+    program = made.program(torch.zeros(1, examples, widths[0]))
     assert program is not None, made.why
     return _C.lanes(program.text, kind, real_bytes=real_bytes, support_examples=examples, query_examples=examples)
 

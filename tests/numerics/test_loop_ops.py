@@ -161,7 +161,7 @@ def test_each_inner_step_takes_this_many_vectors(words, vectors):
         ("momentum=0.9", "does not say steps="),
         ("steps=2.5", 'word "steps=2.5" must be whole'),
         ("steps=2 speed=3", 'word "speed=3" is not known'),
-        ("steps=2 rule=lion", "is neither sgd nor adam"),
+        ("steps=2 rule=lion", "is not one of sgd, adam"),
         ("steps=2 fast", "is not key=value"),
         ("steps=2 steps=3", "comes twice"),
         ("steps=2 rule=adam momentum=0.9", "momentum=, which goes with rule=sgd"),
@@ -175,7 +175,7 @@ def test_each_inner_step_takes_this_many_vectors(words, vectors):
         ("steps=2 queries=1", "loss_weights are missing"),
         ("steps=2 rows=1", "step_rows are missing"),
         ("steps=2 rows=9", "names parameter 9"),
-        ("steps=2 proximal=1", "go together"),
+        ("steps=2 proximal=1", "must be given together"),
         ("steps=2 minibatch=4", "take 8"),
     ],
 )
