@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastmaml.autodiff.conjugate_gradients import conjugate_gradients
+from fastmaml.autodiff.conjugate_gradients import STOP, conjugate_gradients
 from fastmaml.autodiff.update_rules import UpdateRule
 from fastmaml.compiled.operators import scaled_parts
 from fastmaml.engine import meta_gradient as sweeps
 from fastmaml.engine.backend import BackendChoice
 from fastmaml.engine.curvature import Curvature
+from fastmaml.engine.inner_loop_options import adapted_mask
 from fastmaml.engine.inputs import ONE_SET, QUERY, SUPPORT, Inputs, plain
 from fastmaml.engine.meta_gradient import masked, per_task
 from fastmaml.engine.options import CallTensors, MetaGradientOptions, as_patterns, options_of
@@ -37,6 +38,7 @@ from fastmaml.problem.results import Adaptation, MetaGradient, Solution
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 _FEW_PARAMETERS = 1 << 15  # above this, torch's threads outweigh the overhead of its calls
+_STEPS_IN_ONE_PLAN = 16  # of conjugate gradients: a plan holds every step, and more steps are likely to end early
 _requires_grad = attrgetter("requires_grad")
 _is_none = functools.partial(is_, None)
 
@@ -249,12 +251,16 @@ class Engine:
         v = self.inputs.direction(v, examples.x, params)
         self.choice.autodiff.begin()
         mask = self.inputs.trainable(params)
-        hv = self._hvp(program, params, examples, v, mask)
+        v = masked(v, mask)
+        if program is None:
+            hv = self.choice.autodiff.hvp(per_task(params, examples.x), examples.weighted(), v)[1]
+        else:
+            hv = self.choice.compiled(program).hvp(params, examples, v)[1]
         # Not kept if this call fell back to another backend, or converted the labels: the key would be wrong.
         same = settings == self.choice.settings and examples.y.dtype == y.dtype
         if key is not None and program is not None and mask is None and same:
             self._prepared_hvps.keep(key, PreparedHvp(self.choice.compiled(program)))
-        return hv
+        return masked(hv, mask)
 
     @any_arrays
     @_without_graph
@@ -288,16 +294,6 @@ class Engine:
 
         return Curvature(by_autodiff, examples.x.shape[0], params, ())
 
-    def _hvp(
-        self, program: Program | None, params: Tensor, examples: Examples, v: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        v = masked(v, mask)
-        if program is None:
-            hv = self.choice.autodiff.hvp(per_task(params, examples.x), examples.weighted(), v)[1]
-        else:
-            hv = self.choice.compiled(program).hvp(params, examples, v)[1]
-        return masked(hv, mask)
-
     @any_arrays
     @_without_graph
     def solve(
@@ -310,28 +306,34 @@ class Engine:
         steps: int,
         damping: float = 0.0,
         weights: Tensor | None = None,
+        *,
+        adapted: str | Sequence[str] | None = None,
+        stop: float = STOP,
     ) -> Solution:
         """Solves ((1 + damping) I + H / lam) s = v by conjugate gradients from s = 0, each task by itself.
 
-        v [T, P], lam > 0, at most `steps` Hessian products. A task stops at |r|^2 < 1e-10 or where its operator is not
-        positive definite. The implicit meta-gradient of iMAML (Rajeswaran et al. 2019, section 3) is this with v the
-        query gradient.
+        v [T, P], lam > 0, at most `steps` Hessian products. adapted: name patterns of parameters. H has rows and columns
+        for these alone, and none for frozen parameters. A task stops at |r|^2 < stop, or where its operator is not
+        positive definite. With v the query gradient, s is iMAML's implicit meta-gradient (Rajeswaran et al. 2019,
+        section 3).
         """
-        params, program, examples = self._one_set(params, x, y, weights)
-        v = self.inputs.direction(v, examples.x, params)
-        lam, damping = checks.number("lam", lam), checks.number("damping", damping)
+        start, program, examples = self._one_set(params, x, y, weights)
+        v = self.inputs.direction(v, examples.x, start)
+        lam, damping, stop = checks.number("lam", lam), checks.number("damping", damping), checks.number("stop", stop)
         if lam <= 0:
             raise ValueError(f"lam is {lam}; it must be positive")
+        if stop < 0:
+            raise ValueError(f"stop is {stop}; it must be at least 0")
         steps = checks.whole_number("steps", steps, 1)
-        mask = self.inputs.trainable(params)
-        if program is not None and mask is None:
-            return Solution(*self.choice.compiled(program).solve(params, examples, v, lam, steps, damping))
-        self.choice.autodiff.begin()
+        mask = adapted_mask(self.layout, self.inputs.trainable(start), as_patterns(adapted), None, start)
+        if program is not None and steps <= _STEPS_IN_ONE_PLAN:
+            return self.choice.compiled(program).solve(start, examples, v, lam, steps, damping, stop, mask)
+        hessian = self.curvature(params, x, y, weights)
 
         def operator(p: Tensor) -> Tensor:
-            return (1.0 + damping) * p + self._hvp(program, params, examples, p, mask) / lam
+            return (1.0 + damping) * p + masked(hessian.product(masked(p, mask)), mask) / lam
 
-        return Solution(*conjugate_gradients(operator, v, steps)[:2])
+        return conjugate_gradients(operator, v, steps, stop)
 
     @any_arrays
     @_without_graph
