@@ -307,7 +307,7 @@ def _compile(
         run = _with_ninja if _ninja() else _without_ninja
         code = run(tools, csrc, work, folder, made, progress or (lambda done, of, what: None), log)
     if code:
-        first = next((line for line in (folder / "build.log").read_text().splitlines() if "error" in line), "")
+        first = next((line for line in (folder / "build.log").read_text().splitlines() if "error:" in line), "")
         raise BuildError(
             f"{tools.name} failed{': ' + first.strip() if first else ''} (full output in {folder / 'build.log'})"
         )

@@ -23,8 +23,8 @@ class Curvature:
         self.bytes = sum(part.numel() * part.element_size() for part in kept)
 
     @any_arrays
-    def product(self, v: Tensor) -> Tensor:
+    def product(self, v: Tensor, finite_only: bool = True) -> Tensor:
         """M[t] v[t] for v [T, P]: [T, P]. Rows and columns of frozen parameters are zero."""
-        v = checks.weights("v", v, (self._tasks, self._like.shape[-1]), self._like)
+        v = checks.weights("v", v, (self._tasks, self._like.shape[-1]), self._like, finite_only)
         with torch.no_grad():
             return self._product(v.detach().contiguous())

@@ -314,11 +314,11 @@ class Engine:
 
         v [T, P], lam > 0, at most `steps` Hessian products. adapted: name patterns of parameters. H has rows and columns
         for these alone, and none for frozen parameters. A task stops at |r|^2 < stop, or where its operator is not
-        positive definite. With v the query gradient, s is iMAML's implicit meta-gradient (Rajeswaran et al. 2019,
-        section 3).
+        positive definite. A task with NaN in v gets NaN in s. With v the query gradient, s is iMAML's implicit
+        meta-gradient (Rajeswaran et al. 2019, section 3).
         """
         start, program, examples = self._one_set(params, x, y, weights)
-        v = self.inputs.direction(v, examples.x, start)
+        v = self.inputs.direction(v, examples.x, start, finite_only=False)
         lam, damping, stop = checks.number("lam", lam), checks.number("damping", damping), checks.number("stop", stop)
         if lam <= 0:
             raise ValueError(f"lam is {lam}; it must be positive")
@@ -331,7 +331,7 @@ class Engine:
         hessian = self.curvature(params, x, y, weights)
 
         def operator(p: Tensor) -> Tensor:
-            return (1.0 + damping) * p + masked(hessian.product(masked(p, mask)), mask) / lam
+            return (1.0 + damping) * p + masked(hessian.product(masked(p, mask), finite_only=False), mask) / lam
 
         return conjugate_gradients(operator, v, steps, stop)
 

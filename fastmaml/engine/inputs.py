@@ -47,9 +47,9 @@ class Inputs:
         checks.vector(name, params, self.choice.layout.size)
         return plain(params)
 
-    def direction(self, v: Any, x: Tensor, params: Tensor) -> Tensor:
+    def direction(self, v: Any, x: Tensor, params: Tensor, finite_only: bool = True) -> Tensor:
         """A vector for each task [T, P]."""
-        return plain(checks.weights("v", v, (x.shape[0], self.choice.layout.size), params))
+        return plain(checks.weights("v", v, (x.shape[0], self.choice.layout.size), params, finite_only))
 
     def trainable(self, like: Tensor) -> Tensor | None:
         """A mask [P] that is 0 on frozen parameters. None if no parameter is frozen."""

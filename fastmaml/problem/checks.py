@@ -95,13 +95,14 @@ def any_target(name: str, y: Any, x_name: str, x: Tensor) -> None:
         finite(name, y)
 
 
-def weights(name: str, w: Any, expected: tuple[int, ...], like: Tensor) -> Tensor:
+def weights(name: str, w: Any, expected: tuple[int, ...], like: Tensor, finite_only: bool = True) -> Tensor:
     """Checks that `w` has this shape, finite numbers, and the parameters' type and device. Returns it contiguous."""
     _floating(name, w)
     if w.shape != expected:
         raise ValueError(f"{name} {shape(w)} must be {list(expected)}")
     same_place(name, w, like)
-    finite(name, w)
+    if finite_only:
+        finite(name, w)
     return w.detach().contiguous()
 
 

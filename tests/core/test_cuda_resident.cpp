@@ -317,7 +317,7 @@ void refusals() {
   const InnerLoopSpec spec = spec_of("steps=2");
   sentence(meta_gradient_schedule(Program::parse(kConvnet), spec), kFast, "the resident walk has no conv2d_fwd");
   sentence(meta_gradient_schedule(Program::parse(Mlp{{3, 9, 2}, "tanh %v\n", "caller"}.text()), spec), kFast,
-           "the loss is written in Python");
+           "a loss written in Python needs all tasks at once");
   sentence(meta_gradient_schedule(Program::parse(Mlp{{2, 40, 40, 1}}.text()), spec), 8192, "and a block has 8 KB");
   sentence(meta_gradient_schedule(Program::parse(Mlp{{64, 300, 300, 5}}.text()), spec), kFast,
            "of shared memory, or most of them, and a block has 227 KB");

@@ -154,7 +154,7 @@ def test_a_policy_network_is_walked_with_an_arena():
     ("text", "sentence"),
     [
         (mlp_text((64, 300, 300, 5)), "of shared memory, or most of them, and a block has 227 KB"),
-        (mlp_text((3, 9, 2), "caller"), "the loss is written in Python"),
+        (mlp_text((3, 9, 2), "caller"), "a loss written in Python needs all tasks at once"),
     ],
     ids=["large", "python loss"],
 )

@@ -57,7 +57,7 @@ def test_the_papers_conv4_grows_by_phi_alone(cpu):
     model = fm.models.conv4(in_channels=1, ways=5, filters=64, image_size=28)
     P = flatten(model).numel()
     assert P == 112_261
-    program = fm.Engine(model, backend="cpu")._program("x", torch.zeros(1, 5, 1, 28, 28), torch.zeros(P)).text
+    program = fm.Engine(model, backend="cpu").program(torch.zeros(1, 5, 1, 28, 28)).text
     sizes = {K: arena_bytes(program, K, query_examples=75) for K in (1, 5, 20)}
     assert sizes[5] - sizes[1] == 4 * slot(P, 4) and sizes[20] - sizes[1] == 19 * slot(P, 4), sizes
 

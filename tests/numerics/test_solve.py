@@ -58,7 +58,7 @@ def conjugate_gradients(A, v, steps, stop=1e-10) -> Expected:
 def expect_steps(solution, systems, v, steps, label, stop=1e-10):
     """The solution and how it was reached, as the textbook has both."""
     expected = [conjugate_gradients(A, of_task, steps, stop) for A, of_task in zip(systems, v)]
-    history = torch.tensor([e.history for e in expected]).double()
+    history = torch.tensor([e.history for e in expected], dtype=torch.float64)
     expect_close(solution.solution, torch.stack([e.solution for e in expected]), 1e-9, label)  # float64 recursions
     expect_close(solution.history, history, 1e-8, f"{label} history", atol=1e-14)  # converged: rounding of v
     assert torch.equal(solution.history[:, -1], solution.residual)

@@ -149,8 +149,8 @@ def test_learners_against_finite_differences(make, batch):
 def test_a_learner_of_ones_own_is_compared_with_finite_differences():
     class Halved(fm.MAML):
         def meta_step(self, batch, task_weights):
-            step = super().meta_step(batch, task_weights)
-            return step._replace(grad=self.factor * step.grad)
+            output, grads = super().meta_step(batch, task_weights)
+            return output, {name: self.factor * grad for name, grad in grads.items()}
 
     learner = Halved(net(), 0.3, 2)
     learner.factor = 1.0
@@ -424,7 +424,7 @@ def test_a_loop_that_diverges_is_said():
          "query_x [2, 6, 1] and query_y [4, 6, 1] hold different numbers of tasks or examples"),
         ({"batch": (*BATCH[:2], BATCH[2][:2], BATCH[3][:2])}, "support_y [4, 5, 1] and query_y [2, 6, 1] hold different numbers of tasks"),
         ({"batch": (BATCH[0][:0], BATCH[1][:0], *BATCH[2:])}, "support_x [0, 5, 1] must be [tasks, examples, ...] with at least one of each"),
-        ({"model": None}, "a function is called as function(model, batch): give the model with model="),
+        ({"model": None}, "a function is called as function(model, batch); give the model with model="),
         ({"inner_lr": None}, "give either inner_lr (plain gradient descent) or inner (an optimizer with its lr), not both"),
         ({"inner_lr": torch.ones(3)}, "inner_lr [3] must be one rate"),
         ({"inner_steps": 1.5}, "inner_steps must be a whole number, not 1.5"),

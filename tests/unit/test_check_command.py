@@ -38,7 +38,7 @@ def test_the_example_without_create_graph_is_wrong(example, capsys, tmp_path):
     report = tmp_path / "report.json"
     code, out, _ = checked(capsys, f"{example}:problem", "--directions", 0, "--out", report)
     assert code == 1
-    assert out.startswith("WRONG: meta_loss, ") and "- First order only: the Hessian terms are missing; " in out
+    assert out.startswith("WRONG: meta_loss, ") and "- First order only: the Hessian terms are missing. " in out
     written = json.loads(report.read_text())
     assert written["ok"] is False and written["sentences"][0].startswith("First order only")
     assert {row["verdict"] for row in written["table"]} == {"first order"}

@@ -59,6 +59,9 @@ def tracked() -> list[Path]:
 
 
 FILES = tracked()
+EXAMPLE = re.compile(
+    r"\b(prelu|(test_)?late_maml|(test_tasks_)?lines)\.\w+$"
+)  # what the recipes of csrc/README.md would add
 
 
 def pages() -> list[str]:
@@ -67,7 +70,8 @@ def pages() -> list[str]:
 
 @pytest.mark.parametrize("page", pages())
 def test_files_that_a_page_names_exist(page):
-    missing = [name for name in named_files((ROOT / page).read_text()) if not exists(name, page)]
+    named = [name for name in named_files((ROOT / page).read_text()) if not EXAMPLE.search(name)]
+    missing = [name for name in named if not exists(name, page)]
     assert not missing, f"{page} names {', '.join(missing)}"
 
 

@@ -40,7 +40,7 @@ def test_a_folder_that_does_not_exist_is_one_sentence(tmp_path: Path) -> None:
         run_folder.read(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("text, reason", [("{", "is not JSON"), ("[1]", "expected an object")])
+@pytest.mark.parametrize("text, reason", [("{", "is not JSON"), ("[1]", "holds a JSON list, not an object")])
 def test_a_broken_config_is_one_sentence(folder: Path, text: str, reason: str) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=reason):
@@ -125,7 +125,7 @@ def test_an_evaluation_that_does_not_fit_is_left_out_with_the_reason(
 def test_an_unreadable_optional_file_is_a_note(folder: Path, name: str, content: str) -> None:
     (folder / name).write_text(content)
     run = run_folder.read(folder)
-    assert len(run.notes) == 1 and run.notes[0].startswith(name) and "without it" in run.notes[0]
+    assert len(run.notes) == 1 and run.notes[0].startswith(name) and "does not use it" in run.notes[0]
 
 
 def test_a_truncated_archive_of_examples_is_a_note(folder: Path) -> None:
