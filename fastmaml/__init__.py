@@ -28,7 +28,7 @@ from fastmaml.algorithms import (
     Reptile,
 )
 from fastmaml.engine.engine import Engine
-from fastmaml.engine.results import MetaGradient, Solution
+from fastmaml.problem.results import MetaGradient, Solution
 
 if TYPE_CHECKING:
     from fastmaml import tasks

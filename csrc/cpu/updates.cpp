@@ -107,20 +107,26 @@ void proximal(const Call& call) {
   }
 }
 
-constexpr double kConverged = 1e-10;  // of r.r
-
 template <class Layout>
 typename Layout::Number dot(typename Layout::Operand a, typename Layout::Operand b, int64_t n) {
   return Layout::sum(n, [&](auto lane, int64_t i) { return a.template get<decltype(lane)>(i) * b.template get<decltype(lane)>(i); });
 }
 
-// state = [r.r, v.v, active]
+// |r| / |v|, the relative error of A s = v; 0 for v = 0
+template <class Number>
+Number relative_residual(Number rr, Number vv) {
+  const Number none{}, one = none + 1;
+  const auto solved = vv == none;
+  return solved ? none : square_root(rr / (solved ? one : vv));
+}
+
+// state = [r.r, v.v, active, steps taken, negative curvature]
 template <class Layout>
 void cg_start(const Call& call) {
   using Number = typename Layout::Number;
   for (int64_t g = 0; g < Layout::groups(call); ++g) {
     const auto s = Layout::operand(call, 0, g), r = Layout::operand(call, 1, g), p = Layout::operand(call, 2, g);
-    const auto state = Layout::operand(call, 3, g), v = Layout::operand(call, 4, g);
+    const auto state = Layout::operand(call, 3, g), history = Layout::operand(call, 4, g), v = Layout::operand(call, 5, g);
     Layout::each(size_of(call), [&](auto lane, int64_t i) {
       using V = decltype(lane);
       const V x = v.template get<V>(i);
@@ -128,10 +134,13 @@ void cg_start(const Call& call) {
       r.put(i, x);
       p.put(i, x);
     });
-    const Number vv = dot<Layout>(v, v, size_of(call)), one = Number{} + 1;
+    const Number vv = dot<Layout>(v, v, size_of(call)), none{};
     state.put_number(0, vv);
     state.put_number(1, vv);
-    state.put_number(2, vv != Number{} ? one : Number{});  // NaN goes on, and shows in the solution
+    state.put_number(2, vv != none ? none + 1 : none);  // NaN goes on, and shows in the solution
+    state.put_number(3, none);
+    state.put_number(4, none);
+    history.put_number(0, relative_residual(vv, vv));
   }
 }
 
@@ -143,9 +152,11 @@ void cg_step(const Call& call) {
   const int64_t n = size_of(call);
   for (int64_t g = 0; g < Layout::groups(call); ++g) {
     const auto s = Layout::operand(call, 0, g), r = Layout::operand(call, 1, g), p = Layout::operand(call, 2, g);
-    const auto state = Layout::operand(call, 3, g), hp = Layout::operand(call, 4, g);
-    const auto settings = Layout::shared(call, 5, g);
-    const auto active = state.number(2) != Number{};
+    const auto state = Layout::operand(call, 3, g), history = Layout::operand(call, 4, g), hp = Layout::operand(call, 5, g);
+    const auto settings = Layout::shared(call, 6, g);
+    const Number rr = state.number(0), vv = state.number(1), none{}, one = none + 1;
+    history.put_number(0, relative_residual(rr, vv));
+    const auto active = state.number(2) != none;
     if (!Layout::any(active)) continue;
     const T over = T(1) / settings.data[0], diagonal = T(1) + settings.data[1];
     // hp becomes A p
@@ -153,10 +164,11 @@ void cg_step(const Call& call) {
       using V = decltype(lane);
       hp.put(i, diagonal * p.template get<V>(i) + hp.template get<V>(i) * over);
     });
-    const Number curvature = dot<Layout>(p, hp, n), rr = state.number(0), none{};
-    const auto bends = curvature > none;
-    const auto goes = active & bends;
-    state.put_number(2, goes ? none + 1 : none);
+    const Number curvature = dot<Layout>(p, hp, n);
+    const auto ends = active & (curvature <= none);  // a NaN goes on
+    const auto goes = active & ((ends ? one : none) == none);
+    state.put_number(2, goes ? one : none);
+    state.put_number(4, ends ? one : state.number(4));
     if (!Layout::any(goes)) continue;
     const Number alpha = rr / curvature;
     Layout::each(n, [&](auto lane, int64_t i) {
@@ -171,20 +183,12 @@ void cg_step(const Call& call) {
       const V p_i = p.template get<V>(i);
       p.put(i, goes ? r.template get<V>(i) + Layout::template everywhere<V>(beta) * p_i : p_i);
     });
-    const auto converged = next < Layout::constant(kConverged);
-    state.put_number(0, goes ? next : rr);
-    state.put_number(2, goes ? (converged ? none : none + 1) : none);
-  }
-}
-
-template <class Layout>
-void cg_residual(const Call& call) {
-  using Number = typename Layout::Number;
-  for (int64_t g = 0; g < Layout::groups(call); ++g) {
-    const auto residual = Layout::operand(call, 0, g), state = Layout::operand(call, 1, g);
-    const Number rr = state.number(0), vv = state.number(1), none{};
-    const auto nonzero = vv > none;
-    residual.put_number(0, nonzero ? square_root(rr / (nonzero ? vv : none + 1)) : none);
+    const Number after = goes ? next : rr;
+    const auto stops = (after < Layout::constant(double(settings.data[2]))) | (after == none);
+    state.put_number(0, after);
+    state.put_number(2, goes ? (stops ? none : one) : none);
+    state.put_number(3, state.number(3) + (goes ? one : none));
+    history.put_number(0, relative_residual(after, vv));
   }
 }
 
@@ -231,7 +235,6 @@ void add_update_ops(OpTable& table) {
   set_op(table, Op::proximal, proximal<Layout>);
   set_op(table, Op::cg_start, cg_start<Layout>);
   set_op(table, Op::cg_step, cg_step<Layout>);
-  set_op(table, Op::cg_residual, cg_residual<Layout>);
   table.tree_reduce = tree_reduce<typename Layout::Type>;
   table.tree_add = tree_add<typename Layout::Type>;
 }

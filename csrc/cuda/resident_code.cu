@@ -198,7 +198,6 @@ class Drafts {
       }
       case Op::cg_start:
       case Op::cg_step:
-      case Op::cg_residual:
         draft(step, 0).step.size = int32_t(std::get<Vector>(layer).size);
         return;
       default:

@@ -23,23 +23,16 @@ template <class T>
 void run_cg_start(const Call& call) {
   check_sizes("cg_start", {size_of(call)});
   launch(cg_start<T, kCgThreads>, dim3(unsigned(call.tasks)), dim3(kCgThreads), 0, call.stream, operand<T>(call, 0), operand<T>(call, 1),
-         operand<T>(call, 2), operand<T>(call, 3), operand<const T>(call, 4), int(size_of(call)),
-         wide_operands(call, sizeof(T), {0, 1, 2, 4}));
+         operand<T>(call, 2), operand<T>(call, 3), operand<T>(call, 4), operand<const T>(call, 5), int(size_of(call)),
+         wide_operands(call, sizeof(T), {0, 1, 2, 5}));
 }
 
 template <class T>
 void run_cg_step(const Call& call) {
   check_sizes("cg_step", {size_of(call)});
   launch(cg_step<T, kCgThreads>, dim3(unsigned(call.tasks)), dim3(kCgThreads), 0, call.stream, operand<T>(call, 0), operand<T>(call, 1),
-         operand<T>(call, 2), operand<T>(call, 3), operand<const T>(call, 4), operand<const T>(call, 5), int(size_of(call)),
-         wide_operands(call, sizeof(T), {0, 1, 2, 4}));
-}
-
-template <class T>
-void run_cg_residual(const Call& call) {
-  constexpr int kThreads = 128;
-  launch(cg_residual<T>, dim3(unsigned((call.tasks + kThreads - 1) / kThreads)), dim3(kThreads), 0, call.stream, operand<T>(call, 0),
-         operand<const T>(call, 1), call.tasks);
+         operand<T>(call, 2), operand<T>(call, 3), operand<T>(call, 4), operand<const T>(call, 5), operand<const T>(call, 6),
+         int(size_of(call)), wide_operands(call, sizeof(T), {0, 1, 2, 5}));
 }
 
 template <class T>
@@ -64,7 +57,6 @@ void add_update_ops(OpTable& table) {
   set_map<T, Op::sgd_adjoint>(table);
   set_op(table, Op::cg_start, run_cg_start<T>);
   set_op(table, Op::cg_step, run_cg_step<T>);
-  set_op(table, Op::cg_residual, run_cg_residual<T>);
   table.tree_reduce = run_tree_reduce<T>;
 }
 template void add_update_ops<float>(OpTable&);

@@ -12,21 +12,28 @@ Schedule hvp_schedule(const Program& net, int64_t examples, bool weights) {
 }
 
 // The gradient pass does not depend on the direction, so it runs once; every step adds only the tangents.
-Schedule conjugate_gradient_schedule(const Program& net, int64_t examples, bool weights, int steps) {
+Schedule conjugate_gradient_schedule(const Program& net, int64_t examples, bool weights, bool masked, int steps) {
   Schedule out;
   const int64_t P = net.param_count;
   const Vector flat{P};
-  const Operand params = out.external(Arg::params, P), v = out.external(Arg::params_dot, P), settings = out.external(Arg::cg_settings, 2);
-  const Operand s = out.external(Arg::solution, P), r = out.arena(P), p = out.arena(P), state = out.arena(3);
+  const Operand params = out.external(Arg::params, P), v = out.external(Arg::params_dot, P), settings = out.external(Arg::cg_settings, 3);
+  const Operand mask = masked ? out.external(Arg::mask, P) : Operand{};
+  const Operand s = out.external(Arg::solution, P), r = out.arena(P), p = out.arena(P);
+  const Operand state = out.external(Arg::cg_state, 5), history = out.external(Arg::cg_history, 1 + steps);
+  const auto masked_copy = [&](Operand of) {
+    const Operand copy = out.arena(P);
+    out.step(Op::scale_by_rate, flat, 1, {copy, mask, of});
+    return copy;
+  };
   const Batch support = support_batch(out, net, examples, weights);
   const Tape tape = gradient(out, net, params, support, out.arena(1), out.arena(P));
-  out.step(Op::cg_start, flat, 1, {s, r, p, state, v});
+  out.step(Op::cg_start, flat, 1, {s, r, p, state, history, v});
   for (int i = 0; i < steps; ++i) {
-    const Operand hp = out.arena(P);
-    hvp(out, net, params, p, support, &tape, hp, {});
-    out.step(Op::cg_step, flat, 1, {s, r, p, state, hp, settings});
+    Operand hp = out.arena(P);
+    hvp(out, net, params, masked ? masked_copy(p) : p, support, &tape, hp, {});
+    if (masked) hp = masked_copy(hp);
+    out.step(Op::cg_step, flat, 1, {s, r, p, state, {history.slot, 1 + i}, hp, settings});
   }
-  out.step(Op::cg_residual, Vector{1}, 1, {out.external(Arg::residual, 1), state});
   return out;
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmaml.algorithms.learner import Learner, MetaStep
-from fastmaml.engine.results import MetaGradient
+from fastmaml.problem.results import MetaGradient
 from fastmaml.inner import InnerLr
 from fastmaml.problem.losses import Loss
 from fastmaml.problem.parameters import ParameterLayout

@@ -10,7 +10,7 @@ H is the Hessian of L_support at phi, without the proximal term.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep, weighted
 from fastmaml.algorithms.newton_cg import newton_cg
-from fastmaml.autodiff.conjugate_gradients import STOP, Solved, conjugate_gradients
+from fastmaml.autodiff.conjugate_gradients import STOP
 from fastmaml.autodiff.replayed_dropout import replayed
 from fastmaml.engine.engine import Engine
 from fastmaml.inner import SGD, InnerLr, Optimizer
 from fastmaml.problem import checks
 from fastmaml.problem.inner_rates import expand_rates
 from fastmaml.problem.losses import Loss
+from fastmaml.problem.results import Solution
 
 logger = logging.getLogger("fastmaml")
 
@@ -36,7 +37,7 @@ class ImplicitSolve(NamedTuple):
     residual: Tensor  # [T] |v - A x| / |v| of the linear system; NaN where it was not looked at
     iterations: Tensor  # [T] conjugate gradient steps taken
     negative_curvature: Tensor  # [T] whether they ended at p.Ap <= 0
-    curve: Tensor  # [T, 1 + steps] the residual before the first step and after each
+    curve: Tensor  # [T, 1 + the most steps taken] the residual before the first step and after each
 
 
 class IMAML(Learner):
@@ -130,7 +131,7 @@ class IMAML(Learner):
     def _adapt(self, x: Tensor, y: Tensor, steps: int, lam: float) -> Adapted:
         theta = self.start(x, y)
         if self.solver == "newton_cg":
-            f = _Proximal(self.engine, theta, x, y, lam, self._mask(theta))
+            f = _Proximal(self.engine, theta, x, y, lam, self._mask(theta), self.adapted)
             phi = newton_cg(f, theta.expand(len(y), -1), checks.whole_number("inner_steps", steps, 0), self.cg_steps)
             return Adapted(self.engine, phi, torch.stack(f.losses, 1) if f.losses else phi[:, :0], x)
         how: dict[str, Any] = {"inner": self.inner, "inner_steps": steps, "adapted": self.adapted}
@@ -150,15 +151,14 @@ class IMAML(Learner):
         adapted = self._adapt(x, y, self.inner_steps, lam)
         phi, mask, draws = adapted.params, self._mask(adapted.params), torch.get_rng_state()
         query = self.engine.meta_gradient(phi, batch, inner_lr=0.0, inner_steps=0, per_task=True, inner_lr_grad=False)
-
-        def curvature(p: Tensor) -> Tensor:
-            with replayed(draws):
-                return self.engine.hvp(phi, x, y, p) / (lam + 10.0 if quirks else lam)
-
-        solved = self._solve(lambda p: (1.0 + self.cg_damping) * p + curvature(p) * mask, query.grad * mask)
+        strength = lam + 10.0 if quirks else lam
+        with replayed(draws):
+            solved = self._solve(phi, x, y, query.grad * mask, strength)
         grad = implicit = solved.solution
         if self.adapted is not None:  # what the inner problem holds fixed acts on the query loss, and through phi
-            grad = implicit + (1.0 - mask) * (query.grad - curvature(implicit))
+            with replayed(draws):
+                through_phi = self.engine.hvp(phi, x, y, implicit) / strength
+            grad = implicit + (1.0 - mask) * (query.grad - through_phi)
         g = self.engine.grad(phi, x, y)[1] * mask
         of_task = phi.new_full((len(phi),), 1.0 / len(phi)) if task_weights is None else task_weights.detach()
         of_lam = of_task @ (g * implicit).sum(1) / (lam**2 + (0.1 if quirks else 0.0))
@@ -166,14 +166,15 @@ class IMAML(Learner):
         loss = weighted(query.loss, task_weights)
         return MetaStep(loss, query.loss, query.query_output, adapted.losses, of_task @ grad, {"lam": of_lam})
 
-    def _solve(self, operator: Callable[[Tensor], Tensor], v: Tensor) -> Solved:
-        """x for every task; says once where it is not what was asked for."""
+    def _solve(self, phi: Tensor, x: Tensor, y: Tensor, v: Tensor, lam: float) -> Solution:
+        """The implicit gradient of every task; says once where it is not what was asked for."""
         if self.reference_quirks and self.cg_steps <= 1:
             self._warn(f"cg_steps={self.cg_steps} with reference_quirks: the gradient is the first-order one")
             unknown = torch.full_like(v[:, 0], torch.nan)
             none = torch.zeros_like(unknown, dtype=torch.int64)
-            return Solved(v, unknown, none, none > 0, unknown.unsqueeze(1))
-        solved = conjugate_gradients(operator, v, self.cg_steps, self.cg_stop)
+            return Solution(v, unknown, none, none > 0, unknown.unsqueeze(1))
+        options: dict[str, Any] = {"damping": self.cg_damping, "stop": self.cg_stop, "adapted": self.adapted}
+        solved = self.engine.solve(phi, x, y, v, lam, self.cg_steps, **options)
         negative, idle = int(solved.negative_curvature.sum()), int((solved.iterations == 0).sum())
         if negative:
             self._warn(
@@ -182,7 +183,7 @@ class IMAML(Learner):
             )
         if idle:
             self._warn(f"conjugate gradients took no step in {idle} of {len(v)} tasks, whose gradient is zero")
-        return solved
+        return solved._replace(history=solved.history[:, : 1 + int(solved.iterations.max())])
 
     def _warn(self, sentence: str) -> None:
         kind = sentence.split(" in ")[0]
@@ -207,8 +208,18 @@ class IMAML(Learner):
 class _Proximal:
     """L_support(phi) + lam/2 |phi - theta|^2 as a function of the adapted entries (newton_cg.Objective)."""
 
-    def __init__(self, engine: Engine, theta: Tensor, x: Tensor, y: Tensor, lam: float, mask: Tensor):
-        self.engine, self.theta, self.x, self.y, self.lam, self.mask = engine, theta, x, y, lam, mask
+    def __init__(
+        self,
+        engine: Engine,
+        theta: Tensor,
+        x: Tensor,
+        y: Tensor,
+        lam: float,
+        mask: Tensor,
+        adapted: Sequence[str] | None,
+    ):
+        self.engine, self.theta, self.x, self.y, self.lam = engine, theta, x, y, lam
+        self.mask, self.adapted = mask, adapted
         self.draws = torch.get_rng_state()
         self.losses: list[Tensor] = []  # [T] of the support set alone, before each step
 
@@ -222,9 +233,11 @@ class _Proximal:
         self.losses.append(loss)
         return self._with_term(loss, phi), g * self.mask + self.lam * (phi - self.theta)
 
-    def hvp(self, phi: Tensor, v: Tensor) -> Tensor:
+    def solve(self, phi: Tensor, v: Tensor, steps: int) -> Solution:
+        # (lam I + H) d = v is the engine's system with damping = lam - 1, which lam = 0 in tests allows too.
+        system: dict[str, Any] = {"lam": 1.0, "damping": self.lam - 1.0, "stop": 0.0, "adapted": self.adapted}
         with replayed(self.draws):
-            return self.engine.hvp(phi, self.x, self.y, v) * self.mask + self.lam * v
+            return self.engine.solve(phi, self.x, self.y, v, steps=steps, **system)
 
     def _with_term(self, loss: Tensor, phi: Tensor) -> Tensor:
         return loss + 0.5 * self.lam * (phi - self.theta).square().sum(1)

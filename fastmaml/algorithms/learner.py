@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml.engine.engine import Engine
-from fastmaml.engine.results import MetaGradient
+from fastmaml.problem.results import MetaGradient
 from fastmaml.inner import InnerLr, Optimizer, optimizer_of
 from fastmaml.problem.batch_norm import settle
 from fastmaml.problem.checks import whole_number

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastmaml.autodiff.update_rules import UpdateRule, rule_for
 from fastmaml.engine.engine import Engine
-from fastmaml.engine.results import Adaptation, MetaGradient
+from fastmaml.problem.results import Adaptation, MetaGradient
 from fastmaml.inner import Optimizer
 from fastmaml.problem.inner_rates import expand_rates
 from fastmaml.problem.losses import per_example

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastmaml.algorithms import per_step_batch_norm
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
 from fastmaml.engine.engine import Engine
-from fastmaml.engine.results import Adaptation, MetaGradient
+from fastmaml.problem.results import Adaptation, MetaGradient
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.problem.checks import number, whole_number
 from fastmaml.problem.losses import Loss

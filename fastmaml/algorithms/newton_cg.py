@@ -7,13 +7,12 @@ Every task has its own system and its own t (Nocedal & Wright 2006, algorithms 3
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastmaml.autodiff.conjugate_gradients import conjugate_gradients
+from fastmaml.problem.results import Solution
 
 SUFFICIENT, SHRINK, TRIES = 1e-4, 0.5, 10  # Rajeswaran et al. 2019 do not print theirs
 
@@ -27,8 +26,8 @@ class Objective(Protocol):
     def grad(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """(f [T], gradient [T, P])."""
 
-    def hvp(self, phi: Tensor, v: Tensor) -> Tensor:
-        """Hessian times v [T, P]."""
+    def solve(self, phi: Tensor, v: Tensor, steps: int) -> Solution:
+        """d with (Hessian at phi) d = v [T, P], by at most `steps` conjugate gradient steps from d = 0."""
 
 
 def newton_cg(f: Objective, phi: Tensor, steps: int, cg_steps: int) -> Tensor:
@@ -39,8 +38,7 @@ def newton_cg(f: Objective, phi: Tensor, steps: int, cg_steps: int) -> Tensor:
     """
     for _ in range(steps):
         value, g = f.grad(phi)
-        rounding = torch.finfo(g.dtype).eps ** 2 * (g * g).sum(1)
-        solved = conjugate_gradients(partial(f.hvp, phi), -g, cg_steps, stop=rounding)
+        solved = f.solve(phi, -g, cg_steps)
         d = torch.where((solved.iterations > 0).unsqueeze(1), solved.solution, -g)
         phi = armijo(f, phi, d, value, (g * d).sum(1))
     return phi

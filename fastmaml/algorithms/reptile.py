@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep, weighted
-from fastmaml.engine.results import Adaptation
+from fastmaml.problem.results import Adaptation
 from fastmaml.inner import Adam, InnerLr, Optimizer, optimizer_of
 from fastmaml.problem.checks import any_target, whole_number
 from fastmaml.problem.losses import Loss

@@ -130,9 +130,21 @@ def _meta_gradient(
 
 
 @register_fake("fastmaml::solve")
-def _solve(program: str, backend: str, params: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _solve(
+    program: str,
+    backend: str,
+    params: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    v: Tensor,
+    mask: Tensor | None,
+    lam: float,
+    steps: int,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     T, P = x.shape[0], params.shape[-1]
-    return params.new_empty([T, P]), params.new_empty([T])
+    return params.new_empty([T, P]), params.new_empty([T, 1 + steps]), params.new_empty([T, 5])
 
 
 @register_fake("fastmaml::passes")

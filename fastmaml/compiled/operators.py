@@ -18,6 +18,7 @@ from fastmaml.network.trace import Program
 from fastmaml.problem.examples import Examples, LoopTensors, Rows
 from fastmaml.problem.inner_loop import InnerLoop
 from fastmaml.problem.parameters import ParameterLayout
+from fastmaml.problem.results import Solution
 
 _NO_CALLER = nullcontext()
 
@@ -94,11 +95,22 @@ class Compiled:
         return y, grad
 
     def solve(
-        self, params: Tensor, at: Examples, v: Tensor, lam: float, steps: int, damping: float
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        params: Tensor,
+        at: Examples,
+        v: Tensor,
+        lam: float,
+        steps: int,
+        damping: float,
+        stop: float,
+        mask: Tensor | None,
+    ) -> Solution:
+        """Conjugate gradients from zero on ((1 + damping) I + H / lam) s = v; mask [P]: 1 where H has rows and columns."""
         with self._loss_of(at):
-            solution, residual = self._call("solve", params, *at, v, lam, steps, damping)
-        return solution, residual
+            given = (*_contiguous(at), v.contiguous(), mask, lam, steps, damping, stop)
+            solution, history, state = self._call("solve", params, *given)
+        iterations, negative = state[:, 3].to(torch.int64), state[:, 4] != 0
+        return Solution(solution, history[:, -1], iterations, negative, history)
 
     def adapt(
         self,

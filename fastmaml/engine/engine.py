@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmaml.autodiff import adjoint_sweep
-from fastmaml.autodiff.conjugate_gradients import conjugate_gradients
+from fastmaml.autodiff.conjugate_gradients import STOP, conjugate_gradients
 from fastmaml.autodiff.update_rules import UpdateRule, rule_for
 from fastmaml.compiled.operators import scaled_parts
 from fastmaml.engine import inner_loop_options
 from fastmaml.engine.backend import Backend, plain
 from fastmaml.engine.curvature import Curvature
 from fastmaml.engine.prepared_calls import Key, KnownHvp, KnownMetaGradient, key_of_hvp, key_of_meta_gradient
-from fastmaml.engine.results import Adaptation, MetaGradient, Solution
+from fastmaml.problem.results import Adaptation, MetaGradient, Solution
 from fastmaml.inner import InnerLr, Optimizer, optimizer_of
 from fastmaml.network.trace import Program
 from fastmaml.problem import checks
@@ -33,6 +33,7 @@ from fastmaml.problem.inner_rates import collapse_rates, expand_rates
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 _FEW_PARAMETERS = 1 << 15  # above, torch's threads make up for what its calls cost
+_STEPS_IN_ONE_PLAN = 16  # of conjugate gradients; a plan holds all of them, and more of them may end early
 
 
 def _without_graph(method: Method) -> Method:
@@ -239,30 +240,36 @@ class Engine(Backend):
         steps: int,
         damping: float = 0.0,
         weights: Tensor | None = None,
+        *,
+        adapted: Sequence[str] | None = None,
+        stop: float = STOP,
     ) -> Solution:
         """Solves ((1 + damping) I + H / lam) s = v by conjugate gradients from s = 0, each task by itself.
 
-        v [T, P], lam > 0, at most `steps` Hessian products. A task stops at |r|^2 < 1e-10 or where its operator is not
-        positive definite. The implicit meta-gradient of iMAML (Rajeswaran et al. 2019, section 3) is this with v the
-        query gradient.
+        v [T, P], lam > 0, at most `steps` Hessian products. adapted: name patterns of the parameters that H is of; its
+        other rows and columns are zero, as those of frozen parameters are. A task stops at |r|^2 < stop, or where its
+        operator is not positive definite. With v the query gradient, s is iMAML's implicit meta-gradient (Rajeswaran et
+        al. 2019, section 3).
         """
-        params = self._parameters("params", params)
-        x = self._one_tensor("x", x, params)
-        program, at = self._examples("x", x, "y", y, "weights", weights, params)
-        v = self._direction(v, x, params)
-        lam, damping = checks.number("lam", lam), checks.number("damping", damping)
+        start = self._parameters("params", params)
+        inputs = self._one_tensor("x", x, start)
+        program, at = self._examples("x", inputs, "y", y, "weights", weights, start)
+        v = self._direction(v, inputs, start)
+        lam, damping, stop = checks.number("lam", lam), checks.number("damping", damping), checks.number("stop", stop)
         if lam <= 0:
             raise ValueError(f"lam is {lam}; it must be positive")
+        if stop < 0:
+            raise ValueError(f"stop is {stop}; it must be at least 0")
         steps = checks.whole_number("steps", steps, 1)
-        mask = self._mask(params)
-        if program is not None and mask is None:
-            return Solution(*self._compiled(program).solve(params, at, v, lam, steps, damping))
-        self._autodiff.begin()
+        mask = inner_loop_options.moved(self.layout, self._mask(start), adapted, None, start)
+        if program is not None and steps <= _STEPS_IN_ONE_PLAN:
+            return self._compiled(program).solve(start, at, v, lam, steps, damping, stop, mask)
+        hessian = self.curvature(params, x, y, weights)
 
         def operator(p: Tensor) -> Tensor:
-            return (1.0 + damping) * p + self._hvp(program, params, at, p, mask) / lam
+            return (1.0 + damping) * p + _masked(hessian.product(_masked(p, mask)), mask) / lam
 
-        return Solution(*conjugate_gradients(operator, v, steps)[:2])
+        return conjugate_gradients(operator, v, steps, stop)
 
     @any_arrays
     @_without_graph

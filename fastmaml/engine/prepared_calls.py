@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastmaml.compiled.operators import Compiled
-from fastmaml.engine.results import MetaGradient
+from fastmaml.problem.results import MetaGradient
 from fastmaml.inner import SGD, Adam, AdamW, InnerLr, Optimizer
 
 Key = tuple[Hashable, ...]

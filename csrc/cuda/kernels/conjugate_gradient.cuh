@@ -1,5 +1,6 @@
 // Conjugate gradients on A s = v with A = (1 + damping) I + H / lam (ALGORITHMS 2.5): a block for every task, which stops alone.
-// s, r, p, v, hp [size]   state [r.r, v.v, active]   settings [lam, damping]
+// s, r, p, v, hp [size]   state [r.r, v.v, active, steps taken, negative curvature]   history [1]: |r| / |v| after this kernel
+// settings [lam, damping, stop]
 #pragma once
 
 #include "cuda/kernels/operands.cuh"
@@ -36,9 +37,15 @@ __device__ __forceinline__ double dot(const Chunk<T>& a, const Chunk<T>& b) {
   return double(sum);
 }
 
+// |r| / |v|, the relative error of A s = v; 0 for v = 0
+template <class T>
+__device__ __forceinline__ T relative_residual(double rr, double vv) {
+  return vv == 0 ? T(0) : T(sqrt(rr) / sqrt(vv));
+}
+
 // s = 0,  r = p = v
 template <class T>
-__device__ __forceinline__ void cg_start_of_task(T* s, T* r, T* p, T* state, const T* v, int size, bool wide) {
+__device__ __forceinline__ void cg_start_of_task(T* s, T* r, T* p, T* state, T* history, const T* v, int size, bool wide) {
   double vv[1] = {0};
   for_chunks<T>(size, wide, [&](bool wide_here, int i, int count) {
     const Chunk<T> chunk = chunk_at(v, wide_here, i, count);
@@ -51,21 +58,25 @@ __device__ __forceinline__ void cg_start_of_task(T* s, T* r, T* p, T* state, con
   if (threadIdx.x > 0) return;
   state[0] = state[1] = T(vv[0]);
   state[2] = state[0] == T(0) ? T(0) : T(1);  // a NaN goes on, and shows in the solution
+  state[3] = state[4] = T(0);
+  history[0] = relative_residual<T>(double(state[0]), double(state[1]));
 }
 template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    cg_start(PerTask<T> s, PerTask<T> r, PerTask<T> p, PerTask<T> state, PerTask<const T> v, int size, bool wide) {
+__global__ void __launch_bounds__(kThreads) cg_start(PerTask<T> s, PerTask<T> r, PerTask<T> p, PerTask<T> state, PerTask<T> history,
+                                                     PerTask<const T> v, int size, bool wide) {
   const int64_t task = blockIdx.x;
-  cg_start_of_task(s.of(task), r.of(task), p.of(task), state.of(task), v.of(task), size, wide);
+  cg_start_of_task(s.of(task), r.of(task), p.of(task), state.of(task), history.of(task), v.of(task), size, wide);
 }
 
 // alpha = r.r / p.Ap,  s += alpha p,  r' = r - alpha Ap,  p = r' + (r'.r' / r.r) p.
-// Ends where p.Ap <= 0 (s stays) or where the residual is small.
+// Ends where p.Ap <= 0 (s stays) or where r.r < stop.
 template <class T>
-__device__ __forceinline__ void cg_step_of_task(T* s, T* r, T* p, T* status, const T* hp, const T* settings, int size, bool wide) {
-  constexpr double kConverged = 1e-10;  // of r.r
-  if (status[2] == T(0)) return;
-  const double rr = double(status[0]);
+__device__ __forceinline__ void cg_step_of_task(T* s, T* r, T* p, T* state, T* history, const T* hp, const T* settings, int size,
+                                                bool wide) {
+  const double rr = double(state[0]), vv = double(state[1]);
+  const bool active = state[2] != T(0);
+  if (threadIdx.x == 0) history[0] = relative_residual<T>(rr, vv);
+  if (!active) return;
   const T over = T(1) / settings[0], diagonal = T(1) + settings[1];
   const auto Ap_at = [&](const Chunk<T>& p_here, bool wide_here, int i, int count) {
     Chunk<T> Ap = chunk_at(hp, wide_here, i, count);
@@ -81,7 +92,9 @@ __device__ __forceinline__ void cg_step_of_task(T* s, T* r, T* p, T* status, con
   });
   block_sum(curvature);
   if (curvature[0] <= 0) {
-    if (threadIdx.x == 0) status[2] = T(0);
+    if (threadIdx.x > 0) return;
+    state[2] = T(0);
+    state[4] = T(1);
     return;
   }
   const T alpha = T(rr / curvature[0]);
@@ -109,26 +122,17 @@ __device__ __forceinline__ void cg_step_of_task(T* s, T* r, T* p, T* status, con
     put_chunk(p, p_here, wide_here, i, count);
   });
   if (threadIdx.x > 0) return;
-  status[0] = T(next[0]);
-  if (next[0] < kConverged) status[2] = T(0);
+  const T after = T(next[0]);
+  state[0] = after;
+  state[2] = after < settings[2] || after == T(0) ? T(0) : T(1);
+  state[3] += T(1);
+  history[0] = relative_residual<T>(double(after), vv);
 }
 template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads) cg_step(PerTask<T> s, PerTask<T> r, PerTask<T> p, PerTask<T> state, PerTask<const T> hp,
-                                                    PerTask<const T> settings, int size, bool wide) {
+__global__ void __launch_bounds__(kThreads) cg_step(PerTask<T> s, PerTask<T> r, PerTask<T> p, PerTask<T> state, PerTask<T> history,
+                                                    PerTask<const T> hp, PerTask<const T> settings, int size, bool wide) {
   const int64_t task = blockIdx.x;
-  cg_step_of_task(s.of(task), r.of(task), p.of(task), state.of(task), hp.of(task), settings.of(task), size, wide);
-}
-
-// |r| / |v|, the relative error of A s = v; 0 for v = 0
-template <class T>
-__device__ __forceinline__ T relative_residual(const T* state) {
-  const T rr = state[0], vv = state[1];
-  return vv == T(0) ? T(0) : T(sqrt(double(rr)) / sqrt(double(vv)));
-}
-template <class T>
-__global__ void cg_residual(PerTask<T> residual, PerTask<const T> state, int64_t tasks) {
-  const int64_t task = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (task < tasks) residual.of(task)[0] = relative_residual(state.of(task));
+  cg_step_of_task(s.of(task), r.of(task), p.of(task), state.of(task), history.of(task), hp.of(task), settings.of(task), size, wide);
 }
 
 }  // namespace fastmaml::FASTMAML_CUDA_NS

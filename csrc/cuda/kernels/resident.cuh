@@ -284,19 +284,15 @@ FASTMAML_NOINLINE __device__ void clip_norm_adjoint_step(Here here) {
 template <class T>
 FASTMAML_NOINLINE __device__ void cg_start_step(Here here) {
   T *const s = here.operand<T>(0), *const r = here.operand<T>(1), *const p = here.operand<T>(2);
-  const T* const v = here.operand<const T>(4);
-  cg_start_of_task(s, r, p, here.operand<T>(3), v, here.step.size, Here::aligned(s, r, p, v));
+  const T* const v = here.operand<const T>(5);
+  cg_start_of_task(s, r, p, here.operand<T>(3), here.operand<T>(4), v, here.step.size, Here::aligned(s, r, p, v));
 }
 template <class T>
 FASTMAML_NOINLINE __device__ void cg_step_step(Here here) {
   T *const s = here.operand<T>(0), *const r = here.operand<T>(1), *const p = here.operand<T>(2);
-  const T* const hp = here.operand<const T>(4);
-  cg_step_of_task(s, r, p, here.operand<T>(3), hp, here.operand<const T>(5), here.step.size, Here::aligned(s, r, p, hp));
-}
-
-template <class T>
-__device__ __forceinline__ void cg_residual_step(Here here) {
-  if (threadIdx.x == 0) here.operand<T>(0)[0] = relative_residual(here.operand<const T>(1));
+  const T* const hp = here.operand<const T>(5);
+  cg_step_of_task(s, r, p, here.operand<T>(3), here.operand<T>(4), hp, here.operand<const T>(6), here.step.size,
+                  Here::aligned(s, r, p, hp));
 }
 
 // ---------------------------------------------------------------- the walk

@@ -72,8 +72,7 @@ static_assert(sizeof(ResidentStep) % 16 == 0, "copied in pieces of 16 bytes");
   X(clip_norm)                     \
   X(clip_norm_adjoint)             \
   X(cg_start)                      \
-  X(cg_step)                       \
-  X(cg_residual)
+  X(cg_step)
 
 struct ColumnSettings {  // ops on [rows, C] with numbers for every column
   Columns columns;

@@ -21,10 +21,13 @@ class MetaGradient(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """What Engine.solve returns."""
+    """An approximate solution s of A s = v for every task, and how conjugate gradients reached it (Engine.solve)."""
 
     solution: Tensor  # [T, P]
     residual: Tensor  # [T] |v - A s| / |v|
+    iterations: Tensor  # [T] steps taken
+    negative_curvature: Tensor  # [T] whether the task ended at a direction with p.Ap <= 0
+    history: Tensor  # [T, 1 + steps] the residual before the first step and after each; a task that has ended repeats its last
 
 
 class Adaptation(NamedTuple):
