@@ -83,7 +83,7 @@ def source_folder() -> Path:
 def compilations(csrc: Path, bindings: bool = True) -> list[Compilation]:
     """Every compiler call, in link order."""
     result = []
-    for folder in ("program", "meta", "ops", "reference", "cpu/isa"):
+    for folder in ("program", "meta", "plan", "ops", "reference", "cpu/isa"):
         for source in sorted((csrc / folder).glob("*.cpp")):
             result.append(Compilation(source, f"{folder}/{source.stem}.o", ("-O2",)))
     for isa, width, flags in ISAS:

@@ -294,7 +294,7 @@ def norm_pool_act(
 
 
 def rectified(name: str, shape, params, lines: Sequence[str], function: Function, **how) -> OpCase:
-    """A rectifier between two layers, which is a part of both where the backend has it (csrc/program/fuse.cpp)."""
+    """A rectifier between two layers, which is a part of both where the backend has it (csrc/plan/fuse.cpp)."""
     return OpCase(name, tuple(shape), tuple(lines), function, params=tuple(map(tuple, params)), **how)
 
 

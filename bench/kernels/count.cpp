@@ -12,12 +12,12 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "bindings/plans.h"
 #include "cuda/choose.h"
 #include "cuda/cuda_tables.h"
 #include "cuda_op_runs.h"
 #include "meta/meta.h"
 #include "networks.h"
+#include "plan/plan.h"
 
 namespace fastmaml {
 namespace {
@@ -151,8 +151,8 @@ void write_resident(std::ostream& out, const Plan& plan, int64_t tasks, int64_t 
   const ResidentCode& code = plan.resident;
   constexpr size_t kSm80 = 163 * 1024;
   const ResidentCode sm_80 = plan.table->resident->encode(plan.schedule, kSm80);
-  out << "{\"declines\": \"" << code.declines << "\", \"declines_sm_80\": \"" << sm_80.declines << "\"";
-  if (code.declines.empty()) {
+  out << "{\"declines\": \"" << code.refusal << "\", \"declines_sm_80\": \"" << sm_80.refusal << "\"";
+  if (code.refusal.empty()) {
     const emu::Launched all = resident(plan, tasks, classes, false), one = resident(plan, 1, classes, true);
     out << ", \"kernel\": \"" << all.kernel << "\", \"blocks\": " << all.blocks << ", \"threads\": " << all.threads
         << ", \"shared\": " << all.shared_bytes << ", \"arena\": " << code.arena_bytes << ", \"arena_sm_80\": " << sm_80.arena_bytes
@@ -229,14 +229,14 @@ void count(int words, char** word) {
   const std::string text{std::istreambuf_iterator<char>(file), {}};
   const OpTable& of = table_of(argument(words, word, "precision", "float32"));
   const int64_t tasks = number("tasks", "1"), classes = program_of(text)->output_shape().C;
-  Work work;
-  work.kind = Kind::meta_gradient;
-  work.how.support_examples = number("support", "1");
-  work.how.query_examples = number("query", "1");
+  CallSpec call;
+  call.computation = Computation::meta_gradient;
+  call.spec.support_examples = number("support", "1");
+  call.spec.query_examples = number("query", "1");
   const auto plan = [&](int steps, Memory memory) {
-    work.how.loop = InnerLoop::parse("steps=" + std::to_string(steps));
-    work.memory = memory;
-    return plan_for(text, of, work);
+    call.spec.loop = InnerLoop::parse("steps=" + std::to_string(steps));
+    call.memory = memory;
+    return plan_for(text, of, call);
   };
   std::vector<int> all_steps;
   std::istringstream list(argument(words, word, "steps", "1"));
@@ -244,7 +244,7 @@ void count(int words, char** word) {
 
   emu::blocks_at_once = cuda_emulated::kBlocksAtOnce;
   emu::only_count_bytes(true);
-  const int64_t size = program_of(text)->param_count, outputs = tasks * work.how.query_examples * program_of(text)->output_shape().size();
+  const int64_t size = program_of(text)->param_count, outputs = tasks * call.spec.query_examples * program_of(text)->output_shape().size();
   const Asked sum = tree_reduce(of, tasks, size), reorder = gather(of, size), losses = copy(of, tasks), output = copy(of, outputs);
   const char* comma = "[";
   for (const Memory memory : {Memory::low, Memory::stash}) {

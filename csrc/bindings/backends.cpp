@@ -5,8 +5,8 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "bindings/named.h"
 #include "cuda/cuda_tables.h"
+#include "plan/named.h"
 
 namespace fastmaml {
 namespace {

@@ -4,20 +4,16 @@
 #include <torch/csrc/stable/library.h>
 
 #include "bindings/backends.h"
-#include "bindings/caller_loss.h"
-#include "bindings/calls.h"
-#include "bindings/parts.h"
+#include "bindings/call_memory.h"
+#include "bindings/introspection.h"
+#include "bindings/operators.h"
+#include "bindings/parameter_list.h"
 #include "bindings/profile_rows.h"
-#include "bindings/results.h"
-#include "bindings/stash_budget.h"
-#include "bindings/tape_sizes.h"
+#include "bindings/python_loss.h"
+#include "bindings/result_pool.h"
 #include "bindings/threads.h"
-#ifdef __linux__
-#include "cuda/emulated/emu.h"
-#endif
 #include "cpu/isa/choose_isa.h"
-#include "meta/step_rows.h"
-#include "program/param_layout.h"
+#include "plan/stash_budget.h"
 
 // T tasks, N examples, P parameters in torch's order, K inner steps, B running statistics. program: the text of fastmaml/program_text.py.
 // loop: the text of meta/inner_loop.cpp.
@@ -80,72 +76,11 @@ namespace {
 
 using namespace fastmaml;
 
-std::shared_ptr<const Plan> plan(const std::string& program, const std::string& kind, const std::string& backend, int64_t real_bytes,
-                                 int64_t support_examples, int64_t query_examples, const std::string& loop, const std::string& memory,
-                                 int solve_steps, bool uniform_rate) {
-  const OpTable& table = table_named(backend, size_t(real_bytes));
-  Work work;
-  work.kind = kind_named(kind);
-  work.how.loop = InnerLoop::parse(loop);
-  work.how.support_examples = support_examples;
-  work.how.query_examples = query_examples;
-  work.how.loss_weights = work.how.loop.queries.size() > 1;
-  work.how.uniform_rate = uniform_rate && takes_uniform_rate(table, work.how.loop);
-  work.solve_steps = solve_steps;
-  work.memory = work.kind == Kind::meta_gradient ? memory_named(memory) : Memory::low;
-  return plan_for(program, table, work);
-}
-
-std::string steps_of(const Plan& plan) { return to_string(plan.schedule); }
-size_t arena_bytes_of(const Plan& plan) { return plan.arena_bytes(); }
-int lanes_of(const Plan& plan) { return plan.lanes(); }
-std::string walk_of(const Plan& plan) { return plan.walk(); }
-
-// A function of the arguments of plan().
+// A function of the arguments of plan_asked_for().
 template <auto kOf, class... A>
 auto planned(std::shared_ptr<const Plan> (*make)(A...)) {
-  return [make](A... how) { return kOf(*make(how...)); };
+  return [make](A... arguments) { return kOf(*make(arguments...)); };
 }
-
-// What the shapes of an inner loop's results depend on.
-pybind11::dict loop_sizes(const std::string& program, const std::string& text) {
-  const InnerLoop loop = InnerLoop::parse(text);
-  pybind11::dict sizes;
-  sizes["steps"] = loop.steps;
-  sizes["states"] = loop.states();
-  sizes["queries"] = loop.queries.size();
-  sizes["step_row"] = size_of(step_row_params(*program_of(program), loop));
-  sizes["per_task"] = loop.per_task;
-  sizes["rate_grad"] = loop.rate_grad;
-  return sizes;
-}
-
-// (tape, tape_index, tape_tap): elements of a task that linearise returns
-std::tuple<int64_t, int64_t, int64_t> tape_sizes_of(const std::string& program, const std::string& backend, bool gauss_newton,
-                                                    int64_t real_bytes, int64_t examples, bool weights) {
-  Work work;
-  work.kind = Kind::linearise;
-  work.curvature = gauss_newton ? Curvature::gauss_newton : Curvature::hessian;
-  work.how.support_examples = examples;
-  work.how.support_weights = weights;
-  const TapeSizes sizes = tape_sizes(plan_for(program, table_named(backend, size_t(real_bytes)), work)->schedule);
-  return {sizes.real, sizes.index, sizes.tap};
-}
-
-// of one example, as torch has it
-std::vector<int64_t> output_shape(const std::string& text) {
-  const Shape shape = program_of(text)->output_shape();
-  return shape.image ? std::vector<int64_t>{shape.C, shape.H, shape.W} : std::vector<int64_t>{shape.C};
-}
-
-#ifdef __linux__
-std::map<std::string, std::pair<int64_t, std::string>> emulated_kernels() {
-  std::map<std::string, emu::Kernel> ran = emu::kernels();
-  std::map<std::string, std::pair<int64_t, std::string>> all;
-  for (const std::string& kernel : emu::compiled_kernels()) all[kernel] = {ran[kernel].launches, emu::readable(kernel)};
-  return all;
-}
-#endif
 
 }  // namespace
 
@@ -160,18 +95,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("tape_sizes", &tape_sizes_of, "program"_a, "backend"_a, "gauss_newton"_a, "real_bytes"_a, "examples"_a, "weights"_a,
         "What linearise leaves of a task: elements of (tape, tape_index, tape_tap).");
   m.def("loop_sizes", &loop_sizes, "program"_a, "loop"_a, "What the shapes of adapt's and meta_gradient's results depend on.");
-  m.def("set_caller_loss", &set_callers_loss, "loss"_a,
+  m.def("set_python_loss", &set_python_loss, "loss"_a,
         "This thread's function for programs with `loss caller`, or None. loss(query, first_row, z, z_dot, loss_out, dz_out) fills the\n"
         "last two in place: z, z_dot, dz_out [T, N, *output], loss_out [T]; z_dot is None for the loss, loss_out for its tangent.");
   const auto def_planned = [&](const char* name, const auto& function, const char* doc) {
     m.def(name, function, "program"_a, "kind"_a, "backend"_a = "cpu", "real_bytes"_a = 4, "support_examples"_a = 1, "query_examples"_a = 1,
           "loop"_a = "steps=1", "memory"_a = "low", "solve_steps"_a = 1, "uniform_rate"_a = false, doc);
   };
-  def_planned("steps", planned<steps_of>(&plan), "The Schedule of one kind of work, a line per Step.");
-  def_planned("arena_bytes", planned<arena_bytes_of>(&plan),
+  def_planned("steps", planned<steps_of>(&plan_asked_for), "The Schedule of one computation, a line per Step.");
+  def_planned("arena_bytes", planned<arena_bytes_of>(&plan_asked_for),
               "The memory that one task in flight takes, or a group of tasks side by side, in bytes.");
-  def_planned("lanes", planned<lanes_of>(&plan), "How many tasks walk that Schedule side by side.");
-  def_planned("walk", planned<walk_of>(&plan),
+  def_planned("lanes", planned<lanes_of>(&plan_asked_for), "How many tasks walk that Schedule side by side.");
+  def_planned("walk", planned<walk_of>(&plan_asked_for),
               "How the backend walks that Schedule, what it takes of a task's memory there, and why no other way.");
   m.def(
       "set_cuda_walk", [](const std::string& walk) { set_cuda_walk(walk_named(walk)); }, "walk"_a,
@@ -182,12 +117,12 @@ PYBIND11_MODULE(_C, m) {
       "How the CPU backend lays tasks out from now on: \"tasks\" one after the other, \"lanes\" side by side where the network runs so,\n"
       "or \"auto\".");
   def_planned(
-      "costs", planned<cost_rows>(&plan),
+      "costs", planned<cost_rows>(&plan_asked_for),
       "What that Schedule costs a task on paper: memory (\"stash\" or \"low\"), lanes (tasks side by side), arena_bytes, and steps, a\n"
       "dict each: phase, op, layer, examples, sizes (of its loops), products and other (floating-point operations), bytes.");
   m.def(
       "stash_budget", [](const std::string& backend, bool at_once) { return stash_budget(table_named(backend, sizeof(float)), at_once); },
-      "backend"_a, "callers_loss"_a = false,
+      "backend"_a, "python_loss"_a = false,
       "The largest arena with which memory=\"auto\" keeps the activations of the inner steps, in bytes.");
   m.def("machine_memory", &machine_memory, "Bytes of memory that this process may have.");
   m.def("profile_start", &start_profile, "From now on every Step of every call on a backend of the host is timed.");

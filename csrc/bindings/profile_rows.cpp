@@ -2,7 +2,7 @@
 
 #include <pybind11/stl.h>
 
-#include "program/cost.h"
+#include "plan/cost.h"
 
 namespace fastmaml {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "bindings/profile.h"
+#include "plan/profile.h"
 
 namespace fastmaml {
 

@@ -4,7 +4,7 @@
 
 #include <stdexcept>
 
-#include "bindings/arrays.h"
+#include "bindings/arguments.h"
 #include "bindings/tape_sizes.h"
 
 namespace fastmaml {
@@ -14,13 +14,13 @@ using torch::headeronly::ScalarType;
 
 struct Part {
   Arg read, made;
-  Tensor Arrays::Tapes::* tensor;
+  Tensor CallArguments::Tapes::* tensor;
   int64_t TapeSizes::* size;
   const char* name;
 };
-constexpr Part kParts[] = {{Arg::tape, Arg::tape_made, &Arrays::Tapes::real, &TapeSizes::real, "tape"},
-                           {Arg::tape_index, Arg::tape_index_made, &Arrays::Tapes::index, &TapeSizes::index, "tape_index"},
-                           {Arg::tape_tap, Arg::tape_tap_made, &Arrays::Tapes::tap, &TapeSizes::tap, "tape_tap"}};
+constexpr Part kParts[] = {{Arg::tape, Arg::tape_made, &CallArguments::Tapes::real, &TapeSizes::real, "tape"},
+                           {Arg::tape_index, Arg::tape_index_made, &CallArguments::Tapes::index, &TapeSizes::index, "tape_index"},
+                           {Arg::tape_tap, Arg::tape_tap_made, &CallArguments::Tapes::tap, &TapeSizes::tap, "tape_tap"}};
 
 ScalarType type_of(Arg made, ScalarType real) {
   return made == Arg::tape_made ? real : made == Arg::tape_index_made ? ScalarType::Int : ScalarType::Char;
@@ -38,12 +38,12 @@ TapeSizes tape_sizes(const Schedule& schedule) {
   return sizes;
 }
 
-Arrays::Tapes Arrays::new_tapes(const Work& work) {
-  const TapeSizes sizes = tape_sizes(plan_for(text_, *table_, work)->schedule);
+CallArguments::Tapes CallArguments::new_tapes(const CallSpec& call) {
+  const TapeSizes sizes = tape_sizes(plan_for(text_, *table_, call)->schedule);
   const auto made = [&](const Part& part) {
     const int64_t size = sizes.*part.size;
     const Tensor x = part.made == Arg::tape_made
-                         ? space_->empty({tasks_, size}, type())
+                         ? executor_->empty({tasks_, size}, type())
                          : torch::stable::empty({tasks_, size}, type_of(part.made, type()), std::nullopt, callers_device_);
     bind(part.made, x, size);
     return x;
@@ -52,16 +52,16 @@ Arrays::Tapes Arrays::new_tapes(const Work& work) {
 }
 
 // A device may have replayed a recording, whose results are in its own memory.
-void Arrays::finish(Tapes& tapes) const {
+void CallArguments::finish(Tapes& tapes) const {
   for (const Part& part : kParts) {
     const Tensor& x = tapes.*part.tensor;
     const void* there = args_[static_cast<int>(part.made)].data;
-    if (x.numel() && there != x.const_data_ptr()) space_->copy(x.mutable_data_ptr(), there, bytes_of(x));
+    if (x.numel() && there != x.const_data_ptr()) executor_->copy(x.mutable_data_ptr(), there, bytes_of(x));
   }
 }
 
-void Arrays::tapes(const Work& work, const Tapes& tapes) {
-  const TapeSizes sizes = tape_sizes(plan_for(text_, *table_, work)->schedule);
+void CallArguments::tapes(const CallSpec& call, const Tapes& tapes) {
+  const TapeSizes sizes = tape_sizes(plan_for(text_, *table_, call)->schedule);
   for (const Part& part : kParts) {
     const Tensor& x = tapes.*part.tensor;
     const int64_t size = sizes.*part.size;

@@ -20,7 +20,7 @@ struct Work {            // scratch of one Step, laid out the same when it is me
     for (T*& p : packed) p = scratch.take<T>(panel_room<T>());
     const int64_t pixels = N < kBlockPixels ? N : kBlockPixels;
     for (T*& r : rows) r = scratch.take<T>(pixels * padded_cols<T>(s.in));
-    const bool packs = OuterPack<T>::pays(s.out, s.in, pixels);
+    const bool packs = OuterPack<T>::pays_off(s.out, s.in, pixels);
     for (T*& a : pack.a) a = packs ? scratch.take<T>(OuterPack<T>::a_size(pixels)) : nullptr;
     for (T*& b : pack.b) b = packs ? scratch.take<T>(OuterPack<T>::b_size(s.in, pixels)) : nullptr;
     pack.at = packs ? scratch.take<int32_t>(pixels) : nullptr;
@@ -131,7 +131,7 @@ void weight_gradient(Task<T>& task, T* dw, const T* const* dy, const T* const* x
   for (int64_t from = 0; from < task.N; from += kBlockPixels) {
     const int64_t count = task.N - from < kBlockPixels ? task.N - from : kBlockPixels;
     const OuterEnd<T> end{from == 0, base && from > 0 ? dw : base, rate};
-    if (OuterPack<T>::pays(s.out, s.in, count)) {
+    if (OuterPack<T>::pays_off(s.out, s.in, count)) {
       for (int i = 0; i < n_terms; ++i) terms[i] = {dy[i], x[i] + from * s.in};
       packed_outer_product(dw, s.out, s.in, terms, n_terms, task.work.y_at + from, count, end, task.work.pack);
       continue;

@@ -121,7 +121,7 @@ struct Smooth {
 
 // Which has no second derivative.
 template <class T>
-struct Kinked : Rectifier<T> {
+struct PiecewiseLinear : Rectifier<T> {
   template <class V>
   Pair<V> forward(V x, V x_dot) const {
     return {this->value(x), this->times_first(x, x_dot)};
@@ -136,9 +136,9 @@ template <class T, class Body>
 void with_function(const Pointwise& s, const Body& body) {
   switch (s.kind) {
     case Kind::relu:
-      return body(Kinked<T>{{T(0)}});
+      return body(PiecewiseLinear<T>{{T(0)}});
     case Kind::leaky_relu:
-      return body(Kinked<T>{{T(s.slope)}});
+      return body(PiecewiseLinear<T>{{T(s.slope)}});
     case Kind::tanh:
       return body(Smooth<Kind::tanh>{});
     case Kind::sigmoid:

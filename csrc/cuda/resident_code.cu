@@ -220,9 +220,9 @@ struct Places {
 double touches(const Draft& draft) { return draft.products > 0 ? 8 : 1; }
 
 // Gives all of them a place in one memory. Returns its size.
-size_t pack(const std::vector<Life>& lives, int memory, std::vector<Place>& of_slot) {
+size_t pack(const std::vector<LiveRange>& ranges, int memory, std::vector<Place>& of_slot) {
   Packing packing;
-  for (const Life& life : lives) of_slot[size_t(life.slot)] = {memory, uint32_t(packing.put(life))};
+  for (const LiveRange& range : ranges) of_slot[size_t(range.slot)] = {memory, uint32_t(packing.put(range))};
   return packing.bytes();
 }
 
@@ -230,33 +230,33 @@ size_t pack(const std::vector<Life>& lives, int memory, std::vector<Place>& of_s
 Places place(const Schedule& schedule, const std::vector<Draft>& drafts, size_t real_bytes, size_t shared_bytes) {
   Places places;
   places.of_slot.resize(schedule.slots.size());
-  std::vector<Life> lives = lives_of(schedule, real_bytes);
-  largest_first(lives);
+  std::vector<LiveRange> ranges = live_ranges(schedule, real_bytes);
+  largest_first(ranges);
   // A Step more than they live, so that the next Step does not write where one still reads, and both may share a stage.
-  std::vector<Life> longer = lives;
-  for (Life& life : longer) ++life.last;
+  std::vector<LiveRange> longer = ranges;
+  for (LiveRange& range : longer) ++range.last;
   places.shared_bytes = pack(longer, kInShared, places.of_slot);
   if (places.shared_bytes <= shared_bytes) return places;
-  places.shared_bytes = places.all_bytes = pack(lives, kInShared, places.of_slot);
+  places.shared_bytes = places.all_bytes = pack(ranges, kInShared, places.of_slot);
   if (places.shared_bytes <= shared_bytes) return places;
 
   std::vector<double> touched(schedule.slots.size(), 0);
   for (const Draft& draft : drafts)
     for (const int i : draft.operands)
       if (i >= 0 && draft.from->operand[size_t(i)]) touched[size_t(draft.from->operand[size_t(i)].slot)] += touches(draft);
-  const auto worth = [&](const Life& life) { return touched[size_t(life.slot)] / double(life.last - life.first + 1); };
-  std::stable_sort(lives.begin(), lives.end(), [&](const Life& a, const Life& b) { return worth(a) > worth(b); });
+  const auto worth = [&](const LiveRange& range) { return touched[size_t(range.slot)] / double(range.last - range.first + 1); };
+  std::stable_sort(ranges.begin(), ranges.end(), [&](const LiveRange& a, const LiveRange& b) { return worth(a) > worth(b); });
   Packing part;
-  std::vector<Life> rest;
+  std::vector<LiveRange> rest;
   double in_shared = 0, in_all = 0;  // numbers touched
-  for (const Life& life : lives) {
-    const double traffic = touched[size_t(life.slot)] * double(life.bytes);
+  for (const LiveRange& range : ranges) {
+    const double traffic = touched[size_t(range.slot)] * double(range.bytes);
     in_all += traffic;
-    if (part.end_of(life) > shared_bytes) {
-      rest.push_back(life);
+    if (part.end_of(range) > shared_bytes) {
+      rest.push_back(range);
       continue;
     }
-    places.of_slot[size_t(life.slot)] = {kInShared, uint32_t(part.put(life))};
+    places.of_slot[size_t(range.slot)] = {kInShared, uint32_t(part.put(range))};
     in_shared += traffic;
   }
   largest_first(rest);
@@ -308,7 +308,7 @@ std::string kilobytes(size_t bytes) { return std::to_string((bytes + 1023) / 102
 // Why the walk cannot take this Schedule, whatever the memory.
 std::optional<std::string> unfit(const Schedule& schedule, size_t real_bytes) {
   for (const Step& step : schedule.steps) {
-    if (is_callers(step.op)) return "the loss is the caller's, and all tasks meet at it";
+    if (is_python_loss(step.op)) return "the loss is written in Python, and all tasks meet at it";
     if (!has_resident(step.op)) return std::string("the resident walk has no ") + op_name(step.op);
     const Layer& layer = schedule.layers[size_t(step.layer)];
     if (rectified_output(layer).on || rectified_input(layer).on)
@@ -359,7 +359,7 @@ template size_t resident_scratch_bytes<double>();
 template <class T>
 ResidentCode resident_code(const Schedule& schedule, size_t fast_bytes) {
   ResidentCode code;
-  if (const auto why = unfit(schedule, sizeof(T))) return code.declines = *why, code;
+  if (const auto why = unfit(schedule, sizeof(T))) return code.refusal = *why, code;
   int64_t width = 1;
   for (const Step& step : schedule.steps) width = std::max(width, width_of<T>(step, schedule.layers[size_t(step.layer)]));
   code.threads = choose_resident_threads(width);
@@ -372,8 +372,8 @@ ResidentCode resident_code(const Schedule& schedule, size_t fast_bytes) {
     scratch = scratch || draft.uses_scratch;
   }
   if (!drafts.empty() && products / int64_t(drafts.size()) > kMostResidentProducts) {
-    code.declines = "its Steps take " + std::to_string(products / int64_t(drafts.size())) + " products each, more than the " +
-                    std::to_string(kMostResidentProducts) + " that one block a task is quick at";
+    code.refusal = "its Steps take " + std::to_string(products / int64_t(drafts.size())) + " products each, more than the " +
+                   std::to_string(kMostResidentProducts) + " that one block a task is quick at";
     return code;
   }
 
@@ -381,8 +381,8 @@ ResidentCode resident_code(const Schedule& schedule, size_t fast_bytes) {
   const size_t room = fast_bytes > reserved ? fast_bytes - reserved : 0;
   const Places places = place(schedule, drafts, sizeof(T), room);
   if (places.in_shared < kLeastInShared) {
-    code.declines = "a task needs " + kilobytes(places.all_bytes + reserved) + " of shared memory, or most of them, and a block has " +
-                    kilobytes(fast_bytes);
+    code.refusal = "a task needs " + kilobytes(places.all_bytes + reserved) + " of shared memory, or most of them, and a block has " +
+                   kilobytes(fast_bytes);
     return code;
   }
   code.shared_bytes = places.shared_bytes + reserved - kStaticShared;

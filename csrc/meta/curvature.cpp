@@ -5,7 +5,7 @@
 
 namespace fastmaml {
 
-Parts curvature_schedules(const Program& net, int64_t examples, bool weights, Curvature curvature) {
+SplitSchedule curvature_schedules(const Program& net, int64_t examples, bool weights, Curvature curvature) {
   Schedule out;
   const int64_t P = net.param_count;
   const Operand params = out.external(Arg::params, P), u = out.external(Arg::params_dot, P), hu = out.external(Arg::grad_dot, P);

@@ -23,7 +23,7 @@ Op loss_op(const Loss& loss, bool tangent) {
 
 Operand buffers(Schedule& out, const Program& net) { return net.buffer_count ? out.external(Arg::buffers, net.buffer_count) : Operand{}; }
 
-// Labels, rows like the output's, or nothing where the caller's loss has its own.
+// Labels, rows like the output's, or nothing where a loss written in Python has its own.
 Operand targets(Schedule& out, const Program& net, Arg arg, int64_t examples) {
   switch (net.loss.kind) {
     case Loss::Kind::cross_entropy:
@@ -40,9 +40,9 @@ void loss_step(Schedule& out, const Program& net, const Batch& batch, Pass pass,
   const int64_t skipped = batch.loss_from * net.output_shape().size(), rows = batch.examples - batch.loss_from;
   const Operand z = offset(tape.value[net.output], skipped);
   const Shape& output = net.output_shape();
-  const bool callers = net.loss.kind == Loss::Kind::caller;
+  const bool in_python = net.loss.kind == Loss::Kind::caller;
   const Layer layer =
-      callers ? Layer(CallerLoss{output.C, output.H, output.W, output.image, batch.query, batch.first_row}) : Layer(net.loss);
+      in_python ? Layer(PythonLoss{output.C, output.H, output.W, output.image, batch.query, batch.first_row}) : Layer(net.loss);
   if (skipped) out.step(Op::fill_zero, Vector{skipped}, 1, {dz});
   dz = offset(dz, skipped);
   if (pass == Pass::tangent) {
@@ -75,14 +75,14 @@ Batch support_batch(Schedule& out, const Program& net, int64_t examples, bool we
   return batch;
 }
 
-Batch query_batch(Schedule& out, const Program& net, const Adaptation& how, const Batch& support) {
-  const int64_t n = how.query_examples, in = net.input_shape().size();
+Batch query_batch(Schedule& out, const Program& net, const InnerLoopSpec& spec, const Batch& support) {
+  const int64_t n = spec.query_examples, in = net.input_shape().size();
   Batch batch;
   batch.query = true;
   batch.x = out.external(Arg::query_x, n * in);
   batch.examples = batch.stat_examples = n;
   batch.y = targets(out, net, Arg::query_y, n);
-  if (how.query_weights) batch.weights = out.external(Arg::query_weights, n);
+  if (spec.query_weights) batch.weights = out.external(Arg::query_weights, n);
   if (!net.uses_support_stats()) return batch;
   const Operand both = out.arena((support.examples + n) * in);
   out.step(Op::copy, Vector{support.examples * in}, 1, {both, support.x});
@@ -93,12 +93,12 @@ Batch query_batch(Schedule& out, const Program& net, const Adaptation& how, cons
   return batch;
 }
 
-Batch step_batch(const Program& net, const Adaptation& how, const Batch& support, int k) {
-  const int64_t rows = how.loop.minibatch;
+Batch step_batch(const Program& net, const InnerLoopSpec& spec, const Batch& support, int k) {
+  const int64_t rows = spec.loop.minibatch;
   if (rows == 0) return support;
-  if (support.examples != rows * how.loop.steps)
-    throw std::invalid_argument("support_x holds " + std::to_string(support.examples) + " examples; " + std::to_string(how.loop.steps) +
-                                " steps of minibatch=" + std::to_string(rows) + " take " + std::to_string(rows * how.loop.steps));
+  if (support.examples != rows * spec.loop.steps)
+    throw std::invalid_argument("support_x holds " + std::to_string(support.examples) + " examples; " + std::to_string(spec.loop.steps) +
+                                " steps of minibatch=" + std::to_string(rows) + " take " + std::to_string(rows * spec.loop.steps));
   Batch batch = support;
   batch.first_row = k * rows;
   batch.examples = batch.stat_examples = rows;

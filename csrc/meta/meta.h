@@ -8,8 +8,8 @@
 
 namespace fastmaml {
 
-// An inner loop, and the sizes of what it is given.
-struct Adaptation {
+// An inner loop, the sizes of its inputs, and which of them there are.
+struct InnerLoopSpec {
   InnerLoop loop;
   int64_t support_examples = 0, query_examples = 0;
   bool stash = false;           // keep the activations of the inner steps instead of recomputing them in the sweep
@@ -37,13 +37,13 @@ enum class Curvature : uint8_t {
   gauss_newton,  // J^T L J: J the Jacobian of the outputs, L the loss's Hessian by them
 };
 // first: what all products share; second: grad_dot = the product
-Parts curvature_schedules(const Program& net, int64_t examples, bool weights, Curvature curvature);
+SplitSchedule curvature_schedules(const Program& net, int64_t examples, bool weights, Curvature curvature);
 
 // adapted = phi[K], support_losses = L_S(phi[0..K-1]); state_next = the update rule's state behind the last step
-Schedule adapt_schedule(const Program& net, const Adaptation& how);
+Schedule adapt_schedule(const Program& net, const InnerLoopSpec& spec);
 
 // The whole meta-gradient of one task; see meta_gradient.cpp.
-Schedule meta_gradient_schedule(const Program& net, const Adaptation& how);
+Schedule meta_gradient_schedule(const Program& net, const InnerLoopSpec& spec);
 
 // solution s of ((1 + damping) I + H_S(params) / lam) s = params_dot
 Schedule conjugate_gradient_schedule(const Program& net, int64_t examples, bool weights, int steps);
@@ -57,13 +57,13 @@ struct Batch {  // a task's examples, as the loss sees them
   int64_t examples = 0;       // rows of x
   int64_t stat_examples = 0;  // rows that batch norm takes its statistics from
   int64_t loss_from = 0;      // the loss sees rows loss_from .. examples - 1
-  bool query = false;         // which set they are of, and from which row on: a caller's loss is told
+  bool query = false;         // which set they are of, and from which row on: a loss written in Python is told
   int64_t first_row = 0;
 };
 Batch support_batch(Schedule& out, const Program& net, int64_t examples, bool weights);
 // In `support` batch-norm mode the support images run along, ahead of the query's, and give the statistics.
-Batch query_batch(Schedule& out, const Program& net, const Adaptation& how, const Batch& support);
-Batch step_batch(const Program& net, const Adaptation& how, const Batch& support, int k);  // what inner step k sees of it
+Batch query_batch(Schedule& out, const Program& net, const InnerLoopSpec& spec, const Batch& support);
+Batch step_batch(const Program& net, const InnerLoopSpec& spec, const Batch& support, int k);  // what inner step k sees of it
 Tape gradient(Schedule& out, const Program& net, Operand params, const Batch& batch, Operand loss, Operand grad);
 // hu = H(params) u. With a tape of the gradient at params only the tangents are computed; without one the gradient pass is
 // computed again beside them (dual), and written to `grad` if that is given.

@@ -20,12 +20,12 @@ namespace {
 // The query losses at the phi[k] that the loop names: their weighted sum, and the sum of their gradients in lambda.
 class QueryLosses {
  public:
-  QueryLosses(Schedule& out, const Program& net, const Adaptation& how, const Batch& support, Operand lambda)
-      : out_(out), net_(net), queries_(how.loop.queries), lambda_(lambda), loss_(out.external(Arg::loss, 1)) {
-    if (queries_.size() > 1 && !how.loss_weights) throw std::invalid_argument("loss_weights are missing for several query losses");
-    batch_ = query_batch(out, net, how, support);
-    if (!how.loss_weights) return;  // L_query(phi[K]) alone
-    weights_ = out.external(Arg::loss_weights, how.loop.steps + 1);
+  QueryLosses(Schedule& out, const Program& net, const InnerLoopSpec& spec, const Batch& support, Operand lambda)
+      : out_(out), net_(net), queries_(spec.loop.queries), lambda_(lambda), loss_(out.external(Arg::loss, 1)) {
+    if (queries_.size() > 1 && !spec.loss_weights) throw std::invalid_argument("loss_weights are missing for several query losses");
+    batch_ = query_batch(out, net, spec, support);
+    if (!spec.loss_weights) return;  // L_query(phi[K]) alone
+    weights_ = out.external(Arg::loss_weights, spec.loop.steps + 1);
     losses_ = out.external(Arg::query_losses, int64_t(queries_.size()));
     out.step(Op::fill_zero, Vector{1}, 1, {loss_});
     out.step(Op::fill_zero, Vector{net.param_count}, 1, {lambda});
@@ -55,26 +55,26 @@ class QueryLosses {
 
 }  // namespace
 
-Schedule meta_gradient_schedule(const Program& net, const Adaptation& how) {
+Schedule meta_gradient_schedule(const Program& net, const InnerLoopSpec& spec) {
   Schedule out;
-  const InnerLoop& loop = how.loop;
+  const InnerLoop& loop = spec.loop;
   const int K = loop.steps;
-  const int64_t P = net.param_count, outputs = how.query_examples * net.output_shape().size();
-  const Batch support = support_batch(out, net, how.support_examples, how.support_weights);
+  const int64_t P = net.param_count, outputs = spec.query_examples * net.output_shape().size();
+  const Batch support = support_batch(out, net, spec.support_examples, spec.support_weights);
   const Operand losses = K ? out.external(Arg::support_losses, K) : Operand{};
   const Operand lambda = out.external(Arg::grad, P);
 
   // forward: phi[0] .. phi[K]
   std::vector<Operand> phi{out.external(Arg::params, P)};
-  UpdateRule rule(out, net, how, phi[0]);
+  UpdateRule rule(out, net, spec, phi[0]);
   const StepRows rows(out, net, loop);
   std::vector<Tape> tapes(K);
   for (int k = 0; k < K; ++k) {
     out.phase = Phase::inner_gradient;
     if (k > 0) rows.put(k, phi[k]);
     const Operand g = out.arena(P);
-    Tape tape = gradient(out, net, phi[k], step_batch(net, how, support, k), offset(losses, k), g);
-    if (how.stash) tapes[k] = std::move(tape);
+    Tape tape = gradient(out, net, phi[k], step_batch(net, spec, support, k), offset(losses, k), g);
+    if (spec.stash) tapes[k] = std::move(tape);
     phi.push_back(out.arena(P));
     out.phase = Phase::update;
     rule.step(k, phi[k], g, phi[k + 1]);
@@ -82,7 +82,7 @@ Schedule meta_gradient_schedule(const Program& net, const Adaptation& how) {
 
   // the query pass: lambda[K]
   out.phase = Phase::query;
-  QueryLosses query(out, net, how, support, lambda);
+  QueryLosses query(out, net, spec, support, lambda);
   const Operand output = query.add(K, phi[K]);
   out.step(Op::copy, Vector{outputs}, 1, {out.external(Arg::output, outputs), output});
 
@@ -96,8 +96,8 @@ Schedule meta_gradient_schedule(const Program& net, const Adaptation& how) {
       const Operand u = rule.before_hessian(k, lambda);
       const Operand hu = u ? out.arena(P) : Operand{};
       if (hu) {
-        const Batch batch = step_batch(net, how, support, k);
-        hvp(out, net, phi[k], u, batch, how.stash ? &tapes[k] : nullptr, hu, rule.gradient_again(k));
+        const Batch batch = step_batch(net, spec, support, k);
+        hvp(out, net, phi[k], u, batch, spec.stash ? &tapes[k] : nullptr, hu, rule.gradient_again(k));
       }
       rule.after_hessian(k, lambda, hu);
     }

@@ -3,17 +3,17 @@
 namespace fastmaml {
 
 // First-order sweeps and `stash` keep the gradients. Clipping needs the raw one again, so it is kept and the rest is done again.
-UpdateRule::UpdateRule(Schedule& out, const Program& net, const Adaptation& how, Operand theta)
+UpdateRule::UpdateRule(Schedule& out, const Program& net, const InnerLoopSpec& spec, Operand theta)
     : out_(out),
-      loop_(how.loop),
+      loop_(spec.loop),
       size_(net.param_count),
-      rates_per_step_(how.rates_per_step),
-      uniform_(how.uniform_rate),
-      has_state_(how.state),
-      stash_(how.stash),
+      rates_per_step_(spec.rates_per_step),
+      uniform_(spec.uniform_rate),
+      has_state_(spec.state),
+      stash_(spec.stash),
       theta_(theta),
-      again_(how.loop.rate_grad && how.loop.states() == 0 && !how.loop.clips() && how.loop.order > 0 && !how.stash) {
-  if (how.state && loop_.states() > 0) {
+      again_(spec.loop.rate_grad && spec.loop.states() == 0 && !spec.loop.clips() && spec.loop.order > 0 && !spec.stash) {
+  if (spec.state && loop_.states() > 0) {
     first_ = out.external(Arg::state, loop_.states() * size_);
     if (adam()) second_ = offset(first_, size_);
   }
@@ -22,8 +22,8 @@ UpdateRule::UpdateRule(Schedule& out, const Program& net, const Adaptation& how,
   rates_ = out.external(Arg::rates, rates);
   if (loop_.rate_grad) rate_grad_ = out.external(Arg::rate_grad, rates);
   if (loop_.proximal) lam_ = out.external(Arg::lam, 1);
-  if (loop_.clip_norm > 0 && how.mask) mask_ = out.external(Arg::mask, size_);
-  if (adam() && how.step_count) step_count_ = out.external(Arg::step_count, 1);
+  if (loop_.clip_norm > 0 && spec.mask) mask_ = out.external(Arg::mask, size_);
+  if (adam() && spec.step_count) step_count_ = out.external(Arg::step_count, 1);
 }
 
 Operand UpdateRule::of_step(Operand rates, int k) const { return offset(rates, rates_per_step_ ? k * (uniform_ ? 1 : size_) : 0); }

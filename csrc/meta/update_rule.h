@@ -16,7 +16,7 @@ namespace fastmaml {
 
 class UpdateRule {
  public:
-  UpdateRule(Schedule& out, const Program& net, const Adaptation& how, Operand theta);
+  UpdateRule(Schedule& out, const Program& net, const InnerLoopSpec& spec, Operand theta);
 
   void step(int k, Operand phi, Operand g, Operand phi_next);  // g may be overwritten
   void deliver_state();                                        // into Arg::state_next, behind the last step

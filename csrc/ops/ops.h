@@ -83,7 +83,7 @@ struct Device {
 
 // A Schedule encoded for a kernel that walks all of it in one launch, a task alone in fast memory. Plain bytes and sizes.
 struct ResidentCode {
-  std::string declines = {};                      // why this Schedule is not walked so, in one sentence; empty: it is
+  std::string refusal = {};                       // why this Schedule is not walked so, in one sentence; empty: it is
   std::vector<std::byte> steps = {};              // what the kernel reads: a copy of it in the device's memory goes to launch()
   int count = 0;                                  // of Steps in it
   unsigned threads = 0;                           // that share a task
@@ -106,8 +106,8 @@ struct Program;
 // The same backend's ops on tasks side by side, for Schedules of lane_schedule().
 struct LaneOps {
   const OpTable* table;
-  bool (*run)(const Program& net);                    // does it have all that the network needs?
-  bool (*pay)(const Program& net, int64_t examples);  // are they faster, whatever the number of tasks and threads?
+  bool (*run)(const Program& net);                         // does it have all that the network needs?
+  bool (*pays_off)(const Program& net, int64_t examples);  // are they faster, whatever the number of tasks and threads?
 };
 
 inline constexpr int kAnyLanes = 0;
@@ -167,7 +167,7 @@ struct Run {
   int64_t tasks;
   int lanes = 1;  // layout of the arena
   uintptr_t stream = 0;
-  std::function<void(const Call&)> caller = {};  // computes the caller's ops (op.h), for all tasks at once
+  std::function<void(const Call&)> python_loss = {};  // a loss written in Python (op.h), for all tasks at once
   // Called by the worker that is about to walk the tasks first .. first + count - 1, which it does not where this is false: run_resident
   // only.
   std::function<bool(int64_t first, int64_t count)> before = {};
@@ -180,10 +180,11 @@ void run_layered(const Run& run, Arenas& arenas);
 void run_layered(const Run& run, std::byte* arena);  // layered_bytes(run), 64-byte aligned, in the backend's memory
 size_t layered_bytes(const Run& run);
 
-// Every task (or group of `lanes` tasks) walks the whole list on one worker without leaving its arena. No caller's ops.
+// Every task (or group of `lanes` tasks) walks the whole list on one worker without leaving its arena. No loss written in Python.
 void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor& parallel_for);
 
-// Between two of the caller's ops as run_resident; there all tasks meet and the thread that called hands them to Run::caller.
+// Between two ops of a loss written in Python as run_resident; there all tasks meet and the thread that called hands them to
+// Run::python_loss.
 // The arena holds all tasks at once.
 void run_segments(const Run& run, Arenas& arenas, int workers, const ParallelFor& parallel_for);
 

@@ -57,8 +57,8 @@ void walk(const Run& run, const Args& args, int64_t worker, std::byte* arena, st
       }
     }
     const Call call{step, schedule.layers[step.layer], views.data(), count, scratch, run.stream};
-    if (is_callers(step.op))
-      run.caller(call);
+    if (is_python_loss(step.op))
+      run.python_loss(call);
     else
       run.table.run[static_cast<int>(step.op)](call);
     if (clock) clock->finished(s);
@@ -78,8 +78,8 @@ void over_groups(int64_t groups, int workers, const ParallelFor& parallel_for, c
     parallel_for(workers, work);
 }
 
-bool has_callers_ops(const Schedule& schedule) {
-  return std::any_of(schedule.steps.begin(), schedule.steps.end(), [](const Step& step) { return is_callers(step.op); });
+bool has_python_loss(const Schedule& schedule) {
+  return std::any_of(schedule.steps.begin(), schedule.steps.end(), [](const Step& step) { return is_python_loss(step.op); });
 }
 
 // of all tasks
@@ -99,7 +99,8 @@ void check(const Run& run) {
   for (const Slot& slot : run.schedule.slots)
     if (slot.arg != Arg::none && slot.size > 0 && !run.args[static_cast<int>(slot.arg)] && !is_summed(run, slot.arg))
       throw std::invalid_argument(std::string("argument ") + arg_name(slot.arg) + " is missing");
-  if (!run.caller && has_callers_ops(run.schedule)) throw std::invalid_argument("the loss is the caller's, who gave none");
+  if (!run.python_loss && has_python_loss(run.schedule))
+    throw std::invalid_argument("the loss is written in Python, and there is no function for it");
 }
 
 }  // namespace
@@ -115,7 +116,7 @@ size_t layered_bytes(const Run& run) { return slot_bytes(run) + run.workspace.sc
 
 void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor& parallel_for) {
   check(run);
-  if (has_callers_ops(run.schedule)) throw std::invalid_argument("a task alone cannot walk through the caller's ops");
+  if (has_python_loss(run.schedule)) throw std::invalid_argument("a task alone cannot walk through a loss written in Python");
   const int64_t groups = (run.tasks + run.lanes - 1) / run.lanes;
   const size_t slots = run.lanes * run.workspace.task_bytes, bytes = slots + run.workspace.scratch_bytes;
   workers = int(std::min<int64_t>(std::max(workers, 1), groups));
@@ -142,7 +143,7 @@ void run_segments(const Run& run, Arenas& arenas, int workers, const ParallelFor
   std::byte* arena = arenas.get(0, all + workers * run.workspace.scratch_bytes);
   for (size_t from = 0; from < steps.size();) {
     size_t to = from;
-    while (to < steps.size() && !is_callers(steps[to].op)) ++to;
+    while (to < steps.size() && !is_python_loss(steps[to].op)) ++to;
     over_groups(groups, workers, parallel_for, [&](int64_t worker, int64_t group) {
       const int64_t first = group * run.lanes;
       std::byte* scratch = arena + all + worker * run.workspace.scratch_bytes;

@@ -29,49 +29,50 @@ size_t element_bytes(Type type, size_t real_bytes) {
   return 0;
 }
 
-std::vector<Life> lives_of(const Schedule& schedule, size_t real_bytes) {
-  std::vector<Life> lives(schedule.slots.size());
+std::vector<LiveRange> live_ranges(const Schedule& schedule, size_t real_bytes) {
+  std::vector<LiveRange> ranges(schedule.slots.size());
   for (size_t i = 0; i < schedule.slots.size(); ++i)
-    lives[i] = {int(i), round_up(size_t(schedule.slots[i].size) * element_bytes(schedule.slots[i].type, real_bytes)), -1, -1};
+    ranges[i] = {int(i), round_up(size_t(schedule.slots[i].size) * element_bytes(schedule.slots[i].type, real_bytes)), -1, -1};
   for (size_t s = 0; s < schedule.steps.size(); ++s)
     for (const Operand& operand : schedule.steps[s].operand) {
       if (!operand) continue;
-      Life& life = lives[operand.slot];
-      if (life.first < 0) life.first = int(s);
-      life.last = int(s);
+      LiveRange& range = ranges[operand.slot];
+      if (range.first < 0) range.first = int(s);
+      range.last = int(s);
     }
-  std::erase_if(lives, [&](const Life& life) { return life.first < 0 || life.bytes == 0 || schedule.slots[life.slot].arg != Arg::none; });
-  return lives;
+  std::erase_if(ranges,
+                [&](const LiveRange& range) { return range.first < 0 || range.bytes == 0 || schedule.slots[range.slot].arg != Arg::none; });
+  return ranges;
 }
 
-size_t Packing::lowest_gap(const Life& life) const {
+size_t Packing::lowest_gap(const LiveRange& range) const {
   std::vector<const Placed*> alive;
   for (const Placed& placed : placed_)
-    if (placed.life.meets(life)) alive.push_back(&placed);
+    if (placed.range.overlaps(range)) alive.push_back(&placed);
   std::sort(alive.begin(), alive.end(), [](const Placed* a, const Placed* b) { return a->offset < b->offset; });
   size_t at = 0;
   for (const Placed* other : alive) {
-    if (other->offset >= at + life.bytes) break;
-    at = std::max(at, other->offset + other->life.bytes);
+    if (other->offset >= at + range.bytes) break;
+    at = std::max(at, other->offset + other->range.bytes);
   }
   return at;
 }
 
-size_t Packing::put(const Life& life) {
-  const size_t at = lowest_gap(life);
-  placed_.push_back({life, at});
-  bytes_ = std::max(bytes_, at + life.bytes);
+size_t Packing::put(const LiveRange& range) {
+  const size_t at = lowest_gap(range);
+  placed_.push_back({range, at});
+  bytes_ = std::max(bytes_, at + range.bytes);
   return at;
 }
 
-void largest_first(std::vector<Life>& lives) {
-  std::stable_sort(lives.begin(), lives.end(), [](const Life& a, const Life& b) { return a.bytes > b.bytes; });
+void largest_first(std::vector<LiveRange>& ranges) {
+  std::stable_sort(ranges.begin(), ranges.end(), [](const LiveRange& a, const LiveRange& b) { return a.bytes > b.bytes; });
 }
 
 Workspace plan_workspace(const Schedule& schedule, const OpTable& table) {
   Workspace plan;
   for (const Step& step : schedule.steps) {
-    if (!is_callers(step.op) && !table.supports(step.op))
+    if (!is_python_loss(step.op) && !table.supports(step.op))
       throw std::invalid_argument(std::string("backend ") + table.backend + " has no op " + op_name(step.op));
     const Layer& layer = schedule.layers[size_t(step.layer)];
     if (!table.rectifies && (rectified_output(layer).on || rectified_input(layer).on))
@@ -83,11 +84,11 @@ Workspace plan_workspace(const Schedule& schedule, const OpTable& table) {
     if (ScratchFn scratch = table.scratch[static_cast<int>(step.op)])
       plan.scratch_bytes = std::max(plan.scratch_bytes, round_up(scratch(step, layer)));
   }
-  std::vector<Life> lives = lives_of(schedule, table.real_bytes);
-  largest_first(lives);
+  std::vector<LiveRange> ranges = live_ranges(schedule, table.real_bytes);
+  largest_first(ranges);
   plan.offset.assign(schedule.slots.size(), 0);
   Packing arena;
-  for (const Life& life : lives) plan.offset[life.slot] = arena.put(life);
+  for (const LiveRange& range : ranges) plan.offset[range.slot] = arena.put(range);
   plan.task_bytes = arena.bytes();
   return plan;
 }

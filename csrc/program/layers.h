@@ -6,7 +6,7 @@
 
 namespace fastmaml {
 
-// ReLU (slope 0) or leaky ReLU (slope > 0) as a part of the layer beside it: program/fuse.cpp.
+// ReLU (slope 0) or leaky ReLU (slope > 0) as a part of the layer beside it: plan/fuse.cpp.
 struct Rectified {
   bool on = false;
   double slope = 0;
@@ -55,7 +55,7 @@ struct Pool2d {  // max_pool2d and avg_pool2d
 };
 
 // Batch norm, max-pool (where `pooled`; else each pixel is its own window), then ReLU (slope 0) or leaky ReLU (slope > 0) in one layer:
-// program/fuse.cpp.
+// plan/fuse.cpp.
 struct NormPoolAct {
   BatchNorm norm;
   Pool2d pool;
@@ -78,7 +78,7 @@ struct Loss {
   double smoothing;  // cross_entropy: target = (1 - smoothing) onehot + smoothing / classes
 };
 
-struct CallerLoss {  // a loss that the caller computes: what he must know beside the network's output
+struct PythonLoss {  // a loss written in Python: what it must know beside the network's output
   int64_t C, H, W;   // the output, as an image or a vector
   bool image;
   bool query;         // of the query set, or of the support set
@@ -113,7 +113,7 @@ struct Adam {
   int64_t step;  // steps before this one, for the bias correction
 };
 
-using Layer = std::variant<Vector, Linear, Conv2d, BatchNorm, GroupNorm, Pointwise, Pool2d, NormPoolAct, Flatten, Add, Loss, CallerLoss,
+using Layer = std::variant<Vector, Linear, Conv2d, BatchNorm, GroupNorm, Pointwise, Pool2d, NormPoolAct, Flatten, Add, Loss, PythonLoss,
                            Axpy, Clip, Momentum, Adam>;
 
 inline Rectified rectified_output(const Layer& layer) {

@@ -110,7 +110,7 @@ namespace fastmaml {
   X(cg_step, "s r p state hp settings")                                                                                            \
   X(cg_residual, "residual state")
 
-// Ops that no backend fills: a walk hands them to the caller (Run::caller in ops/ops.h), for all tasks at once.
+// Ops of a loss written in Python, which no backend fills: a walk hands them to Run::python_loss (ops/ops.h), for all tasks at once.
 #define FASTMAML_CALLER_OPS(X) \
   X(caller_loss, "loss dz z")  \
   X(caller_loss_jvp, "dz_dot z z_dot")
@@ -128,7 +128,7 @@ inline constexpr int kOps = 0
     ;
 inline constexpr int kMaxOperands = 15;
 
-constexpr bool is_callers(Op op) { return op == Op::caller_loss || op == Op::caller_loss_jvp; }
+constexpr bool is_python_loss(Op op) { return op == Op::caller_loss || op == Op::caller_loss_jvp; }
 
 const char* op_name(Op op);
 const char* op_roles(Op op);

@@ -1,5 +1,5 @@
 // The four passes of a Program, written as Steps: forward, backward, and the tangent of each (forward-over-reverse).
-// A Tape remembers which slots a pass produced, so that later passes can read them; the slots' lives follow from that.
+// A Tape remembers which slots a pass produced, so that later passes can read them; the slots' live ranges follow from that.
 #pragma once
 
 #include <vector>

@@ -1,7 +1,6 @@
 // A Program: what a network computes. Parsed from the text that fastmaml/network.py writes; nodes are in topological order.
 #pragma once
 
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -56,20 +55,6 @@ struct Program {
   // Throws std::invalid_argument with one sentence that quotes the offending line.
   static Program parse(const std::string& text);
 };
-
-struct Abilities {  // of a backend
-  std::function<bool(Op)> supports;
-  bool rectifies;       // its linear, conv2d and group_norm take a rectifier in (Rectified in layers.h)
-  bool out_in = false;  // its linear layers read weights as torch has them (Linear::out_in)
-};
-
-// The same network with the weights of linear layers in torch's order.
-Program with_torch_weights(const Program& net);
-
-// The same network as the backend runs it: with_torch_weights where it reads them, and with fewer layers where it is able to. A
-// norm_pool_act for every batch norm -> [max-pool] -> ReLU or leaky ReLU of which nobody else sees the parts, and no ReLU or leaky ReLU of
-// its own where the layers beside it take it in.
-Program fuse(const Program& net, const Abilities& backend);
 
 std::string to_string(const Program& program);
 

@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -103,27 +102,12 @@ struct Schedule {
   void step(Op op, const Layer& layer, int64_t examples, std::initializer_list<Operand> operands, int64_t stat_examples = 0);
 };
 
-// The same work with an sgd_adjoint for its parts where they follow each other, and a pointwise function's dual for it and its tangent,
-// where they are supported.
-Schedule fuse(Schedule schedule, const std::function<bool(Op)>& supports);
-
-// The same work with plain descent's updates, and their adjoints in the sweep, made by the weight gradients of linear layers, where they
-// are supported (join_updates.cpp).
-Schedule join_updates(Schedule schedule, const std::function<bool(Op)>& supports);
-
-// The same work with the gradients by large images made and used up a few images at a time (stream.cpp).
-struct StreamSizes {  // in numbers
-  int64_t whole;      // a gradient of at most that many stays as it is
-  int64_t chunk;      // at least one image
-};
-Schedule stream(const Schedule& schedule, const StreamSizes& sizes);
-
 // A Schedule as two that run one after the other, the second as often as one likes. What the Steps before `at` leave for the others passes
 // through the arguments tape*_made of the first and tape* of the second (split.cpp).
-struct Parts {
+struct SplitSchedule {
   Schedule first, second;
 };
-Parts split(const Schedule& whole, size_t at);
+SplitSchedule split(const Schedule& whole, size_t at);
 
 std::string to_string(const Schedule& schedule);  // one line per Step, for reading and for tests
 

@@ -98,7 +98,7 @@ Schedule part_of(const Schedule& whole, std::vector<Step> steps, const std::vect
 
 }  // namespace
 
-Parts split(const Schedule& whole, size_t at) {
+SplitSchedule split(const Schedule& whole, size_t at) {
   const auto cut = whole.steps.begin() + std::ptrdiff_t(at);
   const std::vector<Step> first(whole.steps.begin(), cut);
   const std::vector<Step> second = with_pointwise_again(first, {cut, whole.steps.end()}, whole);

@@ -185,7 +185,7 @@ class Compiled:
             return _NO_CALLER
         from fastmaml import _C
 
-        return self.caller.serving(_C.set_caller_loss, support, query)  # type: ignore[attr-defined,unused-ignore]
+        return self.caller.serving(_C.set_python_loss, support, query)  # type: ignore[attr-defined,unused-ignore]
 
     def _call(self, op: str, params: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """The reference backend computes in float64 and answers in the caller's type."""

@@ -179,7 +179,7 @@ inline void coverage(bool (*covers)(Op)) {
                                  Op::linear_adjoint};  // a device takes what they are made of
   for (int i = 0; i < kOps; ++i) {
     const Op op = static_cast<Op>(i);
-    if (is_callers(op) || !covers(op)) continue;
+    if (is_python_loss(op) || !covers(op)) continue;
     const std::string name = op_name(op);
     if (of_the_host.count(op)) {
       report(!cuda_emulated_ops(4).run[i] && !cuda_emulated_ops(8).run[i], name + " is the host's");

@@ -14,7 +14,7 @@
 
 #include "cuda/emulated/emu.h"
 #include "ops/ops.h"
-#include "program/cost.h"
+#include "plan/cost.h"
 
 namespace fastmaml {
 
@@ -245,7 +245,7 @@ std::string name_of(const Case& c, size_t real_bytes, const std::string& variant
       return std::to_string(s.size) + (s.first ? " first" : "") + (s.nesterov ? " nesterov" : "");
     }
     std::string operator()(const Adam& s) const { return std::to_string(s.size); }
-    std::string operator()(const CallerLoss&) const { return "the caller's"; }
+    std::string operator()(const PythonLoss&) const { return "written in Python"; }
     std::string operator()(const Linear& s) const { return std::to_string(s.in) + " to " + std::to_string(s.out) + rectified(s.y, s.x); }
     std::string operator()(const Conv2d& s) const {
       return join({s.C, s.H, s.W, s.F, s.KH, s.KW, s.stride_h, s.stride_w, s.pad_h, s.pad_w}) + " (C H W F KH KW strides pads)" +

@@ -1,9 +1,10 @@
-// Whether in_chunks() takes many examples a few at a time where it should, and whether that changes anything but the order of sums: on the
-// reference.
+// Whether chunk_examples() takes many examples a few at a time where it should, and whether that changes anything but the order of sums: on
+// the reference.
 #include <cstdio>
 #include <string>
 
-#include "program/chunks.h"
+#include "plan/chunks.h"
+#include "plan/fuse.h"
 #include "same_numbers.h"
 
 namespace fastmaml {
@@ -19,13 +20,13 @@ const char* const kClassifier =
     "output 3\nloss cross_entropy smoothing=0.1\n";
 
 void same(const std::string& what, const Schedule& whole, bool chunked) {
-  const Schedule parts = in_chunks(whole, {kCached});
+  const Schedule parts = chunk_examples(whole, {kCached});
   const double worst = apart(results(whole), results(parts));
   char text[80];
   std::snprintf(text, sizeof text, "%.1e of the largest, %zu Steps of %zu", worst, parts.steps.size(), whole.steps.size());
   report(worst <= 1e-12, what, text);
   report((parts.steps.size() > whole.steps.size()) == chunked, what + (chunked ? ": in chunks" : ": as it is"));
-  report(to_string(in_chunks(whole, {int64_t(1) << 40})) == to_string(whole), what + ": what fits stays");
+  report(to_string(chunk_examples(whole, {int64_t(1) << 40})) == to_string(whole), what + ": what fits stays");
 }
 
 void schedules() {
@@ -38,24 +39,24 @@ void schedules() {
     same(named("vjp"), vjp_schedule(net, kMany), true);
     same(named("few examples"), hvp_schedule(net, 8, true), false);
     for (const Curvature curvature : {Curvature::hessian, Curvature::gauss_newton}) {
-      const Parts parts = curvature_schedules(net, kMany, true, curvature);
+      const SplitSchedule parts = curvature_schedules(net, kMany, true, curvature);
       same(named("what products share"), parts.first, true);
       same(named("product"), fuse(parts.second, everything), true);
     }
-    Adaptation how;
-    how.support_examples = how.query_examples = kMany;
-    how.support_weights = how.query_weights = true;
-    how.loop = InnerLoop::parse("steps=2 rate_grad=1");
+    InnerLoopSpec spec;
+    spec.support_examples = spec.query_examples = kMany;
+    spec.support_weights = spec.query_weights = true;
+    spec.loop = InnerLoop::parse("steps=2 rate_grad=1");
     for (const bool stash : {false, true}) {
-      how.stash = stash;
-      same(named(stash ? "meta-gradient, stash" : "meta-gradient"), meta_gradient_schedule(net, how), true);
+      spec.stash = stash;
+      same(named(stash ? "meta-gradient, stash" : "meta-gradient"), meta_gradient_schedule(net, spec), true);
     }
   }
 }
 
 // What only a run's own Steps see has room for a chunk.
 void memory() {
-  const Schedule whole = hvp_schedule(Program::parse(kMlp), 4000, true), parts = in_chunks(whole, {kCached});
+  const Schedule whole = hvp_schedule(Program::parse(kMlp), 4000, true), parts = chunk_examples(whole, {kCached});
   const size_t before = plan_workspace(whole, reference_ops()).task_bytes, after = plan_workspace(parts, reference_ops()).task_bytes;
   report(after * 10 < before, "memory", std::to_string(before) + " bytes, in chunks " + std::to_string(after));
 }

@@ -4,7 +4,7 @@
 
 #include "networks.h"
 #include "ops/step_clock.h"
-#include "program/cost.h"
+#include "plan/cost.h"
 
 namespace fastmaml {
 namespace {
@@ -52,13 +52,13 @@ void by_hand() {
   expect_equal(words_of(conv) == "conv2d 2x6x6 to 4x3x3, 3x3", 1, "a layer in words");
 }
 
-Adaptation loop(const char* text, bool stash) {
-  Adaptation how;
-  how.loop = InnerLoop::parse(text);
-  how.support_examples = 4;
-  how.query_examples = 6;
-  how.stash = stash;
-  return how;
+InnerLoopSpec loop(const char* text, bool stash) {
+  InnerLoopSpec spec;
+  spec.loop = InnerLoop::parse(text);
+  spec.support_examples = 4;
+  spec.query_examples = 6;
+  spec.stash = stash;
+  return spec;
 }
 
 double products(const Schedule& schedule, Phase phase) {

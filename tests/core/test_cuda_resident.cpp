@@ -10,6 +10,7 @@
 #include "cuda/cuda_tables.h"
 #include "cuda/emulated/emu.h"
 #include "networks.h"
+#include "plan/fuse.h"
 #include "task_results.h"
 
 namespace fastmaml {
@@ -130,7 +131,7 @@ const ResidentWalk& walk_of() {
 // Its Steps and its arena lie in guarded buffers of the emulated device.
 template <class T>
 Results resident(const Schedule& schedule, const ResidentCode& code, const How& how) {
-  if (!code.declines.empty()) throw std::runtime_error("declined: " + code.declines);
+  if (!code.refusal.empty()) throw std::runtime_error("declined: " + code.refusal);
   return results<T>(schedule, how, [&](const View* args, int64_t tasks) {
     void* steps = emu::allocate(code.steps.size());
     std::memcpy(steps, code.steps.data(), code.steps.size());
@@ -196,22 +197,22 @@ void check_both(const std::string& name, const Schedule& written, How how = {}, 
   check<float>(name, schedule, definition, how, 3e-5, fast_bytes);    // the same in float32, where no mask flips
 }
 
-Adaptation adaptation(const std::string& loop, int64_t support = 5, int64_t query = 3) {
-  Adaptation how;
-  how.support_examples = support;
-  how.query_examples = query;
-  how.loop = InnerLoop::parse(loop);
-  return how;
+InnerLoopSpec spec_of(const std::string& loop, int64_t support = 5, int64_t query = 3) {
+  InnerLoopSpec spec;
+  spec.support_examples = support;
+  spec.query_examples = query;
+  spec.loop = InnerLoop::parse(loop);
+  return spec;
 }
 
-// All kinds of work on one network.
+// All computations on one network.
 void network(const std::string& name, const std::string& text, const How& how = {}) {
   const Program net = Program::parse(text);
-  Adaptation low = adaptation("steps=2 rate_grad=1"), stash = low;
+  InnerLoopSpec low = spec_of("steps=2 rate_grad=1"), stash = low;
   stash.stash = stash.rates_per_step = stash.support_weights = true;
   check_both(name + " meta-gradient, low memory", meta_gradient_schedule(net, low), how);
   check_both(name + " meta-gradient, stash", meta_gradient_schedule(net, stash), how);
-  check_both(name + " first order", meta_gradient_schedule(net, adaptation("steps=2 order=0 rate_grad=1")), how);
+  check_both(name + " first order", meta_gradient_schedule(net, spec_of("steps=2 order=0 rate_grad=1")), how);
   check_both(name + " adapt", adapt_schedule(net, low), how);
   check_both(name + " forward", forward_schedule(net, 3, 5), how);
   check_both(name + " passes", passes_schedule(net, 3, true), how);
@@ -243,25 +244,25 @@ void sizes() {
     How how;
     how.tasks = 1 + size % 3;
     const Program net = Program::parse(Mlp{{size, size + 1, 2}, "gelu_tanh %v\n"}.text());
-    check_both("size " + std::to_string(size), meta_gradient_schedule(net, adaptation("steps=1", size > 5 ? 7 : size, 2)), how);
+    check_both("size " + std::to_string(size), meta_gradient_schedule(net, spec_of("steps=1", size > 5 ? 7 : size, 2)), how);
   }
   for (const int64_t classes : {1, 2, 5, 33}) {
     How how;
     how.classes = classes;
     const Program net = Program::parse(Mlp{{4, 8, classes}, "sigmoid %v\n", "cross_entropy smoothing=0.1"}.text());
-    check_both("classes " + std::to_string(classes), meta_gradient_schedule(net, adaptation("steps=1")), how);
+    check_both("classes " + std::to_string(classes), meta_gradient_schedule(net, spec_of("steps=1")), how);
   }
   const Program net = Program::parse(Mlp{{2, 20, 20, 1}, "relu %v\n"}.text());
   for (const int K : {1, 2, 3, 5})
     for (const bool stash : {false, true}) {
-      Adaptation how = adaptation("steps=" + std::to_string(K));
-      how.stash = stash;
+      InnerLoopSpec spec = spec_of("steps=" + std::to_string(K));
+      spec.stash = stash;
       How tasks;
       tasks.tasks = K;
-      check_both("K = T = " + std::to_string(K) + (stash ? " stash" : " low"), meta_gradient_schedule(net, how), tasks);
+      check_both("K = T = " + std::to_string(K) + (stash ? " stash" : " low"), meta_gradient_schedule(net, spec), tasks);
     }
   // Tall tiles, and sums that many threads share.
-  check_both("tall tiles", meta_gradient_schedule(Program::parse(Mlp{{36, 40, 4}}.text()), adaptation("steps=1", 33, 2)), {2, 0, 0, 3});
+  check_both("tall tiles", meta_gradient_schedule(Program::parse(Mlp{{36, 40, 4}}.text()), spec_of("steps=1", 33, 2)), {2, 0, 0, 3});
 }
 
 void inner_loops() {
@@ -281,47 +282,48 @@ void inner_loops() {
                            {"steps=2 rule=adam eps=1e-3 weight_decay=0.1 decoupled=1 rate_grad=1"},
                            {"steps=3 queries=1,2,3"}})
     for (const bool stash : {false, true}) {
-      Adaptation how = adaptation(loop.text);
-      how.stash = stash;
-      how.mask = loop.mask;
-      how.loss_weights = how.loop.queries.size() > 1;
-      check_both(std::string(loop.text) + (stash ? " stash" : " low"), meta_gradient_schedule(net, how));
-      if (stash || how.loss_weights) continue;
-      how.state = how.loop.states() > 0;
-      how.step_count = how.loop.states() > 1;
-      check_both(std::string(loop.text) + " adapt", adapt_schedule(net, how));
+      InnerLoopSpec spec = spec_of(loop.text);
+      spec.stash = stash;
+      spec.mask = loop.mask;
+      spec.loss_weights = spec.loop.queries.size() > 1;
+      check_both(std::string(loop.text) + (stash ? " stash" : " low"), meta_gradient_schedule(net, spec));
+      if (stash || spec.loss_weights) continue;
+      spec.state = spec.loop.states() > 0;
+      spec.step_count = spec.loop.states() > 1;
+      check_both(std::string(loop.text) + " adapt", adapt_schedule(net, spec));
     }
 }
 
 // Where a task's numbers do not all fit, the long rows of phi[k] lie in the arena.
 void memory() {
   const Program net = Program::parse(Mlp{{2, 20, 20, 1}, "relu %v\n"}.text());
-  const Schedule schedule = meta_gradient_schedule(net, adaptation("steps=5"));
+  const Schedule schedule = meta_gradient_schedule(net, spec_of("steps=5"));
   const ResidentCode whole = walk_of<float>().encode(schedule, kFast);
-  report(whole.declines.empty() && whole.arena_bytes == 0, "all slots lie in shared memory where they fit");
+  report(whole.refusal.empty() && whole.arena_bytes == 0, "all slots lie in shared memory where they fit");
   const size_t part = whole.shared_bytes * 2 / 3;
   const ResidentCode cut = walk_of<float>().encode(schedule, part);
-  report(cut.declines.empty() && cut.arena_bytes > 0 && cut.shared_bytes < part, "what does not fit lies in the arena", cut.declines);
+  report(cut.refusal.empty() && cut.arena_bytes > 0 && cut.shared_bytes < part, "what does not fit lies in the arena", cut.refusal);
   check_both("with an arena", schedule, {}, 2 * part);  // float64 needs twice the room
   check<float>("with an arena, once more", schedule, layered<double>(reference_ops(), schedule, {}), {}, 3e-5, part);
 }
 
-void declines() {
+void refusals() {
   const auto sentence = [](const Schedule& schedule, size_t fast_bytes, const std::string& part) {
     for (const size_t bytes : {sizeof(float), sizeof(double)}) {
-      const std::string got = cuda_emulated_ops(bytes).resident->encode(schedule, fast_bytes).declines;
+      const std::string got = cuda_emulated_ops(bytes).resident->encode(schedule, fast_bytes).refusal;
       report(got.find(part) != std::string::npos, "declines with \"" + part + "\"", "got \"" + got + "\"");
     }
   };
-  const Adaptation how = adaptation("steps=2");
-  sentence(meta_gradient_schedule(Program::parse(kConvnet), how), kFast, "the resident walk has no conv2d_fwd");
-  sentence(meta_gradient_schedule(Program::parse(Mlp{{3, 9, 2}, "tanh %v\n", "caller"}.text()), how), kFast, "the loss is the caller's");
-  sentence(meta_gradient_schedule(Program::parse(Mlp{{2, 40, 40, 1}}.text()), how), 8192, "and a block has 8 KB");
-  sentence(meta_gradient_schedule(Program::parse(Mlp{{64, 300, 300, 5}}.text()), how), kFast,
+  const InnerLoopSpec spec = spec_of("steps=2");
+  sentence(meta_gradient_schedule(Program::parse(kConvnet), spec), kFast, "the resident walk has no conv2d_fwd");
+  sentence(meta_gradient_schedule(Program::parse(Mlp{{3, 9, 2}, "tanh %v\n", "caller"}.text()), spec), kFast,
+           "the loss is written in Python");
+  sentence(meta_gradient_schedule(Program::parse(Mlp{{2, 40, 40, 1}}.text()), spec), 8192, "and a block has 8 KB");
+  sentence(meta_gradient_schedule(Program::parse(Mlp{{64, 300, 300, 5}}.text()), spec), kFast,
            "of shared memory, or most of them, and a block has 227 KB");
-  sentence(meta_gradient_schedule(Program::parse(Mlp{{100, 100, 100, 1}}.text()), adaptation("steps=1", 2000, 2000)), kFast,
+  sentence(meta_gradient_schedule(Program::parse(Mlp{{100, 100, 100, 1}}.text()), spec_of("steps=1", 2000, 2000)), kFast,
            "products each, more than the 1048576");
-  report(cuda_emulated_ops(4).resident->encode(meta_gradient_schedule(Program::parse(kMlp), how), kFast).declines.empty(),
+  report(cuda_emulated_ops(4).resident->encode(meta_gradient_schedule(Program::parse(kMlp), spec), kFast).refusal.empty(),
          "does not decline a small network");
 }
 
@@ -349,7 +351,7 @@ int main() {
   inner_loops();
   memory();
   coverage();
-  declines();
+  refusals();
   std::printf("%d passed, %d failed, %ld launches\n", passed, failed, long(emu::launches()));
   return failed != 0;
 }

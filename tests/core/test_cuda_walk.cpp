@@ -8,6 +8,7 @@
 #include "cuda/cuda_tables.h"
 #include "cuda/emulated/emu.h"
 #include "networks.h"
+#include "plan/fuse.h"
 #include "task_results.h"
 
 namespace fastmaml {
@@ -138,17 +139,17 @@ void check_both(const std::string& name, const Schedule& parts) {
 
 void network(const std::string& name, const std::string& text) {
   const Program net = fuse(Program::parse(text), {supported, true});
-  Adaptation how;
-  how.support_examples = 5;
-  how.query_examples = 3;
-  how.loop = InnerLoop::parse("steps=2 rate_grad=1");
-  check_both(name + " low memory", meta_gradient_schedule(net, how));
-  how.stash = true;
-  how.rates_per_step = true;
-  how.support_weights = true;
-  check_both(name + " stash", meta_gradient_schedule(net, how));
-  how.loop = InnerLoop::parse("steps=2 order=0 rate_grad=1");
-  check_both(name + " first order", meta_gradient_schedule(net, how));
+  InnerLoopSpec spec;
+  spec.support_examples = 5;
+  spec.query_examples = 3;
+  spec.loop = InnerLoop::parse("steps=2 rate_grad=1");
+  check_both(name + " low memory", meta_gradient_schedule(net, spec));
+  spec.stash = true;
+  spec.rates_per_step = true;
+  spec.support_weights = true;
+  check_both(name + " stash", meta_gradient_schedule(net, spec));
+  spec.loop = InnerLoop::parse("steps=2 order=0 rate_grad=1");
+  check_both(name + " first order", meta_gradient_schedule(net, spec));
   if (!net.uses_support_stats()) check_both(name + " conjugate gradients", conjugate_gradient_schedule(net, 5, false, 3));
 }
 

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "cpu/isa/choose_isa.h"
+#include "plan/fuse.h"
+#include "plan/fuse_updates.h"
 #include "same_numbers.h"
 
 namespace fastmaml {
@@ -151,12 +153,12 @@ void same(const std::string& what, const Program& net, const std::function<Sched
 // Of the sweep's steps: exactly the same numbers, for nothing is added up in another order.
 void same_sweep(const std::string& loop, int rate_grads, int adjoint_updates, int scales, int fused_steps) {
   const Program net = Program::parse(kMlp);
-  Adaptation how;
-  how.support_examples = 4;
-  how.query_examples = 3;
-  how.loop = InnerLoop::parse(loop);
-  how.loss_weights = how.loop.queries.size() > 1;
-  const Schedule parts = meta_gradient_schedule(net, how), fused = fuse(parts, everything);
+  InnerLoopSpec spec;
+  spec.support_examples = 4;
+  spec.query_examples = 3;
+  spec.loop = InnerLoop::parse(loop);
+  spec.loss_weights = spec.loop.queries.size() > 1;
+  const Schedule parts = meta_gradient_schedule(net, spec), fused = fuse(parts, everything);
   const auto count = [&](Op op) {
     return int(std::count_if(fused.steps.begin(), fused.steps.end(), [op](const Step& s) { return s.op == op; }));
   };
@@ -189,27 +191,27 @@ void updates() {
   const Program net = with_torch_weights(Program::parse(kMlp));
   for (const bool stash : {false, true})
     for (const std::string loop : {"steps=1", "steps=3", "steps=3 order=1", "steps=3 order=0", "steps=3 queries=1,2,3"}) {
-      Adaptation how;
-      how.support_examples = 4;
-      how.query_examples = 3;
-      how.loop = InnerLoop::parse(loop);
-      how.loss_weights = how.loop.queries.size() > 1;
-      how.stash = stash;
-      how.uniform_rate = true;
-      const Schedule parts = meta_gradient_schedule(net, how), joined = join_updates(parts, everything);
+      InnerLoopSpec spec;
+      spec.support_examples = 4;
+      spec.query_examples = 3;
+      spec.loop = InnerLoop::parse(loop);
+      spec.loss_weights = spec.loop.queries.size() > 1;
+      spec.stash = stash;
+      spec.uniform_rate = true;
+      const Schedule parts = meta_gradient_schedule(net, spec), fused = fuse_updates(parts, everything);
       const auto count = [&](Op op) {
-        return int(std::count_if(joined.steps.begin(), joined.steps.end(), [op](const Step& s) { return s.op == op; }));
+        return int(std::count_if(fused.steps.begin(), fused.steps.end(), [op](const Step& s) { return s.op == op; }));
       };
       const int layers = int(std::count_if(net.nodes.begin(), net.nodes.end(), [](const Node& n) { return n.kind == NodeKind::linear; }));
       const std::string what = loop + (stash ? ", stash" : "") + ": ";
-      report(results(parts) == results(joined), what + "joined updates have the parts' bits");
-      report(count(Op::uniform_update) == 0 && count(Op::linear_update) == how.loop.steps * layers, what + "all updates are joined");
-      report(count(Op::linear_adjoint) > 0 || how.loop.order == 0, what + "so are adjoints");
-      report(to_string(join_updates(parts, [](Op op) { return op != Op::linear_update; })) == to_string(parts),
+      report(results(parts) == results(fused), what + "joined updates have the parts' bits");
+      report(count(Op::uniform_update) == 0 && count(Op::linear_update) == spec.loop.steps * layers, what + "all updates are joined");
+      report(count(Op::linear_adjoint) > 0 || spec.loop.order == 0, what + "so are adjoints");
+      report(to_string(fuse_updates(parts, [](Op op) { return op != Op::linear_update; })) == to_string(parts),
              what + "not without the op");
       for (const std::string& isa : available_cpu_isas()) {
         set_cpu_isa(isa);
-        expect_error(what + "cpu " + isa, apart(results(parts), results(joined, cpu_ops(8))), 1e-10);
+        expect_error(what + "cpu " + isa, apart(results(parts), results(fused, cpu_ops(8))), 1e-10);
       }
       set_cpu_isa("");
     }
@@ -260,15 +262,15 @@ std::string network(const std::string& mode) {
 void networks() {
   for (const std::string mode : {"batch", "support"}) {
     const Program net = Program::parse(network(mode));
-    Adaptation how;
-    how.support_examples = 4;
-    how.query_examples = 3;
-    how.loop = InnerLoop::parse("steps=2 rate_grad=1");
-    const auto meta_gradient = [&how](const Program& n) { return meta_gradient_schedule(n, how); };
+    InnerLoopSpec spec;
+    spec.support_examples = 4;
+    spec.query_examples = 3;
+    spec.loop = InnerLoop::parse("steps=2 rate_grad=1");
+    const auto meta_gradient = [&spec](const Program& n) { return meta_gradient_schedule(n, spec); };
     same("meta-gradient, low memory, " + mode, net, meta_gradient);
-    how.stash = true;
+    spec.stash = true;
     same("meta-gradient, stash, " + mode, net, meta_gradient);
-    how.loop = InnerLoop::parse("steps=2 order=0");
+    spec.loop = InnerLoop::parse("steps=2 order=0");
     same("first order, " + mode, net, meta_gradient);
     same("forward, " + mode, net, [](const Program& n) { return forward_schedule(n, 3, 4); });
     if (mode != "batch") continue;
@@ -287,15 +289,15 @@ void rectified_networks() {
     const auto check = [&](const std::string& what, const std::function<Schedule(const Program&)>& schedule_of) {
       same(label + what, net, schedule_of, "pointwise_");
     };
-    Adaptation how;
-    how.support_examples = 4;
-    how.query_examples = 3;
-    how.loop = InnerLoop::parse("steps=2 rate_grad=1");
-    const auto meta_gradient = [&how](const Program& n) { return meta_gradient_schedule(n, how); };
+    InnerLoopSpec spec;
+    spec.support_examples = 4;
+    spec.query_examples = 3;
+    spec.loop = InnerLoop::parse("steps=2 rate_grad=1");
+    const auto meta_gradient = [&spec](const Program& n) { return meta_gradient_schedule(n, spec); };
     check("meta-gradient, low memory", meta_gradient);
-    how.stash = true;
+    spec.stash = true;
     check("meta-gradient, stash", meta_gradient);
-    how.loop = InnerLoop::parse("steps=2 order=0");
+    spec.loop = InnerLoop::parse("steps=2 order=0");
     check("first order", meta_gradient);
     check("forward", [](const Program& n) { return forward_schedule(n, 3, 4); });
     check("conjugate gradients", [](const Program& n) { return conjugate_gradient_schedule(n, 4, false, 2); });

@@ -7,7 +7,8 @@
 
 #include "cpu/isa/choose_isa.h"
 #include "networks.h"
-#include "ops/lane_schedule.h"
+#include "plan/fuse.h"
+#include "plan/lane_schedule.h"
 
 namespace fastmaml {
 namespace {
@@ -72,17 +73,17 @@ struct Case {
   std::function<Schedule(const Program&)> schedule;
 };
 
-Adaptation adaptation(const std::string& loop, bool stash, bool weights) {
-  Adaptation how;
-  how.loop = InnerLoop::parse(loop);
-  how.support_examples = how.loop.minibatch ? how.loop.minibatch * how.loop.steps : 5;
-  how.query_examples = 37;  // more than one block of rows
-  how.stash = stash;
-  how.loss_weights = how.loop.queries.size() > 1;
-  how.mask = true;
-  how.uniform_rate = how.loop.plain();
-  how.support_weights = how.query_weights = weights;
-  return how;
+InnerLoopSpec spec_of(const std::string& loop, bool stash, bool weights) {
+  InnerLoopSpec spec;
+  spec.loop = InnerLoop::parse(loop);
+  spec.support_examples = spec.loop.minibatch ? spec.loop.minibatch * spec.loop.steps : 5;
+  spec.query_examples = 37;  // more than one block of rows
+  spec.stash = stash;
+  spec.loss_weights = spec.loop.queries.size() > 1;
+  spec.mask = true;
+  spec.uniform_rate = spec.loop.plain();
+  spec.support_weights = spec.query_weights = weights;
+  return spec;
 }
 
 std::vector<Case> cases() {
@@ -97,7 +98,7 @@ std::vector<Case> cases() {
     add("hvp", [](const Program& net) { return hvp_schedule(net, 40, false); });
     add("solve", [](const Program& net) { return conjugate_gradient_schedule(net, 6, false, 3); });
     for (const bool dual : {false, true}) add("passes", [dual](const Program& net) { return passes_schedule(net, 6, dual); });
-    add("adapt", [](const Program& net) { return adapt_schedule(net, adaptation("steps=3 rule=adam eps=1e-3", false, false)); });
+    add("adapt", [](const Program& net) { return adapt_schedule(net, spec_of("steps=3 rule=adam eps=1e-3", false, false)); });
     for (const bool stash : {false, true})
       for (const char* loop : {"steps=2", "steps=0", "steps=3 rate_grad=1", "steps=2 order=0 rate_grad=1",
                                "steps=3 momentum=0.8 dampening=0.2 rows=1 queries=2 order=2 rate_grad=1",
@@ -105,7 +106,7 @@ std::vector<Case> cases() {
                                "steps=3 rule=adam eps=1e-3 weight_decay=0.1 clip_value=0.01 minibatch=2 rate_grad=1",
                                "steps=3 rule=adam eps=1e-3 weight_decay=0.1 decoupled=1 proximal=1 order=1 rate_grad=1"})
         add(std::string("meta-gradient ") + loop + (stash ? " stash" : ""),
-            [=](const Program& net) { return meta_gradient_schedule(net, adaptation(loop, stash, stash)); });
+            [=](const Program& net) { return meta_gradient_schedule(net, spec_of(loop, stash, stash)); });
   }
   return all;
 }

@@ -3,6 +3,8 @@
 #include <functional>
 #include <string>
 
+#include "plan/fuse.h"
+#include "plan/stream.h"
 #include "same_numbers.h"
 
 namespace fastmaml {
@@ -46,14 +48,14 @@ void networks() {
   const auto everything = [](Op) { return true; };
   for (const std::string mode : {"batch", "support"}) {
     const Program net = fuse(Program::parse(network(mode)), {everything, false});
-    Adaptation how;
-    how.support_examples = 4;
-    how.query_examples = 5;
+    InnerLoopSpec spec;
+    spec.support_examples = 4;
+    spec.query_examples = 5;
     for (const std::string loop : {"steps=2 rate_grad=1", "steps=2 order=0"})
       for (bool stash : {false, true}) {
-        how.loop = InnerLoop::parse(loop);
-        how.stash = stash;
-        same("meta-gradient " + loop + (stash ? ", stash, " : ", low memory, ") + mode, meta_gradient_schedule(net, how), true);
+        spec.loop = InnerLoop::parse(loop);
+        spec.stash = stash;
+        same("meta-gradient " + loop + (stash ? ", stash, " : ", low memory, ") + mode, meta_gradient_schedule(net, spec), true);
       }
     if (mode != "batch") continue;
     same("hvp", hvp_schedule(net, 4, true), true);

@@ -9,6 +9,7 @@
 
 #include "cpu/isa/choose_isa.h"
 #include "networks.h"
+#include "plan/fuse.h"
 
 static thread_local long allocations = 0;
 void* operator new(size_t bytes) {
@@ -55,7 +56,7 @@ struct Way {
 int caller_calls = 0;
 void half_square(const Call& call) {
   ++caller_calls;
-  const CallerLoss& shape = call.shape<CallerLoss>();
+  const PythonLoss& shape = call.shape<PythonLoss>();
   const bool tangent = call.step.op == Op::caller_loss_jvp;
   for (int64_t t = 0; t < call.tasks; ++t) {
     const auto z = elements<double>(call[2], t), dz = elements<double>(call[tangent ? 0 : 1], t);  // [2] is z, or z_dot
@@ -92,16 +93,16 @@ double worst(const std::vector<double>& a, const std::vector<double>& b) {
   return w;
 }
 
-Adaptation adaptation(const std::string& loop, bool stash = false) {
-  Adaptation how;
-  how.loop = InnerLoop::parse(loop);
-  how.support_examples = how.loop.minibatch ? how.loop.minibatch * how.loop.steps : 4;
-  how.query_examples = 5;
-  how.stash = stash;
-  how.loss_weights = how.loop.queries.size() > 1;
-  how.mask = true;
-  how.uniform_rate = how.loop.plain();
-  return how;
+InnerLoopSpec spec_of(const std::string& loop, bool stash = false) {
+  InnerLoopSpec spec;
+  spec.loop = InnerLoop::parse(loop);
+  spec.support_examples = spec.loop.minibatch ? spec.loop.minibatch * spec.loop.steps : 4;
+  spec.query_examples = 5;
+  spec.stash = stash;
+  spec.loss_weights = spec.loop.queries.size() > 1;
+  spec.mask = true;
+  spec.uniform_rate = spec.loop.plain();
+  return spec;
 }
 
 const Way kWays[] = {{"resident task-major", Walk::resident, 1, 1},
@@ -138,7 +139,7 @@ void every_way(const Schedule& schedule, const std::string& label, const std::ve
 void networks_in_every_way(const char* network, const std::string& name) {
   const Program net = with_torch_weights(Program::parse(network));
   for (bool stash : {false, true})
-    every_way(meta_gradient_schedule(net, adaptation("steps=3 rate_grad=1", stash)), name + (stash ? " stash: " : " low: "),
+    every_way(meta_gradient_schedule(net, spec_of("steps=3 rate_grad=1", stash)), name + (stash ? " stash: " : " low: "),
               {std::begin(kWays), std::end(kWays)});
 }
 
@@ -149,7 +150,7 @@ void inner_loops_in_every_way() {
                            "steps=3 rule=adam eps=1e-3 weight_decay=0.1 clip_value=0.1 minibatch=2 rate_grad=1",
                            "steps=3 rule=adam eps=1e-3 weight_decay=0.1 decoupled=1 proximal=1 order=0 rate_grad=1"})
     for (bool stash : {false, true})
-      every_way(meta_gradient_schedule(net, adaptation(loop, stash)), std::string(loop) + (stash ? " stash: " : ": "),
+      every_way(meta_gradient_schedule(net, spec_of(loop, stash)), std::string(loop) + (stash ? " stash: " : ": "),
                 {kWays[0], kWays[1], kWays[4]});
 }
 
@@ -158,21 +159,21 @@ void a_callers_loss_meets_all_tasks() {
   text.replace(text.find("loss cross_entropy"), std::string::npos, "loss caller\n");
   const Program net = with_torch_weights(Program::parse(text));
   for (bool stash : {false, true}) {
-    const Schedule schedule = meta_gradient_schedule(net, adaptation("steps=3 queries=1 momentum=0.5", stash));
+    const Schedule schedule = meta_gradient_schedule(net, spec_of("steps=3 queries=1 momentum=0.5", stash));
     std::vector<Way> ways;
     for (const Way& way : kWays)
       if (way.walk != Walk::resident) ways.push_back(way);
-    every_way(schedule, std::string("caller's loss") + (stash ? " stash: " : " low: "), ways);
+    every_way(schedule, std::string("loss written in Python") + (stash ? " stash: " : " low: "), ways);
     caller_calls = 0;
     results(reference_ops(), schedule, 11, kWays[3]);
     const int passes = 3 + 2 + (stash ? 0 : 3) + 3;  // inner steps, queries, the sweep's gradients and tangents
     expect(caller_calls == passes, "one call a pass for all tasks", caller_calls);
   }
   try {
-    results(reference_ops(), meta_gradient_schedule(net, adaptation("steps=1")), 3, kWays[0]);
-    expect(false, "the resident walk refuses a caller's loss");
+    results(reference_ops(), meta_gradient_schedule(net, spec_of("steps=1")), 3, kWays[0]);
+    expect(false, "the resident walk refuses a loss written in Python");
   } catch (const std::invalid_argument&) {
-    expect(true, "the resident walk refuses a caller's loss");
+    expect(true, "the resident walk refuses a loss written in Python");
   }
 }
 
@@ -199,7 +200,7 @@ void weights_in_the_wrong_order_are_refused() {
 
 void no_allocation_after_the_first_walk() {
   const Program net = with_torch_weights(Program::parse(kConvnet));
-  const Schedule schedule = meta_gradient_schedule(net, adaptation("steps=2 rule=adam clip_norm=1"));
+  const Schedule schedule = meta_gradient_schedule(net, spec_of("steps=2 rule=adam clip_norm=1"));
   Arguments<float> arguments(schedule, 3, 3);
   const OpTable& table = cpu_ops(4);
   const Workspace workspace = plan_workspace(schedule, table);
@@ -218,7 +219,7 @@ void memory_grows_by_phi_alone() {
   const Program net = with_torch_weights(Program::parse(kConvnet));
   size_t first = 0;
   for (int K : {1, 5, 20}) {
-    const Schedule schedule = meta_gradient_schedule(net, adaptation("steps=" + std::to_string(K)));
+    const Schedule schedule = meta_gradient_schedule(net, spec_of("steps=" + std::to_string(K)));
     const Workspace workspace = plan_workspace(schedule, cpu_ops(4));
     if (K == 1) first = workspace.task_bytes;
     const size_t phi = (size_t(net.param_count) * 4 + 63) / 64 * 64, growth = workspace.task_bytes - first;

@@ -27,7 +27,7 @@ class Callers(LoopCase):
 
 
 class ByTorch:
-    """The loss of a LoopCase for _C.set_caller_loss: values, gradients and tangents by autograd on all tasks at once."""
+    """The loss of a LoopCase for _C.set_python_loss: values, gradients and tangents by autograd on all tasks at once."""
 
     def __init__(self, case: LoopCase, support_y: torch.Tensor, query_y: torch.Tensor | None = None) -> None:
         self.case, self.y, self.calls = case, {False: support_y, True: query_y}, []
@@ -53,11 +53,11 @@ class ByTorch:
 
 @contextmanager
 def caller_loss(function) -> Iterator[None]:
-    _C.set_caller_loss(function)
+    _C.set_python_loss(function)
     try:
         yield
     finally:
-        _C.set_caller_loss(None)
+        _C.set_python_loss(None)
 
 
 LOOPS = [
@@ -179,9 +179,12 @@ def test_what_the_loss_raises_reaches_the_caller(compiled):
     def broken(*arguments):
         raise KeyError("no such action")
 
-    with caller_loss(broken), pytest.raises(RuntimeError, match="the caller's loss raised KeyError: 'no such action'"):
+    with (
+        caller_loss(broken),
+        pytest.raises(RuntimeError, match="the loss written in Python raised KeyError: 'no such action'"),
+    ):
         meta_gradient(case, compiled.name, inputs)
-    with pytest.raises((ValueError, RuntimeError), match="set_caller_loss has not been called"):
+    with pytest.raises((ValueError, RuntimeError), match="set_python_loss has not been called"):
         meta_gradient(case, compiled.name, inputs)
     with caller_loss(ByTorch(case, inputs.support_y, inputs.query_y)):
         meta_gradient(case, compiled.name, inputs)

@@ -1,4 +1,4 @@
-# Plain descent with one rate on a network of linear layers: the weight gradients make the updates themselves (program/join_updates.cpp).
+# Plain descent with one rate on a network of linear layers: the weight gradients make the updates themselves (plan/fuse_updates.cpp).
 # The same results as with a vector of equal rates, whose updates stand alone.
 from __future__ import annotations
 

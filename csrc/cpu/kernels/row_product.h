@@ -276,7 +276,7 @@ struct OuterPack {
   int32_t* at;
   static int64_t a_size(int64_t pixels) { return kOuterRows * pixels; }
   static int64_t b_size(int64_t cols, int64_t pixels) { return padded_cols<T>(cols) * pixels; }
-  static bool pays(int64_t m, int64_t cols, int64_t pixels) {
+  static bool pays_off(int64_t m, int64_t cols, int64_t pixels) {
     constexpr int64_t kBytes = sizeof(T), kNear = 32 * 1024, kSmall = 128 * 1024, kNarrow = 256;  // an L1; a part of L2; a few panels
     const bool far = cols > kTileVecs * kLanes<T> && m * pixels * kBytes > kNear;
     return far || (cols * kBytes > kNarrow && m * cols * kBytes > kSmall);

@@ -1,4 +1,4 @@
-#include "bindings/stash_budget.h"
+#include "plan/stash_budget.h"
 
 #include <unistd.h>
 

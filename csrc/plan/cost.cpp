@@ -1,4 +1,4 @@
-#include "program/cost.h"
+#include "plan/cost.h"
 
 #include <algorithm>
 #include <array>
@@ -41,7 +41,7 @@ struct OperandSize {
   int64_t operator()(const Clip& s) const { return s.size; }
   int64_t operator()(const Momentum& s) const { return s.size; }
   int64_t operator()(const Adam& s) const { return role == "step_count" ? 1 : s.size; }
-  int64_t operator()(const CallerLoss& s) const { return role == "loss" ? 1 : N * s.C * s.H * s.W; }
+  int64_t operator()(const PythonLoss& s) const { return role == "loss" ? 1 : N * s.C * s.H * s.W; }
   int64_t operator()(const Add& s) const { return N * s.size; }
   int64_t operator()(const Linear& s) const {
     if (role == "rate") return 1;
@@ -197,7 +197,7 @@ struct Words {
   std::string operator()(const Momentum& s) const { return "vector " + std::to_string(s.size); }
   std::string operator()(const Adam& s) const { return "vector " + std::to_string(s.size); }
   std::string operator()(const Add& s) const { return "vector " + std::to_string(s.size); }
-  std::string operator()(const CallerLoss& s) const { return "loss " + image(s.C, s.H, s.W); }
+  std::string operator()(const PythonLoss& s) const { return "loss " + image(s.C, s.H, s.W); }
   std::string operator()(const Linear& s) const { return "linear " + std::to_string(s.in) + " to " + std::to_string(s.out); }
   std::string operator()(const Conv2d& s) const {
     return "conv2d " + image(s.C, s.H, s.W) + " to " + image(s.F, s.OH, s.OW) + ", " + std::to_string(s.KH) + "x" + std::to_string(s.KW);

@@ -6,12 +6,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/call_memory.h"
+#include "bindings/executor.h"
 #include "bindings/finite.h"
-#include "bindings/profile.h"
-#include "bindings/results.h"
-#include "bindings/space.h"
+#include "bindings/result_pool.h"
 #include "bindings/threads.h"
 #include "ops/tree_sum.h"
+#include "plan/profile.h"
 #include "program/param_layout.h"
 
 namespace fastmaml {
@@ -19,7 +20,7 @@ namespace {
 
 // `count` vectors, from number `first` on
 template <class T>
-void reorder_as(const Space::Params& params, bool from_torch, void* to, const void* from, int64_t first, int64_t count) {
+void reorder_as(const Executor::Params& params, bool from_torch, void* to, const void* from, int64_t first, int64_t count) {
   const int64_t at = first * size_of(params);
   if (from_torch)
     params_from_torch(params, static_cast<T*>(to) + at, static_cast<const T*>(from) + at, count);
@@ -27,7 +28,7 @@ void reorder_as(const Space::Params& params, bool from_torch, void* to, const vo
     params_to_torch(params, static_cast<T*>(to) + at, static_cast<const T*>(from) + at, count);
 }
 
-void reorder_some(const Space::Params& params, bool from_torch, void* to, const void* from, int64_t first, int64_t count,
+void reorder_some(const Executor::Params& params, bool from_torch, void* to, const void* from, int64_t first, int64_t count,
                   size_t real_bytes) {
   if (real_bytes == sizeof(float))
     reorder_as<float>(params, from_torch, to, from, first, count);
@@ -35,10 +36,10 @@ void reorder_some(const Space::Params& params, bool from_torch, void* to, const 
     reorder_as<double>(params, from_torch, to, from, first, count);
 }
 
-// Memory outlives the call in a Workplace: after the first call nothing is allocated.
-class HostSpace : public Space {
+// Memory outlives the call in a CallMemory: after the first call nothing is allocated.
+class HostExecutor : public Executor {
  public:
-  void* take(size_t bytes) override { return place_->take(bytes); }
+  void* take(size_t bytes) override { return memory_->take(bytes); }
 
   Tensor empty(const std::vector<int64_t>& sizes, Type type) override { return empty_on_host(sizes, type); }
 
@@ -67,7 +68,7 @@ class HostSpace : public Space {
     checks_.push_back({name, x, count, real_bytes});
   }
 
-  void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) override {
+  void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const PythonLossFn& loss) override {
     Run run{*plan->table, plan->schedule, plan->workspace, args, tasks, plan->lanes()};
     const int64_t groups = (tasks + plan->lanes() - 1) / plan->lanes();
     const int workers = static_cast<int>(std::min<int64_t>(groups, thread_count()));
@@ -88,11 +89,11 @@ class HostSpace : public Space {
     };
     const bool prepares = !moves_.empty() || !checks_.empty();
     if (plan->program->loss.kind == Loss::Kind::caller) {
-      run.caller = loss;
+      run.python_loss = loss;
       place_sums(args, tasks, plan->table->real_bytes);
       if (prepares) in_parallel(tasks, [&](int64_t task) { prepare(task, 1); });
       expect_none_refused();
-      run_segments(run, place_->arenas, workers, in_parallel);
+      run_segments(run, memory_->arenas, workers, in_parallel);
       for (const Sum& sum : sums_) reduce(*plan->table, sum, args[static_cast<int>(sum.arg)].data, tasks);
     } else {
       if (prepares) run.before = prepare;
@@ -101,7 +102,7 @@ class HostSpace : public Space {
         sums.emplace_back(*plan->table, s.arg, s.out, s.w, tasks, s.size, plan->lanes(), workers,
                           take(TreeSum::room(*plan->table, tasks, s.size, plan->lanes(), workers)));
       run.sums = &sums;
-      run_resident(run, place_->arenas, workers, in_parallel);
+      run_resident(run, memory_->arenas, workers, in_parallel);
       expect_none_refused();
       for (TreeSum& sum : sums) sum.finish(workers, in_parallel);
     }
@@ -140,13 +141,13 @@ class HostSpace : public Space {
       return all_finite(static_cast<const std::byte*>(x) + size_t(first * count) * real_bytes, tasks * count, real_bytes);
     }
   };
-  LentWorkplace place_;
+  CallMemoryLease memory_;
   std::vector<Move> moves_;
   std::vector<Check> checks_;
 };
 
 }  // namespace
 
-std::unique_ptr<Space> host_space() { return std::make_unique<HostSpace>(); }
+std::unique_ptr<Executor> host_executor() { return std::make_unique<HostExecutor>(); }
 
 }  // namespace fastmaml

@@ -1,4 +1,4 @@
-#include "bindings/results.h"
+#include "bindings/result_pool.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 

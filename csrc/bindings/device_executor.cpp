@@ -11,7 +11,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "bindings/space.h"
+#include "bindings/executor.h"
 #include "program/param_layout.h"
 
 namespace fastmaml {
@@ -63,7 +63,7 @@ class CurrentDevice {
 // ---------------------------------------------------------------- orders of parameters
 
 // Where in one order the numbers of the other come from, on the device: made once for a list of parameters.
-Tensor reorder_index(const Space::Params& params, bool from_torch, const stable::Device& device) {
+Tensor reorder_index(const Executor::Params& params, bool from_torch, const stable::Device& device) {
   static std::mutex mutex;
   static auto* known = new std::map<std::string, Tensor>;  // outlives calls made while the process ends
   std::string key = std::to_string(int(device.type())) + " " + std::to_string(device.index()) + (from_torch ? "<" : ">");
@@ -154,11 +154,11 @@ size_t bytes_of_arg(const Slot& slot, const View& view, int64_t tasks, size_t re
 
 bool is_result(int arg) { return arg >= static_cast<int>(Arg::loss); }
 
-// ---------------------------------------------------------------- the space
+// ---------------------------------------------------------------- the executor
 
-class DeviceSpace : public Space {
+class DeviceExecutor : public Executor {
  public:
-  DeviceSpace(const OpTable& table, const Tensor& like)
+  DeviceExecutor(const OpTable& table, const Tensor& like)
       : device_(*table.device),
         place_(like.device()),
         current_(device_, std::max(0, int(place_.index()))),
@@ -193,7 +193,7 @@ class DeviceSpace : public Space {
     device_.gather(to, from, static_cast<const int32_t*>(index.const_data_ptr()), count, size_of(params), stream_);
   }
 
-  void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) override {
+  void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const PythonLossFn& loss) override {
     place_sums(args, tasks, plan->table->real_bytes);
     walk(plan, args, tasks, loss);
     for (const Sum& sum : sums_)
@@ -210,7 +210,7 @@ class DeviceSpace : public Space {
   std::shared_ptr<Recorded> replayed_;
   std::unique_lock<std::mutex> replaying_;  // goes before replayed_
 
-  void walk(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) {
+  void walk(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const PythonLossFn& loss) {
     Run run{*plan->table, plan->schedule, plan->workspace, args, tasks, 1, stream_};
     if (plan->takes_resident()) {
       const ResidentCode& code = plan->resident;
@@ -218,9 +218,9 @@ class DeviceSpace : public Space {
       plan->table->resident->launch(code, resident_steps(plan, place_), args, arena, tasks, stream_);
       return;
     }
-    const bool callers = plan->program->loss.kind == Loss::Kind::caller;
-    if (callers) run.caller = loss;
-    if (!callers && replayed(plan, run, args)) return;
+    const bool in_python = plan->program->loss.kind == Loss::Kind::caller;
+    if (in_python) run.python_loss = loss;
+    if (!in_python && replayed(plan, run, args)) return;
     run_layered(run, static_cast<std::byte*>(take(layered_bytes(run))));
   }
 
@@ -309,7 +309,9 @@ class DeviceSpace : public Space {
 
 }  // namespace
 
-std::unique_ptr<Space> device_space(const OpTable& table, const Tensor& like) { return std::make_unique<DeviceSpace>(table, like); }
+std::unique_ptr<Executor> device_executor(const OpTable& table, const Tensor& like) {
+  return std::make_unique<DeviceExecutor>(table, like);
+}
 
 void set_recording(bool on) {
   const std::lock_guard<std::mutex> lock(recordings_mutex);

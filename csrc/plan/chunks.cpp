@@ -2,13 +2,13 @@
 //   linear_fwd     of 2,000 rows             linear_fwd     rows 0 .. 191
 //   pointwise_fwd  of 2,000 rows        =>   pointwise_fwd  rows 0 .. 191       ...  then rows 192 .. 383 ...
 //   linear_bwd_weight  dw                    linear_bwd_weight  a share of dw, which is added to the others'
-#include "program/chunks.h"
+#include "plan/chunks.h"
 
 #include <algorithm>
 #include <map>
 #include <vector>
 
-#include "program/slot_uses.h"
+#include "plan/slot_uses.h"
 
 namespace fastmaml {
 namespace {
@@ -75,7 +75,7 @@ struct Range {
   Operand at;
   int64_t size, row;
   bool written;
-  bool meets(const Range& other) const {
+  bool overlaps(const Range& other) const {
     return at.slot == other.at.slot && at.offset < other.at.offset + other.size && other.at.offset < at.offset + size;
   }
 };
@@ -116,7 +116,7 @@ class Run {
       const Range range{step.operand[i], size, row, i < op_outputs(step.op)};
       bool known = false;
       for (const Range& other : ranges_) {
-        if (!range.meets(other)) continue;
+        if (!range.overlaps(other)) continue;
         if (range.at == other.at && range.size == other.size && range.row == other.row && (row > 0 || (!range.written && !other.written)))
           known = true;
         else
@@ -211,7 +211,7 @@ std::vector<bool> local_slots(const Schedule& schedule, const std::vector<int>& 
 
 }  // namespace
 
-Schedule in_chunks(const Schedule& schedule, const ChunkSizes& sizes) {
+Schedule chunk_examples(const Schedule& schedule, const ChunkSizes& sizes) {
   Schedule out{schedule.slots, schedule.layers, {}};
   const std::vector<int> uses = uses_of_slots(schedule.steps, schedule.slots.size());
   for (size_t i = 0; i < schedule.steps.size();) {

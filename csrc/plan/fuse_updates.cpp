@@ -1,13 +1,8 @@
-// Updates that are made by the products they read, so that no gradient is written and read again:
-//   linear_bwd_weight      g's w, b           linear_update   phi_next's w, b                  for every layer
-//   uniform_update  phi_next phi g rate   =>
-//   linear_bwd_weight_jvp  hu's w, b          linear_adjoint  lambda's w, b, in place          where nobody reads them in between
-//   axpy            lambda -rate hu       =>  axpy            of the others
+#include "plan/fuse_updates.h"
+
 #include <algorithm>
 #include <optional>
 #include <vector>
-
-#include "program/schedule.h"
 
 namespace fastmaml {
 namespace {
@@ -32,13 +27,13 @@ std::optional<Update> update_at(const Schedule& schedule, size_t i) {
 
 struct Range {
   int64_t from, to;  // of a vector
-  bool meets(const Range& other) const { return from < other.to && other.from < to; }
+  bool overlaps(const Range& other) const { return from < other.to && other.from < to; }
 };
 
 struct Writer {
   size_t step;
   Range range;  // its weights and behind them its bias
-  bool joins = false;
+  bool fuses = false;
 };
 
 Operand part(Operand vector, int64_t from) { return {vector.slot, vector.offset + from}; }
@@ -73,12 +68,12 @@ bool can_join(const Schedule& schedule, const Update& update, const Writer& writ
       if (operand.slot != update.to.slot) continue;
       const int64_t at = operand.offset - update.to.offset;
       const bool one = std::holds_alternative<Linear>(schedule.layers[size_t(schedule.steps[s].layer)]);
-      if (!one || Range{at, at + 1}.meets(writer.range)) return false;
+      if (!one || Range{at, at + 1}.overlaps(writer.range)) return false;
     }
   return true;
 }
 
-Step joined(const Step& product, const Update& update, const Writer& writer, const Linear& layer) {
+Step fused(const Step& product, const Update& update, const Writer& writer, const Linear& layer) {
   Step step = product;
   const Operand to = part(update.to, writer.range.from), from = part(update.from, writer.range.from);
   const bool bias = bool(product.operand[1]);
@@ -96,7 +91,7 @@ Step joined(const Step& product, const Update& update, const Writer& writer, con
 
 }  // namespace
 
-Schedule join_updates(Schedule schedule, const std::function<bool(Op)>& supports) {
+Schedule fuse_updates(Schedule schedule, const std::function<bool(Op)>& supports) {
   if (!supports(Op::linear_update) || !supports(Op::linear_adjoint)) return schedule;
   for (size_t i = 0; i < schedule.steps.size(); ++i) {
     const std::optional<Update> update = update_at(schedule, i);
@@ -105,15 +100,15 @@ Schedule join_updates(Schedule schedule, const std::function<bool(Op)>& supports
     int64_t joining = 0;
     for (Writer& writer : writers)
       if (can_join(schedule, *update, writer)) {
-        writer.joins = true;
+        writer.fuses = true;
         joining += writer.range.to - writer.range.from;
       }
     if (2 * joining < update->size || joining == 0) continue;
     std::vector<Range> left;  // for the update itself
     for (const Writer& writer : writers) {
       Step& step = schedule.steps[writer.step];
-      if (writer.joins)
-        step = joined(step, *update, writer, std::get<Linear>(schedule.layers[size_t(step.layer)]));
+      if (writer.fuses)
+        step = fused(step, *update, writer, std::get<Linear>(schedule.layers[size_t(step.layer)]));
       else if (!left.empty() && left.back().to == writer.range.from)
         left.back().to = writer.range.to;
       else

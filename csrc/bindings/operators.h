@@ -5,7 +5,7 @@
 #include <string>
 #include <tuple>
 
-#include "bindings/arrays.h"
+#include "bindings/arguments.h"
 
 namespace fastmaml {
 
@@ -45,7 +45,7 @@ MetaGradientResults meta_gradient_call(const std::string& program, const std::st
                                        const MaybeTensor& loss_weights, const MaybeTensor& step_rows, const MaybeTensor& lam,
                                        const MaybeTensor& mask, const Tensor& buffers);
 
-// meta_gradient of one rate for all parameters and without options. theta: parts (parts.h). In host memory.
+// meta_gradient of one rate for all parameters and without options. theta: parts (parameter_list.h). In host memory.
 MetaGradientResults plain_meta_gradient_call(const std::string& program, const std::string& backend, const std::vector<Tensor>& theta,
                                              const Tensor& support_x, const Tensor& support_y, const Tensor& query_x, const Tensor& query_y,
                                              double rate, const std::string& loop, const std::string& memory);

@@ -7,8 +7,8 @@
 
 namespace fastmaml {
 
-// Bytes of one arena: of a worker on the host, of a task on a device. at_once: the tasks meet at a caller's loss, and all their arenas are
-// in memory. A stash never changes a result's bits, and keeping took less work than computing again wherever it was measured
+// Bytes of one arena: of a worker on the host, of a task on a device. at_once: the tasks meet at a loss written in Python, and all their
+// arenas are in memory. A stash never changes a result's bits, and keeping took less work than computing again wherever it was measured
 // (csrc/README.md), so memory alone decides.
 size_t stash_budget(const OpTable& table, bool at_once);
 

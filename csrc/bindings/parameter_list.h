@@ -8,7 +8,7 @@
 namespace fastmaml {
 
 // Parts of one type in host memory, one after the other: [P].
-torch::stable::Tensor joined(const std::vector<torch::stable::Tensor>& parts);
+torch::stable::Tensor concatenated(const std::vector<torch::stable::Tensor>& parts);
 
 // flat [P] times scale [], in host memory, as tensors with memory of their own. shapes: for each part its number of dimensions, then these.
 std::vector<torch::stable::Tensor> scaled_parts_call(const torch::stable::Tensor& flat, const torch::stable::Tensor& scale,

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "bindings/plans.h"
 #include "ops/step_clock.h"
+#include "plan/plan.h"
 
 namespace fastmaml {
 

@@ -1,4 +1,4 @@
-// What calls share: parsed Programs, planned Schedules, and the memory that outlives a call. All of it is thread-safe.
+// What calls share: parsed Programs and planned Schedules. All of it is thread-safe.
 #pragma once
 
 #include <algorithm>
@@ -11,16 +11,16 @@
 
 namespace fastmaml {
 
-enum class Kind : uint8_t { forward, gradient, vjp, hvp, adapt, meta_gradient, solve, passes, linearise, curvature };
+enum class Computation : uint8_t { forward, gradient, vjp, hvp, adapt, meta_gradient, solve, passes, linearise, curvature };
 enum class Memory : uint8_t { low, stash, automatic };
 
-Kind kind_named(const std::string& name);
+Computation computation_named(const std::string& name);
 Memory memory_named(const std::string& name);  // "low", "stash" or "auto"
 
-// What a Schedule depends on beside the network and the backend.
-struct Work {
-  Kind kind = Kind::forward;
-  Adaptation how;
+// What a call computes: all that its Schedule depends on beside the network and the backend.
+struct CallSpec {
+  Computation computation = Computation::forward;
+  InnerLoopSpec spec;
   Memory memory = Memory::low;  // meta_gradient
   int solve_steps = 0;
   bool dual = false;                         // passes
@@ -58,48 +58,6 @@ struct Plan {
 
 std::shared_ptr<const Program> program_of(const std::string& text);
 std::shared_ptr<const InnerLoop> inner_loop_of(const std::string& text);
-std::shared_ptr<const Plan> plan_for(const std::string& text, const OpTable& table, const Work& work);
-
-// The memory of one call: an arena a worker, and blocks for arrays on their way between torch's layout and the engine's.
-class Workplace {
- public:
-  Arenas arenas;
-  void* take(size_t bytes);  // 64-byte aligned, until reset
-  void reset() { taken_ = 0; }
-  int64_t allocations() const { return arenas.allocations() + block_allocations_; }
-
- private:
-  struct Free {
-    void operator()(void* data) const;
-  };
-  struct Block {
-    std::unique_ptr<void, Free> data;
-    size_t bytes = 0;
-  };
-  std::vector<Block> blocks_;
-  size_t taken_ = 0;
-  int64_t block_allocations_ = 0;
-};
-
-// Lends a Workplace for one call, the last returned first, so that calls at the same time never share one.
-class LentWorkplace {
- public:
-  LentWorkplace();
-  ~LentWorkplace();
-  LentWorkplace(const LentWorkplace&) = delete;
-  LentWorkplace& operator=(const LentWorkplace&) = delete;
-  Workplace* operator->() const { return place_.get(); }
-
- private:
-  std::unique_ptr<Workplace> place_;
-};
-
-// What the Workplaces between two calls hold.
-struct MemoryHeld {
-  int64_t allocations = 0;  // ever made for them
-  size_t high_water = 0;    // bytes of the largest arena of one worker
-};
-MemoryHeld memory_held();
-void release_memory();  // back to the system; the next call allocates anew
+std::shared_ptr<const Plan> plan_for(const std::string& text, const OpTable& table, const CallSpec& call);
 
 }  // namespace fastmaml

@@ -1,14 +1,11 @@
-// A gradient by the output of a convolution, of many large images, is made and used up a few images at a time, so that it never leaves the
-// cache: the Steps that make it and those that read it take turns.
-//   norm_pool_act_bwd_data  dx of all images          norm_pool_act_bwd_data  dx of images 0, 1
-//   conv2d_bwd_weight       dw from dx           =>   conv2d_bwd_weight       dw from it
-//   conv2d_bwd_data         from dx                   conv2d_bwd_data         of images 0, 1;  then images 2, 3 ...
+#include "plan/stream.h"
+
 #include <algorithm>
 #include <map>
 #include <optional>
 #include <vector>
 
-#include "program/slot_uses.h"
+#include "plan/slot_uses.h"
 
 namespace fastmaml {
 namespace {

@@ -1,4 +1,4 @@
-#include "bindings/profile.h"
+#include "plan/profile.h"
 
 #include <algorithm>
 #include <atomic>

@@ -1,4 +1,4 @@
-#include "bindings/arrays.h"
+#include "bindings/arguments.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -8,7 +8,7 @@
 #include <stdexcept>
 
 #include "bindings/backends.h"
-#include "bindings/caller_loss.h"
+#include "bindings/python_loss.h"
 #include "meta/step_rows.h"
 #include "program/param_layout.h"
 
@@ -32,7 +32,7 @@ std::string described(const char* name, const Tensor& x) { return std::string(na
 
 Sizes dims_of(const Shape& shape) { return shape.image ? Sizes{shape.C, shape.H, shape.W} : Sizes{shape.C}; }
 
-Sizes joined(Sizes head, const Sizes& tail) {
+Sizes concatenated(Sizes head, const Sizes& tail) {
   head.insert(head.end(), tail.begin(), tail.end());
   return head;
 }
@@ -57,7 +57,7 @@ Tensor swapped(const Tensor& x, int64_t rows, int64_t a, int64_t b) {
 
 }  // namespace
 
-Arrays::Arrays(std::string text, const std::string& backend, const Tensor& params)
+CallArguments::CallArguments(std::string text, const std::string& backend, const Tensor& params)
     : text_(std::move(text)), program_(program_of(text_)), callers_type_(params.scalar_type()), callers_device_(params.device()) {
   if (callers_type_ != ScalarType::Float && callers_type_ != ScalarType::Double)
     throw std::invalid_argument(described("params", params) + " must be float32 or float64");
@@ -66,16 +66,16 @@ Arrays::Arrays(std::string text, const std::string& backend, const Tensor& param
   if (on_cuda != params.is_cuda() || (!on_cuda && !params.is_cpu()))
     throw std::invalid_argument(described("params", params) + " must be on " + (on_cuda ? "a CUDA device" : "the CPU") + " for backend " +
                                 table_->backend);
-  space_ = table_->device ? device_space(*table_, params) : host_space();
+  executor_ = table_->device ? device_executor(*table_, params) : host_executor();
 }
 
 // ---------------------------------------------------------------- inputs
 
-void Arrays::expect_place(const char* name, const Tensor& x) const {
+void CallArguments::expect_place(const char* name, const Tensor& x) const {
   if (x.device() != callers_device_) throw std::invalid_argument(described(name, x) + " is not on the device of the parameters");
 }
 
-const Tensor& Arrays::of_callers_type(const char* name, const Tensor& x) const {
+const Tensor& CallArguments::of_callers_type(const char* name, const Tensor& x) const {
   expect_place(name, x);
   if (x.scalar_type() != callers_type_)
     throw std::invalid_argument(described(name, x) + " must have the type of the parameters, " +
@@ -83,24 +83,24 @@ const Tensor& Arrays::of_callers_type(const char* name, const Tensor& x) const {
   return x;
 }
 
-Tensor Arrays::real(const char* name, const Tensor& x) {
+Tensor CallArguments::real(const char* name, const Tensor& x) {
   of_callers_type(name, x);
   return without_gaps(type() == callers_type_ ? x : stable::to(x, type()));
 }
 
-void Arrays::bind(Arg arg, void* data, int64_t task_stride) { args_[static_cast<int>(arg)] = {data, task_stride, 1}; }
+void CallArguments::bind(Arg arg, void* data, int64_t task_stride) { args_[static_cast<int>(arg)] = {data, task_stride, 1}; }
 
-void Arrays::bind(Arg arg, const Tensor& x, int64_t task_stride) {
+void CallArguments::bind(Arg arg, const Tensor& x, int64_t task_stride) {
   kept_.push_back(x);
   bind(arg, data_of(x), task_stride);
 }
 
-void Arrays::images(Arg arg, const Tensor& x, const Shape& shape) {
+void CallArguments::images(Arg arg, const Tensor& x, const Shape& shape) {
   const int64_t rows = x.size(0) * x.size(1);
   bind(arg, interleaved(shape) ? swapped(x, rows, shape.C, shape.H * shape.W) : x, x.size(1) * shape.size());
 }
 
-int64_t Arrays::examples(Arg arg, const char* name, const Tensor& x) {
+int64_t CallArguments::examples(Arg arg, const char* name, const Tensor& x) {
   const Sizes sizes = sizes_of(x), input = dims_of(program_->input_shape());
   if (sizes.size() != 2 + input.size() || !std::equal(input.begin(), input.end(), sizes.begin() + 2))
     throw std::invalid_argument(described(name, x) + " does not fit input " + to_string(input) + " as [tasks, examples, *input]");
@@ -113,8 +113,8 @@ int64_t Arrays::examples(Arg arg, const char* name, const Tensor& x) {
   return sizes[1];
 }
 
-void Arrays::targets(Arg arg, const char* name, const Tensor& y, int64_t examples) {
-  if (program_->loss.kind == Loss::Kind::caller) return;  // whose loss holds them
+void CallArguments::targets(Arg arg, const char* name, const Tensor& y, int64_t examples) {
+  if (program_->loss.kind == Loss::Kind::caller) return;  // the loss written in Python holds them
   if (program_->loss.kind != Loss::Kind::cross_entropy) return outputs(arg, name, y, examples);
   expect_place(name, y);
   if (y.scalar_type() != ScalarType::Long) throw std::invalid_argument(described(name, y) + " must hold labels as int64");
@@ -130,36 +130,36 @@ void Arrays::targets(Arg arg, const char* name, const Tensor& y, int64_t example
   bind(arg, labels, examples);
 }
 
-void Arrays::outputs(Arg arg, const char* name, const Tensor& dy, int64_t examples) {
-  expect_sizes(name, dy, joined({tasks_, examples}, dims_of(program_->output_shape())));
+void CallArguments::outputs(Arg arg, const char* name, const Tensor& dy, int64_t examples) {
+  expect_sizes(name, dy, concatenated({tasks_, examples}, dims_of(program_->output_shape())));
   images(arg, real(name, dy), program_->output_shape());
 }
 
-bool Arrays::weights(Arg arg, const char* name, const std::optional<Tensor>& w, int64_t examples) {
+bool CallArguments::weights(Arg arg, const char* name, const std::optional<Tensor>& w, int64_t examples) {
   if (!w) return false;
   expect_sizes(name, *w, {tasks_, examples});
   bind(arg, real(name, *w), examples);
   return true;
 }
 
-void Arrays::shared_params(Arg arg, const char* name, const Tensor& params) {
+void CallArguments::shared_params(Arg arg, const char* name, const Tensor& params) {
   expect_sizes(name, params, {program_->param_count});
   vectors_.push_back({arg, real(name, params), 1, false});
 }
 
-void Arrays::params_of_tasks(Arg arg, const char* name, const Tensor& params) {
+void CallArguments::params_of_tasks(Arg arg, const char* name, const Tensor& params) {
   expect_sizes(name, params, {tasks_, program_->param_count});
   vectors_.push_back({arg, real(name, params), 1, true});
 }
 
-void Arrays::params(Arg arg, const char* name, const Tensor& params) {
+void CallArguments::params(Arg arg, const char* name, const Tensor& params) {
   if (params.dim() == 1)
     shared_params(arg, name, params);
   else
     params_of_tasks(arg, name, params);
 }
 
-Arrays::Rates Arrays::rates(const Tensor& rates, const InnerLoop& loop) {
+CallArguments::Rates CallArguments::rates(const Tensor& rates, const InnerLoop& loop) {
   const int64_t P = program_->param_count, rows = rates.dim() == 2 ? rates.size(0) : 0;
   if (rows < 1 || (rows != 1 && rows != loop.steps) || rates.size(1) != P)
     throw std::invalid_argument(described("rates", rates) + " must be " + to_string({1, P}) + " or " + to_string({loop.steps, P}));
@@ -172,7 +172,7 @@ Arrays::Rates Arrays::rates(const Tensor& rates, const InnerLoop& loop) {
   return {rows, false};
 }
 
-void Arrays::step_rows(const std::optional<Tensor>& rows, const InnerLoop& loop) {
+void CallArguments::step_rows(const std::optional<Tensor>& rows, const InnerLoop& loop) {
   const Params params = step_row_params(*program_, loop);
   if (params.empty()) {
     if (rows) throw std::invalid_argument(described("step_rows", *rows) + " are given to an inner loop without rows=");
@@ -182,69 +182,69 @@ void Arrays::step_rows(const std::optional<Tensor>& rows, const InnerLoop& loop)
   expect_sizes("step_rows", *rows, {loop.steps, size_of(params)});
   const Tensor from = real("step_rows", *rows);
   void* to = take(loop.steps * size_of(params));
-  space_->reorder(params, true, to, data_of(from), loop.steps, element_bytes());
+  executor_->reorder(params, true, to, data_of(from), loop.steps, element_bytes());
   bind(Arg::step_rows, to, 0);
   kept_.push_back(from);
 }
 
-bool Arrays::state(const std::optional<Tensor>& state, int64_t vectors) {
+bool CallArguments::state(const std::optional<Tensor>& state, int64_t vectors) {
   if (!state) return false;
   expect_sizes("state", *state, {tasks_, vectors * program_->param_count});
   vectors_.push_back({Arg::state, real("state", *state), vectors, true});
   return vectors > 0;
 }
 
-bool Arrays::shared(Arg arg, const char* name, const std::optional<Tensor>& x, int64_t size) {
+bool CallArguments::shared(Arg arg, const char* name, const std::optional<Tensor>& x, int64_t size) {
   if (!x) return false;
   expect_sizes(name, *x, {size});
   bind(arg, real(name, *x), 0);
   return true;
 }
 
-void Arrays::buffers(const Tensor& buffers) {
+void CallArguments::buffers(const Tensor& buffers) {
   expect_sizes("buffers", buffers, {program_->buffer_count});
   bind(Arg::buffers, real("buffers", buffers), 0);
 }
 
-void Arrays::numbers(Arg arg, std::initializer_list<double> values) {
+void CallArguments::numbers(Arg arg, std::initializer_list<double> values) {
   void* to = take(int64_t(values.size()));
-  space_->numbers(to, values.begin(), values.size(), element_bytes());
+  executor_->numbers(to, values.begin(), values.size(), element_bytes());
   bind(arg, to, 0);
 }
 
-void Arrays::finite(const char* name, const Tensor& x) {
+void CallArguments::finite(const char* name, const Tensor& x) {
   const ScalarType type = x.scalar_type();
   if (!x.is_cpu() || (type != ScalarType::Float && type != ScalarType::Double)) return;
   const Tensor& whole = kept_.emplace_back(without_gaps(x));
-  space_->expect_finite(name, data_of(whole), x.numel() / tasks_, type == ScalarType::Float ? sizeof(float) : sizeof(double));
+  executor_->expect_finite(name, data_of(whole), x.numel() / tasks_, type == ScalarType::Float ? sizeof(float) : sizeof(double));
 }
 
 // ---------------------------------------------------------------- results
 
-void Arrays::result(Arg arg, int64_t size) { bind(arg, take(tasks_ * size), size); }
+void CallArguments::result(Arg arg, int64_t size) { bind(arg, take(tasks_ * size), size); }
 
-void Arrays::params_result(Arg arg, std::optional<int64_t> rows) {
+void CallArguments::params_result(Arg arg, std::optional<int64_t> rows) {
   const int64_t P = program_->param_count;
   made_.push_back({arg, rows ? Sizes{tasks_, *rows, P} : Sizes{tasks_, P}, false, true, {}});
 }
 
-void Arrays::summed_params(Arg arg, std::optional<int64_t> rows) {
+void CallArguments::summed_params(Arg arg, std::optional<int64_t> rows) {
   const int64_t P = program_->param_count;
   made_.push_back({arg, rows ? Sizes{*rows, P} : Sizes{P}, true, true, {}});
 }
 
-void Arrays::summed_step_rows(Arg arg, const InnerLoop& loop) {
+void CallArguments::summed_step_rows(Arg arg, const InnerLoop& loop) {
   made_.push_back({arg, {loop.steps, size_of(step_row_params(*program_, loop))}, true, false, {}});
 }
 
-void Arrays::task_weights(const std::optional<Tensor>& w) {
+void CallArguments::task_weights(const std::optional<Tensor>& w) {
   if (!w) return;
   expect_sizes("task_weights", *w, {tasks_});
   task_weights_ = real("task_weights", *w);
 }
 
-void Arrays::run(const Work& work) {
-  plan_ = plan_for(text_, *table_, work);
+void CallArguments::run(const CallSpec& call) {
+  plan_ = plan_for(text_, *table_, call);
   for (const Vectors& v : vectors_) {
     const int64_t size = v.count * program_->param_count;
     if (as_torch()) {
@@ -253,72 +253,72 @@ void Arrays::run(const Work& work) {
     }
     void* to = take((v.of_tasks ? tasks_ : 1) * size);
     if (v.of_tasks)
-      space_->reorder_tasks(params(), to, data_of(v.tensor), tasks_, v.count, element_bytes());
+      executor_->reorder_tasks(params(), to, data_of(v.tensor), tasks_, v.count, element_bytes());
     else
-      space_->reorder(params(), true, to, data_of(v.tensor), v.count, element_bytes());
+      executor_->reorder(params(), true, to, data_of(v.tensor), v.count, element_bytes());
     bind(v.arg, to, v.of_tasks ? size : 0);
   }
   for (Made& made : made_) {
     const int64_t size = numbers_in(made.sizes);
-    if (made.of_params && as_torch()) made.tensor = space_->empty(made.sizes, type());
+    if (made.of_params && as_torch()) made.tensor = executor_->empty(made.sizes, type());
     void* const place = made.tensor ? made.tensor->mutable_data_ptr() : take(size);
     if (made.summed)
-      space_->sum(made.arg, made.sum = place, task_weights_ ? data_of(*task_weights_) : nullptr, size);
+      executor_->sum(made.arg, made.sum = place, task_weights_ ? data_of(*task_weights_) : nullptr, size);
     else
       bind(made.arg, place, size / tasks_);
   }
-  space_->run(plan_, args_.data(), tasks_,
-              [this](const Call& call) { call_callers_loss(call, element_bytes(), table_->device ? table_->backend : ""); });
+  executor_->run(plan_, args_.data(), tasks_,
+                 [this](const Call& call) { call_python_loss(call, element_bytes(), table_->device ? table_->backend : ""); });
 }
 
-Tensor Arrays::in_callers_type(Tensor x) const { return x.scalar_type() == callers_type_ ? x : stable::to(x, callers_type_); }
+Tensor CallArguments::in_callers_type(Tensor x) const { return x.scalar_type() == callers_type_ ? x : stable::to(x, callers_type_); }
 
-Tensor Arrays::copy_of(Arg arg, const Sizes& sizes) const {
-  const Tensor x = space_->empty(sizes, type());
-  if (x.numel()) space_->copy(x.mutable_data_ptr(), args_[static_cast<int>(arg)].data, size_t(x.numel()) * element_bytes());
+Tensor CallArguments::copy_of(Arg arg, const Sizes& sizes) const {
+  const Tensor x = executor_->empty(sizes, type());
+  if (x.numel()) executor_->copy(x.mutable_data_ptr(), args_[static_cast<int>(arg)].data, size_t(x.numel()) * element_bytes());
   return in_callers_type(x);
 }
 
-Tensor Arrays::nothing() const { return space_->empty({0}, callers_type_); }
+Tensor CallArguments::nothing() const { return executor_->empty({0}, callers_type_); }
 
-Tensor Arrays::values(Arg arg) const { return copy_of(arg, {tasks_}); }
+Tensor CallArguments::values(Arg arg) const { return copy_of(arg, {tasks_}); }
 
-Tensor Arrays::values(Arg arg, int64_t size) const { return copy_of(arg, {tasks_, size}); }
+Tensor CallArguments::values(Arg arg, int64_t size) const { return copy_of(arg, {tasks_, size}); }
 
-Tensor Arrays::from_images(Arg arg, int64_t examples, const Shape& shape) const {
-  const Sizes sizes = joined({tasks_, examples}, dims_of(shape));
+Tensor CallArguments::from_images(Arg arg, int64_t examples, const Shape& shape) const {
+  const Sizes sizes = concatenated({tasks_, examples}, dims_of(shape));
   if (!interleaved(shape)) return copy_of(arg, sizes);
   const int64_t rows = tasks_ * examples;
   return stable::view(swapped(copy_of(arg, {rows, shape.size()}), rows, shape.H * shape.W, shape.C), sizes);
 }
 
-Tensor Arrays::outputs(Arg arg, int64_t examples) const { return from_images(arg, examples, program_->output_shape()); }
+Tensor CallArguments::outputs(Arg arg, int64_t examples) const { return from_images(arg, examples, program_->output_shape()); }
 
-Tensor Arrays::inputs(Arg arg, int64_t examples) const { return from_images(arg, examples, program_->input_shape()); }
+Tensor CallArguments::inputs(Arg arg, int64_t examples) const { return from_images(arg, examples, program_->input_shape()); }
 
-Tensor Arrays::to_torch(const Params& params, const void* engine, const Sizes& sizes) const {
-  const Tensor x = space_->empty(sizes, type());
+Tensor CallArguments::to_torch(const Params& params, const void* engine, const Sizes& sizes) const {
+  const Tensor x = executor_->empty(sizes, type());
   const int64_t size = size_of(params);  // 0 for a network of nothing but activations
-  if (size) space_->reorder(params, false, x.mutable_data_ptr(), engine, numbers_in(sizes) / size, element_bytes());
+  if (size) executor_->reorder(params, false, x.mutable_data_ptr(), engine, numbers_in(sizes) / size, element_bytes());
   return in_callers_type(x);
 }
 
 // A plan that runs on the host on parameters as torch has them reads the caller's memory, and writes into what is handed out.
-bool Arrays::as_torch() const { return plan_->as_torch(); }
+bool CallArguments::as_torch() const { return plan_->as_torch(); }
 
-const Arrays::Made* Arrays::find_made(Arg arg) const {
+const CallArguments::Made* CallArguments::find_made(Arg arg) const {
   const auto made = std::find_if(made_.begin(), made_.end(), [arg](const Made& m) { return m.arg == arg; });
   return made == made_.end() ? nullptr : &*made;
 }
 
-Tensor Arrays::params(Arg arg) const {
+Tensor CallArguments::params(Arg arg) const {
   const Made* made = find_made(arg);
   if (!made) throw std::logic_error("no params_result for this argument");
   if (made->tensor) return in_callers_type(*made->tensor);
   return to_torch(params(), made->summed ? made->sum : args_[static_cast<int>(arg)].data, made->sizes);
 }
 
-Tensor Arrays::step_rows(Arg arg, const InnerLoop& loop) const {
+Tensor CallArguments::step_rows(Arg arg, const InnerLoop& loop) const {
   const Params params = step_row_params(*program_, loop);
   if (const Made* made = find_made(arg)) return to_torch(params, made->sum, made->sizes);
   return to_torch(params, args_[static_cast<int>(arg)].data, {tasks_, loop.steps, size_of(params)});

@@ -1,4 +1,4 @@
-#include "ops/lane_schedule.h"
+#include "plan/lane_schedule.h"
 
 #include <vector>
 

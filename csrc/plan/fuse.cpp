@@ -1,10 +1,8 @@
-// Layers, and Steps of the sweep, that touch the same numbers become one, where the backend has the ops for it.
+#include "plan/fuse.h"
+
 #include <algorithm>
 #include <limits>
 #include <optional>
-
-#include "program/program.h"
-#include "program/schedule.h"
 
 namespace fastmaml {
 namespace {
@@ -118,9 +116,9 @@ Program join_rectifiers(const Program& net) {
 }
 
 // A pointwise function and its tangent at the same x, in any order.
-std::optional<Step> joined(const Step& a, const Step& b) {
+std::optional<Step> fused(const Step& a, const Step& b) {
   if (a.op == Op::pointwise_fwd_jvp || a.op == Op::pointwise_bwd_jvp) {
-    if (b.op == Op::pointwise_fwd || b.op == Op::pointwise_bwd) return joined(b, a);
+    if (b.op == Op::pointwise_fwd || b.op == Op::pointwise_bwd) return fused(b, a);
     return {};
   }
   const auto& [value, tangent] = std::pair(a.operand, b.operand);
@@ -140,7 +138,7 @@ std::optional<Step> joined(const Step& a, const Step& b) {
 Schedule join_pointwise(Schedule schedule) {
   std::vector<Step> joint;
   for (const Step& step : schedule.steps) {
-    const std::optional<Step> both = joint.empty() ? std::nullopt : joined(joint.back(), step);
+    const std::optional<Step> both = joint.empty() ? std::nullopt : fused(joint.back(), step);
     if (both)
       joint.back() = *both;
     else
@@ -189,7 +187,7 @@ Program with_torch_weights(const Program& net) {
   return out;
 }
 
-Program fuse(const Program& net, const Abilities& backend) {
+Program fuse(const Program& net, const Capabilities& backend) {
   Program out = backend.out_in ? with_torch_weights(net) : net;
   if (std::all_of(std::begin(kNormPoolActOps), std::end(kNormPoolActOps), backend.supports)) out = join_norm_pool_act(out);
   if (backend.rectifies) out = join_rectifiers(out);

@@ -1,4 +1,4 @@
-#include "bindings/parts.h"
+#include "bindings/parameter_list.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "bindings/space.h"
+#include "bindings/executor.h"
 
 namespace fastmaml {
 namespace {
@@ -24,7 +24,7 @@ void scale_into(const Tensor& to, const Tensor& flat, int64_t first, Real scale)
 
 }  // namespace
 
-Tensor joined(const std::vector<Tensor>& parts) {
+Tensor concatenated(const std::vector<Tensor>& parts) {
   if (parts.size() == 1 && parts[0].dim() == 1) return parts[0];
   if (parts.empty()) throw std::invalid_argument("there are no parts of a vector");
   const ScalarType type = parts[0].scalar_type();
@@ -34,7 +34,7 @@ Tensor joined(const std::vector<Tensor>& parts) {
     if (!part.is_cpu() || part.scalar_type() != type) throw std::invalid_argument("parts of a vector are of several types or places");
     size += part.numel();
   }
-  const Tensor flat = host_space()->empty({size}, type);
+  const Tensor flat = host_executor()->empty({size}, type);
   auto* to = static_cast<std::byte*>(flat.mutable_data_ptr());
   for (const Tensor& part : parts) {
     const Tensor whole = part.is_contiguous() ? part : torch::stable::contiguous(part);
@@ -53,7 +53,7 @@ std::vector<Tensor> scaled_parts_call(const Tensor& flat, const Tensor& scale, c
   const auto misfit = [&] {
     return std::invalid_argument("shapes hold other than the " + std::to_string(flat.numel()) + " numbers of the vector");
   };
-  const auto space = host_space();
+  const auto executor = host_executor();
   std::vector<Tensor> parts;
   int64_t first = 0;
   for (size_t at = 0; at < shapes.size();) {
@@ -61,7 +61,7 @@ std::vector<Tensor> scaled_parts_call(const Tensor& flat, const Tensor& scale, c
     if (dims < 0 || size_t(dims) > shapes.size() - at) throw std::invalid_argument("shapes end within a shape");
     const std::vector<int64_t> sizes(shapes.begin() + int64_t(at), shapes.begin() + int64_t(at) + dims);
     at += size_t(dims);
-    Tensor part = space->empty(sizes, type);
+    Tensor part = executor->empty(sizes, type);
     if (part.numel() > flat.numel() - first) throw misfit();
     if (type == ScalarType::Float)
       scale_into(part, flat, first, *static_cast<const float*>(scale.const_data_ptr()));

@@ -1,5 +1,5 @@
 // The arrays of one call: torch tensors are checked, moved into the engine's type and layout, bound to the arguments of a Schedule,
-// and the results are moved back (space.h). Through torch's stable ABI: what is compiled here runs with every torch from 2.10 on.
+// and the results are moved back (executor.h). Through torch's stable ABI: what is compiled here runs with every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,14 +9,14 @@
 #include <string>
 #include <vector>
 
-#include "bindings/space.h"
+#include "bindings/executor.h"
 
 namespace fastmaml {
 
-class Arrays {
+class CallArguments {
  public:
   // The type of `params` (float32 or float64) is that of all other real tensors and of the results.
-  Arrays(std::string text, const std::string& backend, const Tensor& params);
+  CallArguments(std::string text, const std::string& backend, const Tensor& params);
 
   const Program& program() const { return *program_; }
   int64_t tasks() const { return tasks_; }
@@ -42,13 +42,13 @@ class Arrays {
   // Of an input [tasks, ..] of real numbers that run() refuses if one of them is not finite. A device is not asked.
   void finite(const char* name, const Tensor& x);
 
-  // What a linearisation leaves for the products with its curvature, by type: [T, its size in `work`'s Schedule] (tapes.cpp).
+  // What a linearisation leaves for the products with its curvature, by type: [T, its size in `call`'s Schedule] (tapes.cpp).
   struct Tapes {
     Tensor real, index, tap;
   };
-  Tapes new_tapes(const Work& work);                 // where it will be
-  void finish(Tapes& tapes) const;                   // it is there
-  void tapes(const Work& work, const Tapes& tapes);  // as an input
+  Tapes new_tapes(const CallSpec& call);                 // where it will be
+  void finish(Tapes& tapes) const;                       // it is there
+  void tapes(const CallSpec& call, const Tapes& tapes);  // as an input
 
   // Where the results will be. They live in this object until a function below hands them out.
   void result(Arg arg, int64_t size);                             // [size] a task
@@ -58,7 +58,7 @@ class Arrays {
   void summed_params(Arg arg, std::optional<int64_t> rows = {});  // [P] or [rows, P], for params() below
   void summed_step_rows(Arg arg, const InnerLoop& loop);          // [K, R], for step_rows() below
 
-  void run(const Work& work);
+  void run(const CallSpec& call);
 
   Tensor nothing() const;                                  // [0], for a result that was not asked for
   Tensor values(Arg arg) const;                            // [T], for a result of size 1
@@ -79,8 +79,8 @@ class Arrays {
   void bind(Arg arg, void* data, int64_t task_stride);
   void images(Arg arg, const Tensor& x, const Shape& shape);  // [T, N, *shape] -> [T, N, H, W, C]
   Tensor from_images(Arg arg, int64_t examples, const Shape& shape) const;
-  using Params = Space::Params;
-  void* take(int64_t numbers) { return space_->take(size_t(numbers) * element_bytes()); }
+  using Params = Executor::Params;
+  void* take(int64_t numbers) { return executor_->take(size_t(numbers) * element_bytes()); }
   using Sizes = std::vector<int64_t>;
   const Params& params() const { return plan_->program->params; }  // in the plan's order
   bool as_torch() const;
@@ -114,7 +114,7 @@ class Arrays {
   std::optional<Tensor> task_weights_;
   std::vector<Made> made_;
   std::shared_ptr<const Plan> plan_;
-  std::unique_ptr<Space> space_;
+  std::unique_ptr<Executor> executor_;
 };
 
 }  // namespace fastmaml

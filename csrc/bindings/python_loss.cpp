@@ -1,4 +1,4 @@
-#include "bindings/caller_loss.h"
+#include "bindings/python_loss.h"
 
 #include <pybind11/numpy.h>
 
@@ -11,13 +11,13 @@ namespace {
 namespace py = pybind11;
 
 // Not a py::object: a thread may end without the interpreter's lock.
-thread_local PyObject* callers_loss = nullptr;
+thread_local PyObject* python_loss = nullptr;
 
 // Operands of all tasks as arrays in torch's order, and back. The engine holds images channels last.
 template <class T>
 class Outputs {
  public:
-  Outputs(const Call& call) : shape_(call.shape<CallerLoss>()), tasks_(call.tasks), examples_(call.step.examples) {}
+  Outputs(const Call& call) : shape_(call.shape<PythonLoss>()), tasks_(call.tasks), examples_(call.step.examples) {}
 
   py::array_t<T> empty() const {
     std::vector<py::ssize_t> sizes{tasks_, examples_, shape_.C};
@@ -36,7 +36,7 @@ class Outputs {
   }
 
  private:
-  const CallerLoss& shape_;
+  const PythonLoss& shape_;
   const int64_t tasks_, examples_;
 
   template <class Visit>
@@ -70,9 +70,9 @@ py::object in_place(const View& view, const std::vector<int64_t>& sizes, const s
 
 template <class T>
 void call_on_device(const Call& call, const char* backend) {
-  const CallerLoss& s = call.shape<CallerLoss>();
+  const PythonLoss& s = call.shape<PythonLoss>();
   const int64_t size = s.C * s.H * s.W;
-  const py::object function = py::reinterpret_borrow<py::object>(callers_loss);
+  const py::object function = py::reinterpret_borrow<py::object>(python_loss);
   const auto outputs = [&](int i) {
     std::vector<int64_t> sizes{call.tasks, call.step.examples, s.C}, strides{call[i].task_stride, size, 1};
     if (s.image) {
@@ -89,8 +89,8 @@ void call_on_device(const Call& call, const char* backend) {
 
 template <class T>
 void call_in(const Call& call) {
-  const CallerLoss& shape = call.shape<CallerLoss>();
-  const py::object function = py::reinterpret_borrow<py::object>(callers_loss);
+  const PythonLoss& shape = call.shape<PythonLoss>();
+  const py::object function = py::reinterpret_borrow<py::object>(python_loss);
   const Outputs<T> outputs(call);
   py::array_t<T> dz = outputs.empty();
   if (call.step.op == Op::caller_loss) {
@@ -106,22 +106,22 @@ void call_in(const Call& call) {
 
 }  // namespace
 
-void set_callers_loss(py::object loss) {
-  PyObject* before = callers_loss;
-  callers_loss = loss.is_none() ? nullptr : loss.release().ptr();
+void set_python_loss(py::object loss) {
+  PyObject* before = python_loss;
+  python_loss = loss.is_none() ? nullptr : loss.release().ptr();
   Py_XDECREF(before);
 }
 
-void call_callers_loss(const Call& call, size_t real_bytes, const char* device) {
+void call_python_loss(const Call& call, size_t real_bytes, const char* device) {
   const py::gil_scoped_acquire lock;
-  if (!callers_loss) throw std::invalid_argument("the program's loss is the caller's, but set_caller_loss has not been called");
+  if (!python_loss) throw std::invalid_argument("the program's loss is written in Python, but set_python_loss has not been called");
   try {
     if (*device)
       real_bytes == sizeof(float) ? call_on_device<float>(call, device) : call_on_device<double>(call, device);
     else
       real_bytes == sizeof(float) ? call_in<float>(call) : call_in<double>(call);
   } catch (const py::error_already_set& error) {  // holds Python objects, so it must not leave the lock
-    throw std::runtime_error(std::string("the caller's loss raised ") + error.what());
+    throw std::runtime_error(std::string("the loss written in Python raised ") + error.what());
   }
 }
 

@@ -11,6 +11,6 @@ struct ChunkSizes {  // in numbers
 
 // The same work with runs of per-example Steps (linear, pointwise, losses) walked chunk by chunk. Which runs, and the rows of a chunk,
 // follow from the network and N alone: the order of a sum depends on them.
-Schedule in_chunks(const Schedule& schedule, const ChunkSizes& sizes);
+Schedule chunk_examples(const Schedule& schedule, const ChunkSizes& sizes);
 
 }  // namespace fastmaml

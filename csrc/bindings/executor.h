@@ -7,19 +7,19 @@
 #include <memory>
 #include <vector>
 
-#include "bindings/plans.h"
+#include "plan/plan.h"
 
 namespace fastmaml {
 
 using torch::stable::Tensor;
 
-class Space {
+class Executor {
  public:
   using Type = torch::headeronly::ScalarType;
   using Params = std::vector<Param>;
-  using CallersLoss = std::function<void(const Call&)>;
+  using PythonLossFn = std::function<void(const Call&)>;
 
-  virtual ~Space() = default;
+  virtual ~Executor() = default;
 
   virtual void* take(size_t bytes) = 0;  // 64-byte aligned, until this goes
   virtual Tensor empty(const std::vector<int64_t>& sizes, Type type) = 0;
@@ -36,7 +36,7 @@ class Space {
   // run() is to sum this result [size] over the tasks, by OpTable::tree_reduce, into `out`. w [tasks] and out must last until then.
   void sum(Arg arg, void* out, const void* w, int64_t size) { sums_.push_back({arg, out, w, size}); }
   // Args are inputs and places for results that are not summed; results may be elsewhere afterwards, which `args` says then.
-  virtual void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const CallersLoss& loss) = 0;
+  virtual void run(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const PythonLossFn& loss) = 0;
 
  protected:
   struct Sum {
@@ -52,10 +52,10 @@ class Space {
   }
 };
 
-std::unique_ptr<Space> host_space();
-std::unique_ptr<Space> device_space(const OpTable& table, const Tensor& like);  // for tensors that live where `like` does
+std::unique_ptr<Executor> host_executor();
+std::unique_ptr<Executor> device_executor(const OpTable& table, const Tensor& like);  // for tensors that live where `like` does
 
-// ---------------------------------------------------------------- devices: recordings of whole calls (device_space.cpp)
+// ---------------------------------------------------------------- devices: recordings of whole calls (device_executor.cpp)
 
 // A call whose network, sizes and number of tasks were seen before is recorded, and replayed from then on: its inputs are copied to where
 // the recording expects them, and one launch does the rest. Off: every call launches every Step.

@@ -1,0 +1,53 @@
+// The memory of calls, which outlives them. All of it is thread-safe.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "ops/ops.h"
+
+namespace fastmaml {
+
+// The memory of one call: an arena a worker, and blocks for arrays on their way between torch's layout and the engine's.
+class CallMemory {
+ public:
+  Arenas arenas;
+  void* take(size_t bytes);  // 64-byte aligned, until reset
+  void reset() { taken_ = 0; }
+  int64_t allocations() const { return arenas.allocations() + block_allocations_; }
+
+ private:
+  struct Free {
+    void operator()(void* data) const;
+  };
+  struct Block {
+    std::unique_ptr<void, Free> data;
+    size_t bytes = 0;
+  };
+  std::vector<Block> blocks_;
+  size_t taken_ = 0;
+  int64_t block_allocations_ = 0;
+};
+
+// Lends a CallMemory for one call, the last returned first, so that calls at the same time never share one.
+class CallMemoryLease {
+ public:
+  CallMemoryLease();
+  ~CallMemoryLease();
+  CallMemoryLease(const CallMemoryLease&) = delete;
+  CallMemoryLease& operator=(const CallMemoryLease&) = delete;
+  CallMemory* operator->() const { return memory_.get(); }
+
+ private:
+  std::unique_ptr<CallMemory> memory_;
+};
+
+// What the CallMemories between two calls hold.
+struct MemoryHeld {
+  int64_t allocations = 0;  // ever made for them
+  size_t high_water = 0;    // bytes of the largest arena of one worker
+};
+MemoryHeld memory_held();
+void release_memory();  // back to the system; the next call allocates anew
+
+}  // namespace fastmaml
