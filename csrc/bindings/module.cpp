@@ -43,8 +43,8 @@ STABLE_TORCH_LIBRARY(fastmaml, m) {
       "-> (Tensor loss, Tensor grad, Tensor query_output, Tensor support_losses, Tensor rate_grad, Tensor step_rows_grad, "
       "Tensor query_losses, Tensor total_loss)");
   m.def(
-      "solve(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor v, float lam, int steps, float damping, "
-      "Tensor buffers) -> (Tensor solution, Tensor residual)");
+      "solve(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor v, Tensor? mask, float lam, int steps, "
+      "float damping, float stop, Tensor buffers) -> (Tensor solution, Tensor history, Tensor state)");
   m.def(
       "passes(str program, str backend, bool dual, Tensor params, Tensor params_dot, Tensor x, Tensor x_dot, Tensor dy, Tensor dy_dot, "
       "Tensor buffers) -> (Tensor y, Tensor y_dot, Tensor dx, Tensor dx_dot, Tensor dparams, Tensor dparams_dot)");

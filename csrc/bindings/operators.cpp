@@ -257,9 +257,9 @@ MetaGradientResults plain_meta_gradient_call(const std::string& program, const s
                             none, none, none, no_buffers);
 }
 
-std::tuple<Tensor, Tensor> solve_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
-                                      const Tensor& y, const MaybeTensor& weights, const Tensor& v, double lam, int64_t steps,
-                                      double damping, const Tensor& buffers) {
+std::tuple<Tensor, Tensor, Tensor> solve_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
+                                              const Tensor& y, const MaybeTensor& weights, const Tensor& v, const MaybeTensor& mask,
+                                              double lam, int64_t steps, double damping, double stop, const Tensor& buffers) {
   if (!(lam > 0)) throw std::invalid_argument("lam is " + std::to_string(lam) + "; it must be positive");
   CallArguments arguments(program, backend, params);
   CallSpec call;
@@ -271,11 +271,14 @@ std::tuple<Tensor, Tensor> solve_call(const std::string& program, const std::str
   arguments.params(Arg::params, "params", params);
   arguments.params_of_tasks(Arg::params_dot, "v", v);
   arguments.buffers(buffers);
-  arguments.numbers(Arg::cg_settings, {lam, damping});
+  call.spec.mask = mask.has_value();
+  if (mask) arguments.shared_params(Arg::mask, "mask", *mask);
+  arguments.numbers(Arg::cg_settings, {lam, damping, stop});
   arguments.params_result(Arg::solution);
-  arguments.result(Arg::residual, 1);
+  arguments.result(Arg::cg_history, 1 + steps);
+  arguments.result(Arg::cg_state, 5);
   arguments.run(call);
-  return {arguments.params(Arg::solution), arguments.values(Arg::residual)};
+  return {arguments.params(Arg::solution), arguments.values(Arg::cg_history, 1 + steps), arguments.values(Arg::cg_state, 5)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> passes_call(const std::string& program, const std::string& backend, bool dual,

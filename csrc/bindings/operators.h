@@ -50,9 +50,10 @@ MetaGradientResults plain_meta_gradient_call(const std::string& program, const s
                                              const Tensor& support_x, const Tensor& support_y, const Tensor& query_x, const Tensor& query_y,
                                              double rate, const std::string& loop, const std::string& memory);
 
-std::tuple<Tensor, Tensor> solve_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
-                                      const Tensor& y, const MaybeTensor& weights, const Tensor& v, double lam, int64_t steps,
-                                      double damping, const Tensor& buffers);
+// (solution, residuals before the first step and after each, state of cg_step in program/op.h)
+std::tuple<Tensor, Tensor, Tensor> solve_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x,
+                                              const Tensor& y, const MaybeTensor& weights, const Tensor& v, const MaybeTensor& mask,
+                                              double lam, int64_t steps, double damping, double stop, const Tensor& buffers);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> passes_call(const std::string& program, const std::string& backend, bool dual,
                                                                        const Tensor& params, const Tensor& params_dot, const Tensor& x,

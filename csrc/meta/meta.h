@@ -45,8 +45,8 @@ Schedule adapt_schedule(const Program& net, const InnerLoopSpec& spec);
 // The whole meta-gradient of one task; see meta_gradient.cpp.
 Schedule meta_gradient_schedule(const Program& net, const InnerLoopSpec& spec);
 
-// solution s of ((1 + damping) I + H_S(params) / lam) s = params_dot
-Schedule conjugate_gradient_schedule(const Program& net, int64_t examples, bool weights, int steps);
+// solution s of ((1 + damping) I + H_S(params) / lam) s = params_dot; masked: H has rows and columns where mask != 0 only
+Schedule conjugate_gradient_schedule(const Program& net, int64_t examples, bool weights, bool masked, int steps);
 
 // The four passes of the bare network from given gradients by the output, for tests and for losses written in Python.
 Schedule passes_schedule(const Program& net, int64_t examples, bool dual);

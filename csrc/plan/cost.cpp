@@ -33,9 +33,9 @@ struct OperandSize {
   int64_t N;
 
   int64_t operator()(const Vector& s) const {
-    if (role == "state") return 3;
-    if (role == "settings") return 2;
-    return role == "residual" || role == "lam" ? 1 : N * s.size;
+    if (role == "state") return 5;
+    if (role == "settings") return 3;
+    return role == "history" || role == "lam" ? 1 : N * s.size;
   }
   int64_t operator()(const Axpy& s) const { return role == "alpha" ? 1 : s.size; }
   int64_t operator()(const Clip& s) const { return s.size; }

@@ -90,7 +90,7 @@ Schedule schedule_of(const Program& net, const CallSpec& call) {
     case Computation::meta_gradient:
       return meta_gradient_schedule(net, spec);
     case Computation::solve:
-      return conjugate_gradient_schedule(net, spec.support_examples, spec.support_weights, call.solve_steps);
+      return conjugate_gradient_schedule(net, spec.support_examples, spec.support_weights, spec.mask, call.solve_steps);
     case Computation::passes:
       return passes_schedule(net, spec.support_examples, call.dual);
     case Computation::linearise:

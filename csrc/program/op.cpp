@@ -54,7 +54,8 @@ constexpr const char* kArgNames[] = {"none",
                                      "rate_grad",
                                      "step_rows_grad",
                                      "solution",
-                                     "residual",
+                                     "cg_state",
+                                     "cg_history",
                                      "tape_made",
                                      "tape_index_made",
                                      "tape_tap_made"};
@@ -100,10 +101,9 @@ size_t op_outputs(Op op) {
     case Op::adam_update:
       return 3;
     case Op::adam_adjoint:
-      return 5;
     case Op::cg_start:
     case Op::cg_step:
-      return 4;
+      return 5;
     default:
       return 1;
   }

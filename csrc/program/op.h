@@ -105,10 +105,10 @@ namespace fastmaml {
   /* m, s: the running averages of g and g^2, after the step in the adjoint; p, r: less their adjoints */                          \
   X(adam_update, "phi_next m_next s_next phi g rate [m] [s] [step_count]")                                                         \
   X(adam_adjoint, "u lambda p r [rate_grad] [phi] g rate m s") /* lambda, p, r, rate_grad in place */                              \
-  /* conjugate gradients on ((1 + damping) I + H / lam) s = v; settings = [lam, damping], state = [r.r, v.v, active] */            \
-  X(cg_start, "s r p state v")                                                                                                     \
-  X(cg_step, "s r p state hp settings")                                                                                            \
-  X(cg_residual, "residual state")
+  /* conjugate gradients on ((1 + damping) I + H / lam) s = v; settings = [lam, damping, stop], history = |r| / |v|, */            \
+  /* state = [r.r, v.v, active, steps taken, negative curvature] */                                                                \
+  X(cg_start, "s r p state history v")                                                                                             \
+  X(cg_step, "s r p state history hp settings")
 
 // Ops of a loss written in Python, which no backend fills: a walk hands them to Run::python_loss (ops/ops.h), for all tasks at once.
 #define FASTMAML_CALLER_OPS(X) \

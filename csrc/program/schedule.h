@@ -33,7 +33,7 @@ enum class Arg : uint8_t {
   step_count,    // [1]        inner steps taken before
   output_grad,   // [N, output] passes: gradient by the output
   output_grad_dot,
-  cg_settings,  // [lam, damping]
+  cg_settings,  // [lam, damping, stop]
   tape,         // what a split Schedule's first part has left for its second, by type (split.cpp)
   tape_index,
   tape_tap,
@@ -52,7 +52,8 @@ enum class Arg : uint8_t {
   rate_grad,       // [P] or [K, P]
   step_rows_grad,  // [K, R]
   solution,        // [P]
-  residual,        // [1]
+  cg_state,        // [5]  of conjugate gradients after the last step (program/op.h)
+  cg_history,      // [1 + steps]  the residual before the first step and after each
   tape_made,       // the same where it is left
   tape_index_made,
   tape_tap_made,

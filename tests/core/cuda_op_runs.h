@@ -110,7 +110,7 @@ Vec draw(const Case& c, std::string_view role) {
   }
   if (role == "stats" && std::holds_alternative<GroupNorm>(c.layer))
     for (size_t i = 1; i < x.size(); i += 2) x[i] = std::fabs(x[i]) + 0.125;
-  if (role == "state") x = {double(T(uniform(0.5, 3))), 2, double(random_bits() % 4 > 0)};
+  if (role == "state") x = {double(T(uniform(0.5, 3))), 2, double(random_bits() % 4 > 0), 1, 0};
   return x;
 }
 

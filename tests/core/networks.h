@@ -125,7 +125,8 @@ struct Arguments {
       for (size_t i = 0; i < n; ++i) {
         const double v = normal(random);
         const bool positive = is({Arg::rates, Arg::lam, Arg::loss_weights});
-        real[a].push_back(T(result ? 0.0 : positive ? 0.1 + 0.01 * v : slot.arg == Arg::mask ? double(i % 3 > 0) : v));
+        const bool flag = slot.arg == Arg::mask, settings = slot.arg == Arg::cg_settings;  // lam and damping are 2, and it never stops
+        real[a].push_back(T(result ? 0.0 : positive ? 0.1 + 0.01 * v : flag ? double(i % 3 > 0) : settings ? (i % 3 < 2 ? 2.0 : 0.0) : v));
       }
       views[a] = {real[a].data(), shared ? 0 : slot.size, 1};
     }

@@ -23,7 +23,6 @@ inline Results results(const Schedule& schedule, const OpTable& table = referenc
   constexpr int64_t kTasks = 2;
   Arguments<double> arguments(schedule, kTasks, 3);
   for (double& v : arguments.real[static_cast<int>(Arg::buffers)]) v = std::fabs(v) + 0.1;
-  for (double& v : arguments.real[static_cast<int>(Arg::cg_settings)]) v = 2;
   Arenas arenas;
   run_layered({table, schedule, plan_workspace(schedule, table), arguments.views, kTasks}, arenas);
   return {arguments.real.begin() + static_cast<int>(Arg::loss), arguments.real.end()};

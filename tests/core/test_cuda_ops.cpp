@@ -13,7 +13,7 @@ void vectors() {
     const int64_t tasks = 1 + size % 3;
     check_ops({Op::fill_zero, Op::copy, Op::add, Op::sgd_update, Op::scale_by_rate, Op::rate_grad, Op::adjoint_update, Op::sgd_adjoint},
               Vector{size}, 1, tasks);
-    check_ops({Op::cg_start, Op::cg_step, Op::cg_residual}, Vector{size}, 1, 3);
+    check_ops({Op::cg_start, Op::cg_step}, Vector{size}, 1, 3);
     check_ops({Op::proximal}, Vector{size}, 1, 3);
     check_ops({Op::axpy}, Axpy{size, 0.7}, 1, 3);
     check_ops({Op::clip_value, Op::clip_value_adjoint}, Clip{size, 0.6}, 1, 3);
@@ -197,10 +197,10 @@ void special_numbers() {
   }
   Vec lost(33, 1.0);  // conjugate gradients carry a NaN on
   lost[7] = nan;
-  const Vec line(33, 0.0), state(3, 0.0);
-  const Operands start = on_device<T>({Op::cg_start, Vector{33}, 1, 1}, {{{line}, {line}, {line}, {state}, {lost}}}, {});
+  const Vec line(33, 0.0), state(5, 0.0), history(1, 0.0);
+  const Operands start = on_device<T>({Op::cg_start, Vector{33}, 1, 1}, {{{line}, {line}, {line}, {state}, {history}, {lost}}}, {});
   report(std::isnan(start.values[3][0][0]) && start.values[3][0][2] == 1, "cg_start: a NaN stays active");
-  const Operands zero = on_device<T>({Op::cg_start, Vector{33}, 1, 1}, {{{line}, {line}, {line}, {state}, {line}}}, {});
+  const Operands zero = on_device<T>({Op::cg_start, Vector{33}, 1, 1}, {{{line}, {line}, {line}, {state}, {history}, {line}}}, {});
   report(zero.values[3][0][0] == 0 && zero.values[3][0][2] == 0, "cg_start: v = 0 is solved");
 }
 

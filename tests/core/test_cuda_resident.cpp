@@ -94,7 +94,6 @@ struct How {
 template <class T, class Walk>
 Results results(const Schedule& schedule, const How& how, const Walk& walk) {
   Arguments<T> arguments(schedule, how.tasks, how.classes);
-  for (T& v : arguments.real[static_cast<int>(Arg::cg_settings)]) v = T(2);
   for (T& v : arguments.real[static_cast<int>(Arg::buffers)]) v = std::fabs(v) + T(0.25);
   for (T& v : arguments.real[static_cast<int>(Arg::step_count)]) v = T(2);
   for (T& v : arguments.real[static_cast<int>(Arg::state)]) v = std::fabs(v);
@@ -220,7 +219,8 @@ void network(const std::string& name, const std::string& text, const How& how = 
   check_both(name + " gradient", gradient_schedule(net, 5, true), how);
   check_both(name + " hvp", hvp_schedule(net, 5, true), how);
   check_both(name + " vjp", vjp_schedule(net, 4), how);
-  check_both(name + " conjugate gradients", conjugate_gradient_schedule(net, 5, false, 3), how);
+  for (const bool masked : {false, true})
+    check_both(name + " conjugate gradients", conjugate_gradient_schedule(net, 5, false, masked, 3), how);
 }
 
 void networks() {

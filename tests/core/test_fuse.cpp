@@ -274,7 +274,7 @@ void networks() {
     same("first order, " + mode, net, meta_gradient);
     same("forward, " + mode, net, [](const Program& n) { return forward_schedule(n, 3, 4); });
     if (mode != "batch") continue;
-    same("conjugate gradients", net, [](const Program& n) { return conjugate_gradient_schedule(n, 4, false, 2); });
+    same("conjugate gradients", net, [](const Program& n) { return conjugate_gradient_schedule(n, 4, false, false, 2); });
     same("hvp", net, [](const Program& n) { return hvp_schedule(n, 4, true); });
     same("vjp", net, [](const Program& n) { return vjp_schedule(n, 4); });
   }
@@ -300,7 +300,7 @@ void rectified_networks() {
     spec.loop = InnerLoop::parse("steps=2 order=0");
     check("first order", meta_gradient);
     check("forward", [](const Program& n) { return forward_schedule(n, 3, 4); });
-    check("conjugate gradients", [](const Program& n) { return conjugate_gradient_schedule(n, 4, false, 2); });
+    check("conjugate gradients", [](const Program& n) { return conjugate_gradient_schedule(n, 4, false, false, 2); });
     check("hvp", [](const Program& n) { return hvp_schedule(n, 4, true); });
     check("vjp", [](const Program& n) { return vjp_schedule(n, 4); });
   }

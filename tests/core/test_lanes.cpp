@@ -96,7 +96,8 @@ std::vector<Case> cases() {
     add("gradient", [](const Program& net) { return gradient_schedule(net, 6, true); });
     add("vjp", [](const Program& net) { return vjp_schedule(net, 6); });
     add("hvp", [](const Program& net) { return hvp_schedule(net, 40, false); });
-    add("solve", [](const Program& net) { return conjugate_gradient_schedule(net, 6, false, 3); });
+    for (const bool masked : {false, true})
+      add("solve", [masked](const Program& net) { return conjugate_gradient_schedule(net, 6, false, masked, 3); });
     for (const bool dual : {false, true}) add("passes", [dual](const Program& net) { return passes_schedule(net, 6, dual); });
     add("adapt", [](const Program& net) { return adapt_schedule(net, spec_of("steps=3 rule=adam eps=1e-3", false, false)); });
     for (const bool stash : {false, true})
@@ -135,7 +136,7 @@ Results results(const OpTable& table, const Case& c, int64_t tasks, int workers 
   Arguments<T> arguments(schedule, tasks, 3);
   // conjugate gradients need a positive definite matrix: a large lam, and no more damping than one
   if (View& settings = arguments.views[int(Arg::cg_settings)]) {
-    static T numbers[2] = {T(50), T(0.5)};
+    static T numbers[3] = {T(50), T(0.5), T(1e-10)};
     settings = {numbers, 0, 1};
   }
   const Workspace workspace = plan_workspace(schedule, table);

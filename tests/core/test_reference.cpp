@@ -1095,22 +1095,23 @@ void test_tree_reduce() {
 // ---------------------------------------------------------------- conjugate gradients
 
 struct CgRun {
-  Vec s, state;
-  double residual;
+  Vec s, state, history;
 };
 
 // H is [P, P]; `steps` steps on ((1 + damping) I + H / lam) s = v.
-CgRun solve(const Vec& H, const Vec& v, double lam, double damping, int steps) {
+CgRun solve(const Vec& H, const Vec& v, double lam, double damping, int steps, double stop = 1e-10) {
   const int64_t P = static_cast<int64_t>(v.size());
   const Vector shape{P};
-  Values x = run({Op::cg_start, shape}, {hole(P), hole(P), hole(P), hole(3), v});  // s r p state
+  Values x = run({Op::cg_start, shape}, {hole(P), hole(P), hole(P), hole(5), hole(1), v});  // s r p state history
+  Vec history = x[4];
   for (int k = 0; k < steps; ++k) {
     Vec hp(P, 0.0);
     for (int64_t i = 0; i < P; ++i)
       for (int64_t j = 0; j < P; ++j) hp[i] += H[i * P + j] * x[2][j];
-    x = run({Op::cg_step, shape}, {x[0], x[1], x[2], x[3], hp, {lam, damping}});
+    x = run({Op::cg_step, shape}, {x[0], x[1], x[2], x[3], hole(1), hp, {lam, damping, stop}});
+    history.push_back(x[4][0]);
   }
-  return {x[0], x[3], run({Op::cg_residual, shape}, {hole(1), x[3]})[0][0]};
+  return {x[0], x[3], history};
 }
 
 Vec apply(const Vec& H, const Vec& s, double lam, double damping) {
@@ -1143,26 +1144,35 @@ void test_conjugate_gradient() {
       rr += (v[i] - As[i]) * (v[i] - As[i]);
       vv += v[i] * v[i];
     }
-    expect_close("cg: residual after " + std::to_string(steps) + " steps is |v - A s| / |v|", {{part.residual}, {part.state[1]}},
+    expect_close("cg: residual after " + std::to_string(steps) + " steps is |v - A s| / |v|", {{part.history.back()}, {part.state[1]}},
                  {{std::sqrt(rr) / std::sqrt(vv)}, {vv}}, kRounding);
-    report("cg: still active after " + std::to_string(steps) + " steps", part.state[2] == 1, "");
+    report("cg: still active after " + std::to_string(steps) + " steps", part.state[2] == 1 && part.state[3] == steps, "");
+    expect_close("cg: history of " + std::to_string(steps) + " steps", {part.history},
+                 {Vec(full.history.begin(), full.history.begin() + 1 + steps)}, 0);
   }
   const CgRun later = solve(H, v, 2, 0.5, static_cast<int>(P) + 4);
   report("cg: converged and inactive", later.state[2] == 0 && later.state[0] < 1e-10, "");
   const CgRun fixed = solve(H, v, 2, 0.5, static_cast<int>(P) + 8);
   expect_close("cg: an inactive task does not change", {fixed.s, fixed.state}, {later.s, later.state}, 0);
+  expect_close("cg: an inactive task repeats its residual", {{fixed.history.back()}}, {{later.history.back()}}, 0);
+  const CgRun early = solve(H, v, 2, 0.5, 3, 1e3);  // |v|^2 is less
+  expect_close(
+      "cg: stops after the step that brings r.r below stop", {early.s, early.state, early.history},
+      {solve(H, v, 2, 0.5, 1).s, {early.state[0], early.state[1], 0, 1, 0}, {1, early.history[1], early.history[1], early.history[1]}}, 0);
   // A = -9 I: the first direction has negative curvature, so s stays 0 and the residual 1.
   const CgRun stopped = solve(negative, v, 1, 0, 3);
-  expect_close("cg: negative curvature keeps s", {stopped.s, {stopped.residual, stopped.state[2]}}, {Vec(P, 0.0), {1, 0}}, 0);
+  expect_close("cg: negative curvature keeps s", {stopped.s, stopped.history, {stopped.state[2], stopped.state[3], stopped.state[4]}},
+               {Vec(P, 0.0), {1, 1, 1, 1}, {0, 0, 1}}, 0);
   const CgRun nothing = solve(H, Vec(P, 0.0), 2, 0, 3);
-  expect_close("cg: v = 0 gives s = 0 and residual 0", {nothing.s, {nothing.residual, nothing.state[2]}}, {Vec(P, 0.0), {0, 0}}, 0);
+  expect_close("cg: v = 0 gives s = 0 and residual 0", {nothing.s, nothing.history, {nothing.state[2], nothing.state[4]}},
+               {Vec(P, 0.0), {0, 0, 0, 0}, {0, 0}}, 0);
   const CgRun one = solve({3}, {4}, 1, 0, 1);  // (1 + 3) s = 4
-  expect_close("cg by hand", {one.s, one.state}, {{1}, {0, 16, 0}}, 0);
+  expect_close("cg by hand", {one.s, one.state}, {{1}, {0, 16, 0, 1, 0}}, 0);
   // Damping and lam act as (1 + damping) and 1 / lam: (1 + 1) s + 3 / 2 s = 7.
   expect_close("cg by hand, damped", {solve({3}, {7}, 2, 1, 1).s}, {{2}}, 0);
   Vec lost = v;
   lost[0] = kNaN;
-  report("cg: a NaN in v reaches the residual", std::isnan(solve(H, lost, 2, 0, 2).residual), "");
+  report("cg: a NaN in v reaches the residual", std::isnan(solve(H, lost, 2, 0, 2).history.back()), "");
 }
 
 void test_table() {

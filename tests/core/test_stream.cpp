@@ -60,7 +60,7 @@ void networks() {
     if (mode != "batch") continue;
     same("hvp", hvp_schedule(net, 4, true), true);
     same("vjp", vjp_schedule(net, 5), true);
-    same("conjugate gradients", conjugate_gradient_schedule(net, 4, false, 2), true);
+    same("conjugate gradients", conjugate_gradient_schedule(net, 4, false, false, 2), true);
     same("passes", passes_schedule(net, 5, true), true);
     same("forward", forward_schedule(net, 5, 0), false);
   }

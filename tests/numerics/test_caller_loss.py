@@ -112,7 +112,7 @@ def test_grad_hvp_and_solve_take_a_callers_loss(compiled):
         "grad": lambda text: ops.grad(text, compiled.name, i.theta, i.support_x, i.support_y, None, NOTHING),
         "hvp": lambda text: (ops.hvp(text, compiled.name, i.theta, i.support_x, i.support_y, None, v, NOTHING),),
         "solve": lambda text: ops.solve(
-            text, compiled.name, i.theta, i.support_x, i.support_y, None, v, 2.0, 3, 0.1, NOTHING
+            text, compiled.name, i.theta, i.support_x, i.support_y, None, v, None, 2.0, 3, 0.1, 1e-10, NOTHING
         ),
     }
     for name, call in calls.items():

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import oracle
 import pytest
@@ -30,19 +31,39 @@ def lam_of(case) -> float:
     return 2.0 * max(1.0, float(torch.linalg.eigvalsh(dense(case)).abs().max()))
 
 
-def conjugate_gradients(A, v, steps):
-    """The textbook recursion of ALGORITHMS 2.5, from zero; stops at |r|^2 < 1e-10."""
-    s, r = torch.zeros_like(v), v.clone()
-    p = r.clone()
+class Expected(NamedTuple):
+    solution: torch.Tensor
+    iterations: int
+    negative: bool
+    history: list[float]
+
+
+def conjugate_gradients(A, v, steps, stop=1e-10) -> Expected:
+    """The textbook recursion of ALGORITHMS 2.5, from zero; stops at |r|^2 < stop or p.Ap <= 0."""
+    s, r, p = torch.zeros_like(v), v, v
+    iterations, ended, negative, history = 0, False, False, [1.0]
     for _ in range(steps):
-        if r @ r < 1e-10:
-            break
         Ap = A @ p
-        alpha = (r @ r) / (p @ Ap)
-        s, after = s + alpha * p, r - alpha * Ap
-        p = after + (after @ after) / (r @ r) * p
-        r = after
-    return s
+        negative = negative or (not ended and bool(p @ Ap <= 0))
+        ended = ended or negative
+        if not ended:
+            alpha = (r @ r) / (p @ Ap)
+            s, after = s + alpha * p, r - alpha * Ap
+            p, r = after + (after @ after) / (r @ r) * p, after
+            iterations, ended = iterations + 1, bool(r @ r < stop)
+        history.append(float((v - A @ s).norm() / v.norm()))
+    return Expected(s, iterations, negative, history)
+
+
+def expect_steps(solution, systems, v, steps, label, stop=1e-10):
+    """The solution and how it was reached, as the textbook has both."""
+    expected = [conjugate_gradients(A, of_task, steps, stop) for A, of_task in zip(systems, v)]
+    history = torch.tensor([e.history for e in expected]).double()
+    expect_close(solution.solution, torch.stack([e.solution for e in expected]), 1e-9, label)  # float64 recursions
+    expect_close(solution.history, history, 1e-8, f"{label} history", atol=1e-14)  # converged: rounding of v
+    assert torch.equal(solution.history[:, -1], solution.residual)
+    assert solution.iterations.tolist() == [e.iterations for e in expected]
+    assert solution.negative_curvature.tolist() == [e.negative for e in expected]
 
 
 @every_case
@@ -62,11 +83,60 @@ def test_solve_takes_the_textbook_steps(case, steps, backend):
     s, lam = setup(case), lam_of(case)
     v = normal(case.tasks, s.P, seed=3)
     solution = engine(case, backend).solve(s.theta, s.data.support_x, s.data.support_y, v, lam, steps, damping=0.1)
-    A = system(case, lam, 0.1)
-    expected = torch.stack([conjugate_gradients(A[t], v[t], steps) for t in range(case.tasks)])
-    expect_close(solution.solution, expected, 1e-9, case)  # five steps of float64 recursion
-    residual = torch.stack([(v[t] - A[t] @ expected[t]).norm() / v[t].norm() for t in range(case.tasks)])
-    expect_close(solution.residual, residual, 1e-8, f"{case} residual", atol=1e-14)  # converged: rounding of v
+    expect_steps(solution, system(case, lam, 0.1), v, steps, case)
+
+
+# What only a compiled plan, and what only the loop over products does.
+each_way = pytest.mark.parametrize("steps", [5, 20], ids=["in one plan", "step by step"])
+
+
+@every_case
+@each_way
+def test_solve_of_some_parameters(case, steps, backend):
+    s, lam, made = setup(case), lam_of(case), engine(case, backend)
+    v = normal(case.tasks, s.P, seed=3)
+    chosen = made.layout.names[1:]
+    solution = made.solve(s.theta, s.data.support_x, s.data.support_y, v, lam, steps, 0.3, adapted=chosen)
+    mask = made.layout.matching(chosen, s.theta)
+    assert 0 < int(mask.sum()) < s.P
+    A = 1.3 * torch.eye(s.P).double() + mask[:, None] * dense(case) * mask / lam
+    expect_steps(solution, A, v, steps, case)
+
+
+@each_way
+def test_solve_stops_where_it_is_told_to(steps, backend):
+    case = next(case for case in CASES if case.name == "tanh mlp")
+    s, lam = setup(case), lam_of(case)
+    v = normal(case.tasks, s.P, seed=3) * torch.tensor([1.0, 1e-2, 10.0]).double().repeat(case.tasks)[: case.tasks, None]
+    reached = [conjugate_gradients(A, of_task, 3) for A, of_task in zip(system(case, lam, 0.0), v)]
+    stop = 2 * float((reached[0].history[2] * v[0].norm()) ** 2)  # of the first task after two steps
+    solution = engine(case, backend).solve(s.theta, s.data.support_x, s.data.support_y, v, lam, steps, stop=stop)
+    expect_steps(solution, system(case, lam, 0.0), v, steps, case, stop)
+    assert int(solution.iterations[0]) <= 2 and len(set(solution.iterations.tolist())) > 1
+
+
+@each_way
+def test_solve_says_where_the_curvature_is_negative(steps, backend):
+    case = next(case for case in CASES if case.name == "tanh mlp")
+    s = setup(case)
+    v = normal(case.tasks, s.P, seed=3)
+    v[0] = torch.linalg.eigh(dense(case))[1][0, :, -1]  # the most positive direction: one step solves it
+    A = system(case, 0.05, 0.0)
+    assert bool((torch.linalg.eigvalsh(A)[:, 0] < 0).all())
+    solution = engine(case, backend).solve(s.theta, s.data.support_x, s.data.support_y, v, 0.05, steps)
+    assert solution.negative_curvature.any() and not solution.negative_curvature[0]
+    expect_steps(solution, A, v, steps, case)
+
+
+@each_way
+def test_solve_carries_a_nan_on_and_has_nothing_to_do_for_zero(steps, compiled):
+    case = next(case for case in CASES if case.name == "tanh mlp")
+    s = setup(case)
+    v = normal(case.tasks, s.P, seed=3)
+    v[0], v[1, 2] = 0.0, torch.nan
+    solution = engine(case, compiled).solve(s.theta, s.data.support_x, s.data.support_y, v, 50.0, steps)
+    assert not solution.solution[0].any() and not solution.history[0].any() and solution.iterations[0] == 0
+    assert bool(solution.solution[1].isnan().all()) and bool(solution.residual[1].isnan())
 
 
 @every_case

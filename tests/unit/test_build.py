@@ -123,7 +123,7 @@ OPERATORS = {
         *([a["theta"][:7], a["theta"][7:]], a["x"], a["y"], a["query_x"], a["query_y"]),
         *(0.1, "steps=2 rate_grad=1", "auto"),
     ),
-    "solve": lambda a: (a["params"], a["x"], a["y"], None, a["v"], 2.0, 3, 0.1, a["buffers"]),
+    "solve": lambda a: (a["params"], a["x"], a["y"], None, a["v"], None, 2.0, 3, 0.1, 1e-10, a["buffers"]),
 }
 
 

@@ -62,8 +62,8 @@ __device__ __forceinline__ void cg_start_of_task(T* s, T* r, T* p, T* state, T* 
   history[0] = relative_residual<T>(double(state[0]), double(state[1]));
 }
 template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads) cg_start(PerTask<T> s, PerTask<T> r, PerTask<T> p, PerTask<T> state, PerTask<T> history,
-                                                     PerTask<const T> v, int size, bool wide) {
+__global__ void __launch_bounds__(kThreads)
+    cg_start(PerTask<T> s, PerTask<T> r, PerTask<T> p, PerTask<T> state, PerTask<T> history, PerTask<const T> v, int size, bool wide) {
   const int64_t task = blockIdx.x;
   cg_start_of_task(s.of(task), r.of(task), p.of(task), state.of(task), history.of(task), v.of(task), size, wide);
 }
