@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 def arena_bytes(model: torch.nn.Module, support: int, query: int, inner_steps: int, memory: str) -> int:
     """The arena that one worker takes for one task of 28x28 images in float32."""
     engine = fm.Engine(model, backend="cpu")
-    program = engine._program("x", torch.zeros(1, support, 1, 28, 28), engine.flatten())
+    program = engine.program(torch.zeros(1, support, 1, 28, 28))
     assert program is not None, engine.why
     from fastmaml import _C
 

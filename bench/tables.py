@@ -1,7 +1,6 @@
-"""Makes the Markdown tables of bench/results/*.json: bench/results/*.md, and between the markers of README.md and bench/README.md;
-and the plots of bench/plots.py.
+"""Makes a page of tables for each result file: bench/results/*.md from *.json, the plots of bench/plots.py, and README.md's table.
 
-A marker is a line `<!-- table: NAME -->`; the table ends at the next `<!-- end of table -->`.
+README.md's table stands between the lines `<!-- table: summary -->` and `<!-- end of table -->`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from fastmaml.benchmark.meta import OURS
 from fastmaml.benchmark.peers.fastmaml_engine import NAME as ENGINE
 from fastmaml.benchmark.text import markdown, number, share
 
-PAGES = {"README.md": "bench/results/", "bench/README.md": "results/"}  # from each to its pictures
+MARKED_PAGES = ("README.md",)
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-# What the first table of README.md shows; the others are on bench/README.md's pages.
+# The cases of `speed` and `summary`; `meta` has all.
 SHOWN = (
     "sinusoid-k1",
     "sinusoid-k5",
@@ -74,6 +73,25 @@ def _commits(content: Content) -> str:
 # ---------------------------------------------------------------- W1 to W4
 
 
+def summary(content: Content) -> str:
+    """README.md's table: fastmaml, its engine and the fastest peer on the cases of SHOWN."""
+    lines = []
+    for name in (name for name in SHOWN if name in content["entries"]):
+        rows = {row["name"]: row for row in content["entries"][name]["rows"]}
+        peers = {of: row["median_ms"] for of, row in rows.items() if not of.startswith(OURS)}
+        best = min(peers, key=peers.__getitem__, default=None)
+        times = [number(rows[of]["median_ms"], 3) if of in rows else "" for of in (OURS, ENGINE)]
+        ahead = [_ahead(rows, peers, of) for of in (OURS, ENGINE)]
+        lines.append([_title(CASES[name]), *times, f"{number(peers[best], 3)} ({best})" if best else "", *ahead])
+    head = ["ms", OURS, ENGINE, "fastest peer", f"peer / {OURS}", f"peer / {ENGINE}"]
+    machine = f"{content.get('processor') or content['machine']}, {content['threads']} threads"
+    where = f"{machine}, {content['instruction_set']}" if content.get("instruction_set") else machine
+    return (
+        f"{markdown(head, lines)}\n\nMeasured on {where}. All peers, versions and commits are in "
+        "[bench/results/speed.md](bench/results/speed.md)."
+    )
+
+
 def speed(content: Content) -> str:
     """Milliseconds of every implementation on the cases of SHOWN; below, how far ahead of whom."""
     entries = {name: content["entries"][name] for name in SHOWN if name in content["entries"]}
@@ -100,7 +118,7 @@ def speed(content: Content) -> str:
     return f"{markdown(head, lines)}{note}\n\n{belongs_to({**content, 'entries': entries})}"
 
 
-def _ahead(rows: Mapping[str, Any], of: Sequence[str] | None, ours: str = OURS) -> str:
+def _ahead(rows: Mapping[str, Any], of: Collection[str] | None, ours: str = OURS) -> str:
     """How many times faster fastmaml is than the fastest of these, and which one that is."""
     others = {n: r["median_ms"] for n, r in rows.items() if not n.startswith(OURS) and (of is None or n in of)}
     if ours not in rows or not others:
@@ -264,7 +282,7 @@ def sinusoid(content: Content) -> str:
     )
 
 
-# By the name in a marker: the result file, the table, the command that measures it.
+# By name: the result file, the table, the command that measures it.
 TABLES: dict[str, tuple[str, Callable[[Content], str], str]] = {
     "speed": ("meta", speed, "bench.meta_gradient"),
     "meta": ("meta", meta, "bench.meta_gradient"),
@@ -281,7 +299,27 @@ TABLES: dict[str, tuple[str, Callable[[Content], str], str]] = {
     "startup": ("startup", startup, "bench.startup"),
     "sinusoid": ("sinusoid_paper", sinusoid, "bench.sinusoid --paper"),
 }
+# Between the markers of a page instead of on a page of its own.
+MARKED_TABLES: dict[str, tuple[str, Callable[[Content], str], str]] = {
+    "summary": ("meta", summary, "bench.meta_gradient")
+}
 
+TITLES = {
+    "speed": "W1 to W4: one exact meta-gradient",
+    "meta": "W1 to W4: every case with all columns",
+    "ranks": "What more ranks would take, on paper",
+    "meta-jax": "JAX on a convolution",
+    "speed-avx512": "W1 to W4 on a machine with AVX-512",
+    "hvp-avx512": "W5 on a machine with AVX-512",
+    "hvp": "W5: Hessian-vector products",
+    "peak-memory": "W6: memory against inner steps",
+    "learners": "W7: a step of other learners",
+    "policy": "W8: a policy's recorded batch",
+    "scaling": "Scaling",
+    "plan": "`fastmaml plan`: predicted and measured",
+    "startup": "Import and first call",
+    "sinusoid": "The sinusoid paper run",
+}
 
 # Which of them have a picture (by bench.plots, or beside its file already), and what it shows.
 PICTURES = {
@@ -291,21 +329,27 @@ PICTURES = {
 }
 
 
-def make(name: str, to_pictures: str = "") -> str:
+def make(name: str) -> str:
     """The text of a table, or the command that would measure it."""
-    if name not in TABLES:
-        raise ValueError(f"there is no table '{name}'; there are {', '.join(TABLES)}")
-    stem, table, command = TABLES[name]
+    known = TABLES | MARKED_TABLES
+    if name not in known:
+        raise ValueError(f"there is no table '{name}'; there are {', '.join(known)}")
+    stem, table, command = known[name]
     content = read(stem)
     if content is None:
         return f"Not measured yet: `python -m {command}`."
-    picture = f"![{PICTURES[name]}]({to_pictures}{stem}.png)\n\n" if name in PICTURES else ""
+    picture = f"![{PICTURES[name]}]({stem}.png)\n\n" if name in PICTURES else ""
     return picture + table(content)
 
 
-def filled(text: str, to_pictures: str = "") -> str:
-    """A page with its tables made anew."""
-    return MARKED.sub(lambda found: f"{found[1]}\n{make(found['name'], to_pictures)}\n\n{found[3]}", text)
+def page(name: str) -> str:
+    """A page of bench/results."""
+    return f"# {TITLES[name]}\n\n`python -m {TABLES[name][2]}`; [bench/README.md](../README.md) has the method.\n\n{make(name)}\n"
+
+
+def filled(text: str) -> str:
+    """A page with the tables between its markers made anew."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{make(found['name'])}\n\n{found[3]}", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -317,10 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="write nothing; exit code 1 if a file is not what this makes"
     )
     args = parser.parse_args(argv)
-    wanted = {
-        RESULTS / f"{name}.md": make(name) + "\n" for name, (stem, *_) in TABLES.items() if read(stem) is not None
-    }
-    wanted |= {ROOT / page: filled((ROOT / page).read_text(encoding="utf-8"), to) for page, to in PAGES.items()}
+    wanted = {RESULTS / f"{name}.md": page(name) for name, (stem, *_) in TABLES.items() if read(stem) is not None}
+    wanted |= {ROOT / marked: filled((ROOT / marked).read_text(encoding="utf-8")) for marked in MARKED_PAGES}
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         print(f"{'differs' if args.check else 'wrote'}: {path.relative_to(ROOT)}")

@@ -28,6 +28,7 @@ from fastmaml.algorithms import (
     Reptile,
 )
 from fastmaml.engine.engine import Engine
+from fastmaml.engine.options import MetaGradientOptions
 from fastmaml.problem.results import MetaGradient, Solution
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ __all__ = [  # noqa: RUF022  in the order one learns them
     "TaskBatch",
     "check",
     "Engine",
+    "MetaGradientOptions",
     "MetaGradient",
     "Solution",
     "algorithms",
@@ -63,7 +65,7 @@ __all__ = [  # noqa: RUF022  in the order one learns them
 
 
 def __getattr__(name: str) -> Any:
-    # The tasks bring numpy and readers of data sets along; whoever has own data does not wait for them.
+    # Loaded on first use: the tasks import numpy and data set readers, which not everyone needs.
     if name == "tasks":
         return importlib.import_module("fastmaml.tasks")
     if name == "TaskBatch":

@@ -1,9 +1,9 @@
-"""Builds fastmaml._C from csrc/: the one list of sources and flags, for setup.py, `make build` and the first import.
+"""Builds fastmaml._C from csrc/. The only list of sources and flags, for setup.py, `make build` and the first import.
 
-`python -m fastmaml.build` builds in place. `load()` imports the compiled module and builds it first where it is missing,
-once, into the user's cache. The module speaks torch's stable ABI, so one build serves every torch from 2.10 on.
-The CUDA backend is a library of its own, which knows no torch (`--cuda`, `load_cuda()`): it needs nvcc, the module does not.
-This file imports nothing of fastmaml and not torch itself: setup.py runs it where neither is installed.
+`python -m fastmaml.build` builds in place. `load()` imports the compiled module. If the module is missing, `load()` builds
+it once, into the user's cache. The module uses torch's stable ABI, so one build serves every torch from 2.10 on.
+The CUDA backend is a separate library without torch (`--cuda`, `load_cuda()`). Only this library needs nvcc.
+This file imports neither fastmaml nor torch, because setup.py runs it before they are installed.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from typing import IO, Any, NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent
 MODULE = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
-STAMP = "_C.stamp"  # lies beside the module and says what it was built from
+STAMP = "_C.stamp"  # next to the module: a hash of the sources it was built from
 CUDA_LIBRARY = "_cuda.so"
 
 BASE_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra")
 # The oldest torch the module runs with (torch's stable ABI). pybind11's headers come with torch.
 TORCH_ABI = "0x020a000000000000"
 
-# Every file of csrc/cpu is compiled once for each: name, bytes of a vector, flags. From narrow to wide, and linked in this
-# order: of an inline function that several objects hold, the linker keeps the first, so none runs a wider machine's code.
-# -O3 takes GCC twice as long: those have it that a machine of today runs on.
+# Every file of csrc/cpu is compiled once for each entry: name, bytes of a vector, flags. Linked from narrow to wide: the
+# linker keeps the first copy of an inline function, so no narrow machine runs code of a wider one.
+# -O3 takes GCC twice as long. Only instruction sets that current machines use get it.
 ISAS: tuple[tuple[str, int, tuple[str, ...]], ...] = (("portable", 16, ("-O3",)),)
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS = (
@@ -48,7 +48,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     )
 
 
-# Devices that the CUDA library has code for, without the point: the last one also as PTX, for what comes after it.
+# Compute capabilities of the CUDA library, without the point. The last one is also built as PTX, for later devices.
 CUDA_ARCHS = ("80", "90")
 ALL_CUDA_ARCHS = ("80", "90", "100", "120")
 CUDA_FLAGS = ("-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden,-g0")
@@ -73,11 +73,11 @@ class Compilation(NamedTuple):
 
 
 def source_folder() -> Path:
-    """csrc/ of an installed package or of a checkout. Raises BuildError where there is none."""
+    """csrc/ of an installed package or of a checkout. Raises BuildError if there is none."""
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
         if (folder / "program" / "op.h").is_file():
             return folder
-    raise BuildError(f"the C++ sources are missing beside {PACKAGE}")
+    raise BuildError(f"the C++ sources are missing next to {PACKAGE}")
 
 
 def compilations(csrc: Path, bindings: bool = True) -> list[Compilation]:
@@ -96,7 +96,7 @@ def compilations(csrc: Path, bindings: bool = True) -> list[Compilation]:
         includes = ("-isystem", str(torch_folder() / "include"), "-isystem", sysconfig.get_paths()["include"])
         for source in sorted((csrc / "bindings").glob("*.cpp")):
             flags = ("-O2", f"-DTORCH_TARGET_VERSION={TORCH_ABI}", *includes)
-            if source.stem == "backends":  # holds the CUDA library to the same sources
+            if source.stem == "backends":  # checks that the CUDA library has the same sources
                 flags += (f"-DFASTMAML_STAMP={stamp()}",)
             result.append(Compilation(source, f"bindings/{source.stem}.o", flags))
         if sys.platform == "linux":  # the emulator reads ELF symbols
@@ -105,12 +105,12 @@ def compilations(csrc: Path, bindings: bool = True) -> list[Compilation]:
 
 
 def _emulated(csrc: Path) -> list[Compilation]:
-    """The CUDA kernels for the host. Last: their inline functions, made for a machine with FMA, must not serve others."""
+    """The CUDA kernels for the host. Linked last: their inline functions use FMA and must not replace others."""
     flags = EMULATE + (("-mfma",) if _has_fma() else ())
     result = [
         Compilation(source, f"cuda/emulated/{source.stem}.o", ("-O2", *flags))
         for source in sorted((csrc / "cuda" / "emulated").glob("*.cpp"))
-        if source.stem != "race"  # the race checker of csrc/Makefile has that one
+        if source.stem != "race"  # only the race checker of csrc/Makefile uses this file
     ]
     for source in sorted((csrc / "cuda").glob("*.cu")):
         checked = ("-O1", *flags, "-fsanitize=bounds,alignment", "-x", "c++")
@@ -119,7 +119,7 @@ def _emulated(csrc: Path) -> list[Compilation]:
 
 
 def cuda_compilations(csrc: Path, archs: tuple[str, ...]) -> list[Compilation]:
-    """nvcc's calls; the library needs two files of the core beside the kernels."""
+    """nvcc's calls: the kernels, and two files of the core."""
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     result = []
@@ -140,13 +140,13 @@ def _has_fma() -> bool:
 
 
 def link_flags() -> tuple[str, ...]:
-    """No rpath and no OpenMP: torch is loaded first, and its libraries bring the threads."""
+    """No rpath and no OpenMP: torch is loaded first and brings the threads."""
     flags = ("-shared", f"-L{torch_folder() / 'lib'}", "-ltorch_cpu", "-lc10")
     return (*flags, "-undefined", "dynamic_lookup") if sys.platform == "darwin" else flags
 
 
 def stamp() -> str:
-    """A hash of the sources, this file, the compiler's target and Python: what the module was built from."""
+    """A hash of everything the module is built from: sources, this file, the compiler's target and Python."""
     digest = hashlib.sha256()
     csrc = source_folder()
     for file in [Path(__file__), *sorted(f for f in csrc.rglob("*") if f.suffix in (".h", ".cpp", ".cu", ".cuh"))]:
@@ -159,11 +159,11 @@ def stamp() -> str:
 
 
 def compiler() -> str:
-    """$CXX, or the first of g++, clang++, c++. Raises BuildError where there is none."""
+    """$CXX, or the first of g++, clang++, c++. Raises BuildError if there is none."""
     if "CXX" in os.environ:
         command = os.environ["CXX"]
         if not command or shutil.which(command.split()[0]) is None:
-            raise BuildError(f"CXX names the compiler {command!r}, which is not there")
+            raise BuildError(f"CXX names the compiler {command!r}, which does not exist")
         return command
     for name in ("g++", "clang++", "c++"):
         if shutil.which(name):
@@ -172,18 +172,18 @@ def compiler() -> str:
 
 
 def torch_folder() -> Path:
-    """Where torch is installed. Raises BuildError where it is missing or too old."""
+    """Where torch is installed. Raises BuildError if torch is missing or too old."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise BuildError("torch is not installed")
     version = importlib.metadata.version("torch")
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < (2, 10):
-        raise BuildError(f"torch {version} is older than 2.10, the first that fastmaml runs with")
+        raise BuildError(f"torch {version} is too old; fastmaml needs torch 2.10 or later")
     return Path(spec.origin).parent
 
 
 def nvcc() -> str:
-    """$NVCC, that of CUDA_HOME, the one on the PATH, or that of a pip package. Raises BuildError where there is none."""
+    """nvcc from $NVCC, $CUDA_HOME, the PATH or a pip package. Raises BuildError if there is none."""
     if os.environ.get("NVCC"):
         return os.environ["NVCC"]
     folders = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -193,13 +193,13 @@ def nvcc() -> str:
     if found := shutil.which("nvcc"):
         return found
     for site in dict.fromkeys(sysconfig.get_paths()[name] for name in ("purelib", "platlib")):
-        for file in sorted(Path(site, "nvidia").glob("*/bin/nvcc")):  # of nvidia-cuda-nvcc
+        for file in sorted(Path(site, "nvidia").glob("*/bin/nvcc")):  # from nvidia-cuda-nvcc
             return str(file)
     raise BuildError("no CUDA compiler found (nvcc in $CUDA_HOME, on the PATH or from pip's nvidia-cuda-nvcc)")
 
 
 def torch_has_cuda() -> bool:
-    """Whether the installed torch is a build for CUDA; without importing it."""
+    """Whether the installed torch is a build for CUDA. Does not import torch."""
     try:
         text = (torch_folder() / "version.py").read_text()
     except (BuildError, OSError):
@@ -208,7 +208,7 @@ def torch_has_cuda() -> bool:
 
 
 def cuda_archs() -> tuple[str, ...]:
-    """$FASTMAML_CUDA_ARCHS ("80 90", or "all"), or the usual ones. Raises BuildError for anything else."""
+    """The architectures in $FASTMAML_CUDA_ARCHS ("80 90", or "all"), or the default. Raises BuildError for other text."""
     text = os.environ.get("FASTMAML_CUDA_ARCHS", "").strip()
     archs = ALL_CUDA_ARCHS if text == "all" else tuple(text.replace(";", " ").replace(",", " ").split()) or CUDA_ARCHS
     if bad := [arch for arch in archs if not re.fullmatch(r"\d{2,3}[a-z]?", arch)]:
@@ -233,9 +233,9 @@ Progress = Callable[[int, int, str], None]  # done, of, what
 
 
 def build(target: Path, folder: Path, progress: Progress | None = None) -> Path:
-    """Builds the module as `target` with the objects in `folder`; compiles only what changed where ninja is there.
+    """Builds the module as `target` with the objects in `folder`. With ninja, compiles only changed files.
 
-    Raises BuildError with one sentence; the compiler's output lies in `folder`/build.log then.
+    Raises BuildError with one sentence; `folder`/build.log then holds the compiler's output.
     """
     if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         raise BuildError("Python.h is missing (install Python's development files)")
@@ -250,7 +250,7 @@ def build(target: Path, folder: Path, progress: Progress | None = None) -> Path:
 
 
 def build_cuda(target: Path, folder: Path, progress: Progress | None = None) -> Path:
-    """Builds the CUDA backend's library as `target`, for cuda_archs(). What ptxas says lies beside the objects, as .log.
+    """Builds the CUDA backend's library as `target`, for cuda_archs(). ptxas' output is kept as .log next to the objects.
 
     Raises BuildError with one sentence.
     """
@@ -263,7 +263,7 @@ def build_cuda(target: Path, folder: Path, progress: Progress | None = None) -> 
 
 
 class Spill(NamedTuple):
-    """A function of a CUDA build whose registers did not suffice, by what ptxas said."""
+    """A function of a CUDA build that spills registers, as ptxas reports."""
 
     symbol: str
     arch: str  # "90"
@@ -271,13 +271,13 @@ class Spill(NamedTuple):
 
     @property
     def allowed(self) -> bool:
-        """Float32 kernels of the layered walk must not on sm_80 and sm_90; the rest, and the resident walk's functions, may."""
+        """Float32 kernels of the layered walk must not spill on sm_80 and sm_90. Other functions may."""
         resident = "resident" in self.symbol or self.symbol.endswith("4HereE")
         return "Id" in self.symbol or resident or self.arch not in CUDA_ARCHS
 
 
 def spills(folder: Path) -> list[Spill]:
-    """Of the kernels and device functions that were compiled into `folder`."""
+    """The register spills of the kernels and device functions compiled into `folder`."""
     found, arch = [], ""
     said = re.compile(r"for 'sm_(\w+)'|Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores")
     for log in sorted(folder.glob("cuda/*.log")):
@@ -295,7 +295,7 @@ class Tools(NamedTuple):
     compile: str  # the command and the flags for all files
     dependencies: str  # the flag that writes a make file of headers
     link: str  # with a {} for the target and one for the objects
-    logs: bool = False  # keep what the compiler says, beside each object
+    logs: bool = False  # keep the compiler's output next to each object
 
 
 def _compile(
@@ -308,12 +308,12 @@ def _compile(
     if code:
         first = next((line for line in (folder / "build.log").read_text().splitlines() if "error" in line), "")
         raise BuildError(
-            f"{tools.name} failed{': ' + first.strip() if first else ''} (all of it in {folder / 'build.log'})"
+            f"{tools.name} failed{': ' + first.strip() if first else ''} (full output in {folder / 'build.log'})"
         )
 
 
 def _put(made: Path, target: Path) -> None:
-    """Copied aside and renamed: a process that runs the old one keeps it, none sees half of the new one."""
+    """Replaces `target` by a rename: running processes keep the old file, and nobody sees half of the new one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.copy2(made, aside)
@@ -401,10 +401,10 @@ def _without_ninja(
 
 
 def load() -> None:
-    """Imports fastmaml._C: the one in the package, else the one in the user's cache, which is built if need be.
+    """Imports fastmaml._C from the package, else from the user's cache. Builds it there if needed.
 
     The cache is $FASTMAML_CACHE or ~/.cache/fastmaml, with a folder for each hash of sources and versions. Raises
-    BuildError, with one sentence, where the module cannot be built or does not load.
+    BuildError, with one sentence, if the module cannot be built or does not load.
     """
     try:
         importlib.import_module("fastmaml._C")
@@ -424,9 +424,9 @@ def load() -> None:
 
 
 def load_cuda() -> None:
-    """Loads the CUDA backend's library into the compiled module: the one in the package, else the one in the user's cache.
+    """Loads the CUDA backend's library into the compiled module, from the package, else from the user's cache.
 
-    Where neither is there, or both were built from other sources, and nvcc is, it is built into the cache. Raises
+    If neither exists, or both come from other sources, and nvcc is installed, builds it into the cache. Raises
     BuildError, with one sentence.
     """
     _C: Any = importlib.import_module("fastmaml._C")
@@ -456,7 +456,7 @@ def _cache() -> Path:
 
 
 def _build_in_cache(folder: Path, made: str, why: str, long: str, build: Callable[..., Path]) -> None:
-    """One process builds folder/made, others wait."""
+    """One process builds folder/made; others wait."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / "lock"):
@@ -482,7 +482,7 @@ def _import_from(target: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """One process builds, the others wait. The lock goes with its process, however that ends."""
+    """One process builds; others wait. The lock ends with its process, even if the process is killed."""
     import fcntl
 
     with path.open("w") as file:

@@ -2,9 +2,9 @@
 
     maml = fm.MAML(model, inner=fm.inner.Adam(lr=1e-3), inner_steps=5)
 
-The forward updates are those of torch.optim; the meta-gradient is differentiated through all of them, the moments
-included. lr is a number, a tensor or a dict by parameter name (Engine.meta_gradient says which shapes); an
-nn.Parameter in it is learnable.
+The forward updates equal torch.optim's. The meta-gradient goes through every update, including the moments.
+lr is a number, a tensor or a dict by parameter name; Engine.meta_gradient lists the shapes. An nn.Parameter in lr is
+learned.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +22,16 @@ InnerLr = float | Tensor | Mapping[str, Any]  # one rate, rates in a tensor, or 
 
 @dataclass(frozen=True)
 class _Clipped:
-    """Clipping of each step's raw gradient: by value, entry by entry, or by the norm over a task's adapted entries."""
+    """Clips each step's raw gradient, by value (each entry) or by norm (over a task's adapted entries)."""
+
+    def with_rates(self, lr: InnerLr) -> Any:
+        """The same optimizer with other learning rates."""
+        return replace(self, lr=lr)  # type: ignore[call-arg]
+
+    @functools.cached_property
+    def without_rates(self) -> Any:
+        """The same optimizer with lr=0.0: what is left when the rates travel by themselves."""
+        return self.with_rates(0.0)
 
     def _check(self) -> None:
         clip_value, clip_norm = getattr(self, "clip_value", None), getattr(self, "clip_norm", None)
@@ -37,8 +46,8 @@ class _Clipped:
 class SGD(_Clipped):
     """theta' = theta - lr d, with torch.optim.SGD's momentum, dampening, Nesterov and coupled weight decay.
 
-    clip_value, clip_norm: limit each step's raw gradient by value or by norm, before weight decay. Raises ValueError
-    for values out of range.
+    clip_value, clip_norm: limit each step's raw gradient by value or by norm, before weight decay; give only one.
+    Raises ValueError for values out of range.
     """
 
     lr: InnerLr
@@ -63,16 +72,16 @@ class SGD(_Clipped):
 
     @property
     def vectors(self) -> int:
-        """How many vectors [P] of state a task carries from step to step."""
+        """Number of state vectors [P] that a task carries from step to step."""
         return 1 if self.momentum else 0
 
 
 @dataclass(frozen=True)
 class Adam(_Clipped):
-    """torch.optim.Adam, bias-corrected, with its weight decay added to the gradient (Kingma & Ba 2015, algorithm 1).
+    """torch.optim.Adam, bias-corrected, with weight decay added to the gradient (Kingma & Ba 2015, algorithm 1).
 
-    Its adjoint is that of ALGORITHMS 1.4: where a second moment is exactly zero, its path contributes nothing.
-    clip_value, clip_norm as in SGD. Raises ValueError for values out of range.
+    The adjoint follows ALGORITHMS 1.4: a second moment of exactly zero contributes nothing.
+    clip_value, clip_norm: as in SGD. Raises ValueError for values out of range.
     """
 
     lr: InnerLr = 1e-3
@@ -106,7 +115,7 @@ Optimizer = SGD | Adam
 
 
 def optimizer_of(inner_lr: InnerLr | None, inner: Optimizer | None) -> Optimizer:
-    """The inner optimizer that a caller means with exactly one of the two."""
+    """The inner optimizer: SGD at inner_lr, or `inner`. Raises TypeError unless exactly one of the two is given."""
     if (inner_lr is None) == (inner is None):
         raise TypeError("give either inner_lr (plain gradient descent) or inner (an optimizer with its lr), not both")
     if inner is None:

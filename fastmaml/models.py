@@ -1,4 +1,4 @@
-"""Small networks of the few-shot papers as plain torch modules: mlp, sinusoid_mlp, conv4, and CAVIA's two."""
+"""Small networks of few-shot papers as plain torch modules: mlp, sinusoid_mlp, conv4, and CAVIA's two networks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ NORMS = ("batch", "layer", "group", "none")
 
 
 def mlp(sizes: Sequence[int], activation: str = "relu", init: str = "torch", std: float = 0.01) -> nn.Sequential:
-    """Linear layers of these sizes with an activation between them: mlp([1, 40, 40, 1]) maps [N, 1] to [N, 1].
+    """Linear layers of these sizes with activations between them: mlp([1, 40, 40, 1]) maps [N, 1] to [N, 1].
 
     init: "torch" (nn.Linear's own), "xavier" (uniform, biases 0) or "truncated_normal" (cut at 2 std, biases 0).
-    Raises ValueError for fewer than two sizes, or for a name that is not known.
+    Raises ValueError for fewer than two sizes or an unknown name.
     """
     if len(sizes) < 2 or any(size < 1 for size in sizes):
         raise ValueError(f"sizes {list(sizes)} must hold at least an input and an output size, all positive")
@@ -55,12 +55,14 @@ def conv4(
 ) -> nn.Sequential:
     """Four blocks of 3x3 convolution, norm, activation and halving, then a linear head: [N, C, H, W] -> [N, ways].
 
-    pooling "max" halves by 2x2 max pooling and flattens (miniImageNet); "stride" halves by the convolution's stride
-    and takes the spatial mean (Omniglot in Finn's code); "stride_flat" halves by stride and flattens (Omniglot in the
-    code of Reptile and of iMAML). Convolutions start Xavier uniform with bias 0. The head
-    starts N(0, 1) for "stride", as Finn's Omniglot head, else Xavier uniform. eps of the norm: 1e-3 in Finn's code,
-    1e-5 in torch. Raises ValueError for an image that four halvings leave nothing of, or for a name that is not
-    known.
+    pooling:
+        "max"          halves by 2x2 max pooling and flattens (miniImageNet)
+        "stride"       halves by the convolution's stride and takes the spatial mean (Omniglot in Finn's code)
+        "stride_flat"  halves by stride and flattens (Omniglot in the code of Reptile and of iMAML)
+
+    Convolutions start Xavier uniform with bias 0. The head starts N(0, 1) for "stride", like Finn's Omniglot head, else
+    Xavier uniform. eps of the norm: 1e-3 in Finn's code, 1e-5 in torch. Raises ValueError for an image too small for
+    four halvings, or for an unknown name.
     """
     _known("pooling", pooling, ("max", "stride", "stride_flat"))
     _known("norm", norm, NORMS)
@@ -92,7 +94,7 @@ def conv4(
 
 
 class ContextInput(nn.Module):
-    """`net` on its input with the context parameters [context] beside it: x [N, D] -> net([N, D + context])."""
+    """`net` on its input joined with the context parameters [context]: x [N, D] -> net([N, D + context])."""
 
     def __init__(self, net: nn.Module, context: int):
         super().__init__()
@@ -104,7 +106,7 @@ class ContextInput(nn.Module):
 
 
 class ContextFiLM(nn.Module):
-    """`after(gamma * before(x) + beta)` with gamma, beta [channels] a linear function of the context parameters."""
+    """`after(gamma * before(x) + beta)`. gamma and beta [channels] are a linear function of the context parameters."""
 
     def __init__(self, before: nn.Module, after: nn.Module, channels: int, context: int):
         super().__init__()
@@ -118,19 +120,19 @@ class ContextFiLM(nn.Module):
 
 
 def context_mlp(sizes: Sequence[int], context: int = 5, **options: Any) -> ContextInput:
-    """An mlp that has `context` parameters more as input, for CAVIA: context_mlp([1, 40, 40, 1]) maps [N, 1] to [N, 1].
+    """An mlp with `context` parameters as extra input, for CAVIA: context_mlp([1, 40, 40, 1]) maps [N, 1] to [N, 1].
 
-    The options are mlp's. Zintgraf et al. 2019, section 5.1: 5 context parameters on the sinusoid.
+    options: as for mlp. Zintgraf et al. 2019, section 5.1, use 5 context parameters on the sinusoid.
     """
     _at_least_one("context", context)
     return ContextInput(mlp([sizes[0] + context, *sizes[1:]], **options), context)
 
 
 def context_conv4(context: int = 100, activation: str = "relu", **options: Any) -> ContextFiLM:
-    """conv4 with a FiLM layer from `context` parameters behind its third convolution, norm and pooling, for CAVIA.
+    """conv4 with a FiLM layer of `context` parameters after its third convolution, norm and pooling, for CAVIA.
 
-    The options are conv4's. Zintgraf et al. 2019, section 5.2, with 100 context parameters; as in its released code
-    gamma is the linear layer's own output, not 1 plus that.
+    options: as for conv4. Zintgraf et al. 2019, section 5.2, use 100 context parameters. As in their released code,
+    gamma is the linear layer's output itself, without adding 1.
     """
     _at_least_one("context", context)
     layers = list(conv4(activation=activation, **options))

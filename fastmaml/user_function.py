@@ -1,4 +1,4 @@
-"""FILE.py:FUNCTION: a function of the user's own file, for the commands that take one."""
+"""FILE.py:FUNCTION: loads a function from the user's file, for commands that take one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def load_function(target: str) -> tuple[Callable[[], Any], str]:
-    """(the function, its name in a sentence). Raises ValueError where there is no such file or function."""
+    """(the function, its name for sentences). Raises ValueError if the file or function does not exist."""
     file, colon, name = target.rpartition(":")
     if not colon or not name.isidentifier() or not file:
         raise ValueError(f"'{target}' is not FILE.py:FUNCTION")
@@ -22,7 +22,7 @@ def load_function(target: str) -> tuple[Callable[[], Any], str]:
     if spec is None or spec.loader is None:
         raise ValueError(f"{file} is not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))  # the file may import its neighbours, as when it is run
+    sys.path.insert(0, str(path.resolve().parent))  # the file may import its neighbours, as in `python FILE.py`
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -38,5 +38,5 @@ def load_function(target: str) -> tuple[Callable[[], Any], str]:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message."""
+    """The first line of an error's message."""
     return (str(error).strip() or "no message").split("\n")[0]

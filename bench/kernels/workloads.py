@@ -137,7 +137,7 @@ def build_counter() -> Path:
 
 def program_text(case: Case) -> str:
     engine = fm.Engine(case.model(), loss=case.loss, backend="cpu")
-    program = engine._program("x", torch.zeros(1, case.support, *case.input_shape), engine.flatten())
+    program = engine.program(torch.zeros(1, case.support, *case.input_shape))
     if program is None:
         raise Missing(f"{case} is not fused: {engine.why}")
     return program.text

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
+from fastmaml.algorithms.learner import Adapted, Batch, Gradients, Learner, LearnerOutput
 from fastmaml.algorithms.linear_head import LinearHead
 from fastmaml.inner import InnerLr
 from fastmaml.problem.losses import Loss
@@ -42,13 +42,11 @@ class ANIL(Learner):
         splits = LinearHead.splits(self.engine, own)
         self.linear_head = LinearHead(self.engine, options.get("backend", "auto")) if splits else None
 
-    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
+    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:
         if self.linear_head is None or not LinearHead.takes(self.inner):
             return super().meta_step(batch, task_weights)
-        by_rates = any(rate.requires_grad for rate in self.learnable_rates().values())
-        how = (self.inner, self.inner_steps, task_weights, by_rates, self.first_order, self.truncate)
-        result = self.linear_head.meta_gradient(batch, *how)
-        return self.as_step(result, task_weights)
+        result = self.linear_head.meta_gradient(batch, self.inner, self.options(), task_weights)
+        return self.as_output(result, task_weights)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
         if self.linear_head is None or not LinearHead.takes(self.inner):

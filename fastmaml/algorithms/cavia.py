@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastmaml.algorithms.learner import Learner, MetaStep
-from fastmaml.problem.results import MetaGradient
+from fastmaml.algorithms.learner import Gradients, Learner, LearnerOutput
 from fastmaml.inner import InnerLr
 from fastmaml.problem.losses import Loss
 from fastmaml.problem.parameters import ParameterLayout
+from fastmaml.problem.results import MetaGradient
 
 
 class CAVIA(Learner):
@@ -57,8 +57,8 @@ class CAVIA(Learner):
         """theta with the context at zero."""
         return self._without_context(super().start(support_x, support_y))
 
-    def as_step(self, result: MetaGradient, task_weights: Tensor | None) -> MetaStep:
-        return super().as_step(result._replace(grad=self._without_context(result.grad)), task_weights)
+    def as_output(self, result: MetaGradient, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:
+        return super().as_output(result._replace(grad=self._without_context(result.grad)), task_weights)
 
     def _without_context(self, vector: Tensor) -> Tensor:
         return vector.index_fill(0, self.engine.layout.positions(self.context_names).to(vector.device), 0.0)

@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_map
 
 from fastmaml.algorithms.maml import MAML
 from fastmaml.algorithms.reptile import Reptile, mini_batches
-from fastmaml.problem.results import Adaptation
 from fastmaml.inner import InnerLr
 from fastmaml.problem.checks import whole_number
+from fastmaml.problem.results import Adaptation
 
 
 class FOMAML(MAML):

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep, weighted
+from fastmaml.algorithms.learner import MODEL, Adapted, Batch, Gradients, Learner, LearnerOutput, weighted
 from fastmaml.algorithms.newton_cg import newton_cg
 from fastmaml.autodiff.conjugate_gradients import STOP
 from fastmaml.autodiff.replayed_dropout import replayed
@@ -134,16 +135,16 @@ class IMAML(Learner):
             f = _Proximal(self.engine, theta, x, y, lam, self._mask(theta), self.adapted)
             phi = newton_cg(f, theta.expand(len(y), -1), checks.whole_number("inner_steps", steps, 0), self.cg_steps)
             return Adapted(self.engine, phi, torch.stack(f.losses, 1) if f.losses else phi[:, :0], x)
-        how: dict[str, Any] = {"inner": self.inner, "inner_steps": steps, "adapted": self.adapted}
+        options = replace(self.options(), inner_steps=steps)
+        proximal = None if self.reference_quirks else lam
+        result = self.engine.adapt_with(theta, x, y, self.inner_lr, options=options, proximal=proximal)
         if not self.reference_quirks:
-            result = self.engine.adapt_with(theta, x, y, proximal=lam, **how)
             return Adapted(self.engine, result.params, result.losses, x)
-        result = self.engine.adapt_with(theta, x, y, **how)
         rate = expand_rates(self.inner_lr, self.engine.layout, self._mask(theta), theta, steps)[-1]
         return Adapted(self.engine, result.params - rate * lam * (result.params - theta), result.losses, x)
 
     @torch.no_grad()
-    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
+    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:
         x, y = batch[:2]
         if isinstance(self.lam, nn.Parameter):
             self.lam.clamp_(*self.lam_range)
@@ -164,7 +165,8 @@ class IMAML(Learner):
         of_lam = of_task @ (g * implicit).sum(1) / (lam**2 + (0.1 if quirks else 0.0))
         self.last = ImplicitSolve((g + lam * (phi - self.start(x, y))).norm(dim=1), *solved[1:])
         loss = weighted(query.loss, task_weights)
-        return MetaStep(loss, query.loss, query.query_output, adapted.losses, of_task @ grad, {"lam": of_lam})
+        output = LearnerOutput(loss, query.loss, query.query_output, adapted.losses)
+        return output, {MODEL: of_task @ grad, "lam": of_lam}
 
     def _solve(self, phi: Tensor, x: Tensor, y: Tensor, v: Tensor, lam: float) -> Solution:
         """The implicit gradient of every task; says once where it is not what was asked for."""

@@ -9,18 +9,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastmaml.engine.engine import Engine
-from fastmaml.problem.results import MetaGradient
+from fastmaml.engine.options import MetaGradientOptions
 from fastmaml.inner import InnerLr, Optimizer, optimizer_of
 from fastmaml.problem.batch_norm import settle
 from fastmaml.problem.checks import whole_number
 from fastmaml.problem.losses import Loss
-from fastmaml.problem.named_parameters import ModelParameters
+from fastmaml.problem.named_parameters import NamedParameters
+from fastmaml.problem.results import MetaGradient
+
+_requires_grad = attrgetter("requires_grad")
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, query_y
 
@@ -66,15 +70,10 @@ class Adapted:
         return own
 
 
-class MetaStep(NamedTuple):
-    """What a learner computes for one batch: LearnerOutput's fields and the gradient of `loss`."""
-
-    loss: Tensor
-    task_losses: Tensor
-    query_output: Tensor
-    support_losses: Tensor
-    grad: Tensor  # [P] by the model's parameters
-    more_grads: dict[str, Tensor]  # by the other leaves, under their names; one that is missing has gradient zero
+# The gradients of a loss by its leaves: MODEL by all parameters of the model, as one vector [P]; the others by the leaf's
+# name. One that is missing is zero.
+Gradients = dict[str, Tensor]
+MODEL = "model"
 
 
 class Learner(nn.Module):
@@ -90,7 +89,7 @@ class Learner(nn.Module):
     Parameters and buffers that a learner adds keep their names in the state_dict; in a ParameterDict's keys "/" stands
     for ".".
 
-    A learner of its own overrides `sweep_options`, or `meta_step` where its gradient is no plain sweep.
+    A learner of its own overrides `options` and `call_tensors`, or `meta_step` where its gradient is no plain sweep.
     """
 
     def __init__(
@@ -111,16 +110,18 @@ class Learner(nn.Module):
         precision: str = "float32",
     ):
         super().__init__()
-        self._all_parameters = ModelParameters(self)
+        self._all_parameters = NamedParameters(self)
         self.engine = Engine(model, loss, backend, memory, batch_norm, label_smoothing, precision)
         self.inner_steps = whole_number("inner_steps", inner_steps, 0)
         self.model = model
+        self._named_leaves: tuple[Any, tuple[str, ...]] = (None, ())
+        self._options: tuple[Any, Any] = (None, None)
         optimizer = optimizer_of(inner_lr, inner)
         self._optimizer = self._with_number = replace(optimizer, lr=0.0)  # its rates live in the module
         self._keep_rates(optimizer.lr)
         self.first_order = bool(first_order)
         self.truncate = None if truncate is None else whole_number("truncate", truncate, 0)
-        self.adapted = [adapted] if isinstance(adapted, str) else adapted
+        self.adapted = [adapted] if isinstance(adapted, str) else None if adapted is None else list(adapted)
         if self.adapted is not None:
             self.engine.layout.matching(self.adapted, torch.empty(0))  # refuses a pattern that fits nothing
         self.register_state_dict_post_hook(_strip_model_prefix)
@@ -185,9 +186,9 @@ class Learner(nn.Module):
 
     def learnable_rates(self) -> dict[str | None, nn.Parameter]:
         """The rates that are parameters, by the parameter they drive (None: one rate tensor for all)."""
-        rates = self.inner_lr
-        if isinstance(rates, (int, float)):
+        if isinstance(self._fixed, (int, float)):
             return {}
+        rates = self.inner_lr
         named = rates.items() if isinstance(rates, Mapping) else [(None, rates)]
         return {name: rate for name, rate in named if isinstance(rate, nn.Parameter)}
 
@@ -211,70 +212,78 @@ class Learner(nn.Module):
             self.engine.check_batch(batch)
         with self.engine.parameters:
             leaves = self.leaves()
-            if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves.values()):
-                step = self.meta_step(batch, task_weights)
-                loss = _MetaGradientNode.apply(step, self.engine, tuple(leaves), *leaves.values())
-                return LearnerOutput(loss, step.task_losses, step.query_output, step.support_losses)
+            if torch.is_grad_enabled() and any(map(_requires_grad, leaves.values())):
+                output, grads = self.meta_step(batch, task_weights)
+                loss = _MetaGradientNode.apply(output.loss, grads, self.engine, tuple(leaves), *leaves.values())
+                return LearnerOutput(loss, output.task_losses, output.query_output, output.support_losses)
         adapted = self.adapt(support_x, support_y)
-        output = adapted.predict(query_x)
-        task_losses = self.engine.loss(output, query_y)
-        return LearnerOutput(weighted(task_losses, task_weights), task_losses, output, adapted.losses)
+        query_output = adapted.predict(query_x)
+        task_losses = self.engine.loss(query_output, query_y)
+        return LearnerOutput(weighted(task_losses, task_weights), task_losses, query_output, adapted.losses)
 
     def leaves(self) -> dict[str, Tensor]:
         """What the loss is differentiated by: the model's parameters as "model.NAME", then learnable rates as "rate.NAME"."""
-        leaves: dict[str, Tensor] = {f"model.{n}": p for n, p in self._model_parameters().items()}
+        named = self._model_parameters()
+        leaves: dict[str, Tensor] = dict(zip(self._leaf_names(named), named.values()))
         for name, rate in self.learnable_rates().items():
             leaves[_rate_leaf(name)] = rate
         return leaves
+
+    def _leaf_names(self, named: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
+        if self._named_leaves[0] is not named:
+            self._named_leaves = named, tuple(f"{MODEL}.{name}" for name in named)
+        return self._named_leaves[1]
 
     def start(self, support_x: Tensor, support_y: Tensor) -> Tensor:
         """Where the inner loop begins: theta [P]. A start per task [T, P] needs a meta_step of its own."""
         return self.engine.layout.flatten(self._model_parameters())
 
     def _model_parameters(self) -> Mapping[str, nn.Parameter]:
-        if self.model is self.engine.model:
+        model = self._modules["model"]
+        if model is self.engine.model:
             return self.engine.parameters.named()
-        return dict(self.model.named_parameters())  # somebody put another model of the same layout here
+        assert model is not None
+        return dict(model.named_parameters())  # somebody put another model of the same layout here
 
-    def sweep_options(self) -> dict[str, Any]:
-        """Keyword arguments of Engine.meta_gradient that make this algorithm."""
-        return {"first_order": self.first_order, "truncate": self.truncate, "adapted": self.adapted}
+    def options(self) -> MetaGradientOptions:
+        """The settings of this algorithm's meta-gradient, for Engine.meta_gradient and adapt_with."""
+        by_rates = any(map(_requires_grad, self.learnable_rates().values()))
+        adapted = None if self.adapted is None else tuple(self.adapted)
+        settings = self.inner_steps, self.first_order, self.truncate, self._optimizer, by_rates, None, adapted
+        if self._options[0] != settings:
+            self._options = settings, MetaGradientOptions(*settings)
+        return self._options[1]
 
-    def adapt_options(self) -> dict[str, Any]:
-        """Keyword arguments of Engine.adapt_with that make this algorithm."""
-        return {"adapted": self.adapted}
+    def call_tensors(self) -> dict[str, Any]:
+        """The tensors of this algorithm that travel with a call: loss_weights, step_rows, rule."""
+        return {}
 
-    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
-        """The loss of a batch and its gradient by every leaf."""
+    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:
+        """The loss of a batch, and its gradients by the leaves."""
         own_start = type(self).start is not Learner.start
+        theta = self.start(*batch[:2]) if own_start else self._model_parameters()
         result = self.engine.meta_gradient(
-            self.start(*batch[:2]) if own_start else self._model_parameters(),
-            batch,
-            inner=self.inner,
-            inner_steps=self.inner_steps,
-            task_weights=task_weights,
-            inner_lr_grad=any(rate.requires_grad for rate in self.learnable_rates().values()),
-            **self.sweep_options(),
+            theta, batch, self.inner_lr, task_weights=task_weights, options=self.options(), **self.call_tensors()
         )
-        return self.as_step(result, task_weights)
+        return self.as_output(result, task_weights)
 
-    def as_step(self, result: MetaGradient, task_weights: Tensor | None) -> MetaStep:
-        """A MetaGradient as a MetaStep, with the gradients of the learnable rates."""
-        more: dict[str, Tensor] = {}
-        by_rate = result.inner_lr_grad
-        if by_rate is not None:
-            of = by_rate if isinstance(by_rate, Mapping) else {None: by_rate}
-            more = {_rate_leaf(name): of[name] for name in self.learnable_rates()}
+    def as_output(self, result: MetaGradient, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:
+        """The engine's result as the learner's, with the gradients of the learnable rates by their leaves."""
+        grads = {MODEL: result.grad}
+        rate_grad = result.inner_lr_grad
+        if rate_grad is not None:
+            named = rate_grad if isinstance(rate_grad, Mapping) else {None: rate_grad}
+            grads |= {_rate_leaf(name): named[name] for name in self.learnable_rates()}
         loss = weighted(result.loss, task_weights) if result.total_loss is None else result.total_loss
-        return MetaStep(loss, result.loss, result.query_output, result.support_losses, result.grad, more)
+        return LearnerOutput(loss, result.loss, result.query_output, result.support_losses), grads
 
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
         """Adapts to the support sets [T, S, ...], by default in the learner's own number of inner steps; no graph."""
         steps = self.inner_steps if inner_steps is None else inner_steps
         theta = self.start(support_x, support_y)
-        result = self.engine.adapt_with(
-            theta, support_x, support_y, inner=self.inner, inner_steps=steps, **self.adapt_options()
-        )
+        options = replace(self.options(), inner_steps=steps)
+        rows = self.call_tensors().get("step_rows")
+        result = self.engine.adapt_with(theta, support_x, support_y, self.inner_lr, options=options, step_rows=rows)
         return Adapted(self.engine, result.params, result.losses, support_x)
 
     def extra_repr(self) -> str:
@@ -299,14 +308,14 @@ class _MetaGradientNode(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, step: MetaStep, engine: Engine, names: tuple[str, ...], *leaves: Tensor
+        ctx: Any, loss: Tensor, grads: Gradients, engine: Engine, names: tuple[str, ...], *leaves: Tensor
     ) -> Tensor:
-        own = len(engine.layout.names)
-        more = [step.more_grads.get(name) for name in names[own:]]
-        missing = (torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(more, leaves[own:]))
-        ctx.save_for_backward(step.grad, *missing)
+        more = []
+        for name, leaf in zip(names[len(engine.layout.names) :], leaves[len(engine.layout.names) :]):
+            more.append(grads[name] if name in grads else torch.zeros_like(leaf))
+        ctx.save_for_backward(grads[MODEL], *more)
         ctx.engine = engine
-        return step.loss.detach()
+        return loss.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -316,10 +325,10 @@ class _MetaGradientNode(torch.autograd.Function):
             )
         flat, *more = ctx.saved_tensors
         grads = [*ctx.engine.scaled_parts(flat, grad_output), *(grad * grad_output for grad in more)]
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         if not all(needed):
             grads = [grad if need else None for grad, need in zip(grads, needed)]
-        return (None, None, None, *grads)
+        return (None, None, None, None, *grads)
 
 
 def _rate_leaf(name: str | None) -> str:

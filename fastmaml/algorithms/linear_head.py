@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from fastmaml.autodiff.update_rules import UpdateRule, rule_for
 from fastmaml.engine.engine import Engine
-from fastmaml.problem.results import Adaptation, MetaGradient
+from fastmaml.engine.inputs import Names
+from fastmaml.engine.options import MetaGradientOptions
 from fastmaml.inner import Optimizer
 from fastmaml.problem.inner_rates import expand_rates
 from fastmaml.problem.losses import per_example
+from fastmaml.problem.results import Adaptation, MetaGradient
 
 
 class LinearHead:
@@ -78,11 +80,8 @@ class LinearHead:
         self,
         batch: Sequence[Tensor],
         inner: Optimizer,
-        inner_steps: int,
+        options: MetaGradientOptions,
         task_weights: Tensor | None,
-        inner_lr_grad: bool,
-        first_order: bool,
-        truncate: int | None,
     ) -> MetaGradient:
         """As Engine.meta_gradient of the whole network with adapted = the head."""
         support_x, support_y, query_x, query_y = batch
@@ -93,16 +92,15 @@ class LinearHead:
         support, query = self.body.forward(of_body, support_x), self.body.forward(of_body, query_x)
         own = self._of_head(inner)
         mask = self.head.layout.trainable(self.head.parameters.named().values(), of_head)
-        steps = _Recorded(rule_for(own, expand_rates(own.lr, self.head.layout, mask, of_head, inner_steps), mask))
+        steps = _Recorded(
+            rule_for(own, expand_rates(own.lr, self.head.layout, mask, of_head, options.inner_steps), mask)
+        )
         result = self.head.meta_gradient(
             of_head,
             (support, support_y, query, query_y),
-            inner=own,
-            inner_steps=inner_steps,
-            first_order=first_order,
-            truncate=truncate,
+            own.lr,
             task_weights=task_weights,
-            inner_lr_grad=inner_lr_grad,
+            options=replace(options, inner=own.without_rates, adapted=None),
             rule=steps,
         )
         tasks = len(support)
@@ -112,7 +110,7 @@ class LinearHead:
         grad = torch.zeros_like(theta)
         grad[self.head_places] = result.grad
         grad[self.body_places] = self._by_body(of_body, query_x, by_query, weights)
-        if steps.adjoints and not first_order and truncate != 0:
+        if steps.adjoints and options.order != 0:
             points, adjoints = (torch.stack(of_steps) for of_steps in zip(*steps.adjoints))  # [K, T, P]
             by_support = self._by_features(support, support_y, points, adjoints)
             grad[self.body_places] += self._by_body(of_body, support_x, by_support, weights)
@@ -130,7 +128,8 @@ class LinearHead:
 
     def _check(self, which: str, x: Tensor, y: Tensor, theta: Tensor, support_x: Tensor | None = None) -> None:
         """Raises what the whole network's Engine would, with the examples' own shapes rather than the features'."""
-        self.whole._examples(f"{which}_x", x, f"{which}_y", y, "weights", None, theta, support_x)
+        names = Names(f"{which}_x", f"{which}_y")
+        self.whole.inputs.examples(names, x, y, None, theta, support_x)
 
     def _by_features(self, features: Tensor, y: Tensor, phi: Tensor, direction: Tensor | None = None) -> Tensor:
         """The gradient by the features [T, N, D] of the mean loss at phi [T, P].

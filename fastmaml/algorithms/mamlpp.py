@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastmaml.algorithms import per_step_batch_norm
-from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
+from fastmaml.algorithms.learner import Adapted, Batch, Gradients, Learner, LearnerOutput
 from fastmaml.engine.engine import Engine
-from fastmaml.problem.results import Adaptation, MetaGradient
+from fastmaml.engine.options import MetaGradientOptions
 from fastmaml.inner import Optimizer, optimizer_of
 from fastmaml.problem.checks import number, whole_number
 from fastmaml.problem.losses import Loss
 from fastmaml.problem.parameters import ParameterLayout
+from fastmaml.problem.results import Adaptation, MetaGradient
 
 BN_STATS = ("batch", "running_per_step")
 MOMENTUM = 0.1  # of the running statistics
@@ -109,27 +110,21 @@ class MAMLPlusPlus(Learner):
     def leaves(self) -> dict[str, Tensor]:
         return super().leaves() | {f"row.{name}": row for name, row in self._rows().items()}
 
-    def sweep_options(self) -> dict[str, Any]:
-        first_order = self.first_order or self.epoch <= self.da_epochs
-        return super().sweep_options() | {
-            "first_order": first_order,
-            "loss_weights": self.loss_weights(),
-            "step_rows": self._rows(),
-        }
+    def options(self) -> MetaGradientOptions:
+        return replace(super().options(), first_order=self.first_order or self.epoch <= self.da_epochs)
 
-    def adapt_options(self) -> dict[str, Any]:
-        return super().adapt_options() | {"step_rows": self._rows()}
+    def call_tensors(self) -> dict[str, Any]:
+        return {"loss_weights": self.loss_weights(), "step_rows": self._rows()}
 
-    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
-        step = super().meta_step(batch, task_weights)
+    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:
+        found = super().meta_step(batch, task_weights)
         if self.keeps_statistics and self.training:
             self._follow_statistics(batch)
-        return step
+        return found
 
-    def as_step(self, result: MetaGradient, task_weights: Tensor | None) -> MetaStep:
-        step = super().as_step(result, task_weights)
-        of_rows = {f"row.{name}": grad for name, grad in (result.step_rows_grad or {}).items()}
-        return step._replace(more_grads=step.more_grads | of_rows)
+    def as_output(self, result: MetaGradient, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:
+        output, grads = super().as_output(result, task_weights)
+        return output, grads | {f"row.{name}": grad for name, grad in (result.step_rows_grad or {}).items()}
 
     def _rows(self) -> dict[str, Tensor]:
         return {name.replace("/", "."): row for name, row in self.step_rows.items()}
@@ -173,10 +168,10 @@ class MAMLPlusPlus(Learner):
         """Inner step k by itself; steps=0: only puts its rows in their places."""
         row = slice(min(k, self.inner_steps - 1), min(k, self.inner_steps - 1) + 1)
         rates = self.inner_lr
-        inner = replace(self.inner, lr={n: r[row] for n, r in rates.items()} if isinstance(rates, dict) else rates)
+        of_step = {n: r[row] for n, r in rates.items()} if isinstance(rates, dict) else rates
         rows = {name: values[row] for name, values in self._rows().items()}
-        how: dict[str, Any] = {"inner": inner, "adapted": self.adapted, "step_rows": rows}
-        return engine.adapt_with(params, x, y, inner_steps=steps, state=state, steps_taken=k, **how)
+        options = replace(self.options(), inner_steps=steps)
+        return engine.adapt_with(params, x, y, of_step, options=options, step_rows=rows, state=state, steps_taken=k)
 
 
 def _per_step(value: Tensor, steps: int) -> nn.Parameter:

@@ -9,12 +9,13 @@ The matrices' gradients come from the same adjoint and g[k], mode by mode.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep
+from fastmaml.algorithms.learner import Adapted, Batch, Gradients, Learner, LearnerOutput
 from fastmaml.autodiff.update_rules import UpdateRule, rule_for
 from fastmaml.inner import InnerLr
 from fastmaml.problem.inner_rates import expand_rates
@@ -56,31 +57,27 @@ class MetaCurvature(Learner):
         return super().leaves() | {f"curvature.{name}": matrix for name, matrix in self._matrices().items()}
 
     @torch.no_grad()
-    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
+    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:
         theta = self.start(*batch[:2])
         rule = self._rule(theta, self.inner_steps, len(batch[1]), task_weights)
         result = self.engine.meta_gradient(
             theta,
             batch,
-            inner=self.inner,
-            inner_steps=self.inner_steps,
+            self.inner_lr,
             task_weights=task_weights,
-            inner_lr_grad=any(rate.requires_grad for rate in self.learnable_rates().values()),
+            options=self.options(),
             rule=rule,
-            **self.sweep_options(),
         )
-        curvature = {f"curvature.{name}": grad for name, grad in rule.grads.items()}
-        step = self.as_step(result, task_weights)
-        return step._replace(more_grads=step.more_grads | curvature)
+        output, grads = self.as_output(result, task_weights)
+        return output, grads | {f"curvature.{name}": grad for name, grad in rule.grads.items()}
 
     @torch.no_grad()
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
         steps = self.inner_steps if inner_steps is None else inner_steps
         theta = self.start(support_x, support_y)
         rule = self._rule(theta, steps, len(support_y))
-        result = self.engine.adapt_with(
-            theta, support_x, support_y, inner=self.inner, inner_steps=steps, rule=rule, **self.adapt_options()
-        )
+        options = replace(self.options(), inner_steps=steps)
+        result = self.engine.adapt_with(theta, support_x, support_y, self.inner_lr, options=options, rule=rule)
         return Adapted(self.engine, result.params, result.losses, support_x)
 
     def _matrices(self) -> dict[str, Tensor]:

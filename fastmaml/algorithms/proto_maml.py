@@ -9,12 +9,13 @@ dL/dc_n = 2 vW_n - 2 c_n vb_n for the meta-gradient (vW, vb) at that start, and 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastmaml.algorithms.learner import Batch, Learner, MetaStep
+from fastmaml.algorithms.learner import Batch, Gradients, Learner, LearnerOutput
 from fastmaml.autodiff.replayed_dropout import replayed
 from fastmaml.engine.engine import Engine
 from fastmaml.inner import InnerLr
@@ -75,17 +76,14 @@ class ProtoMAML(Learner):
         return self._start(support_x, self._prototypes(support_x, support_y))
 
     @torch.no_grad()
-    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
+    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:
         prototypes = self._prototypes(*batch[:2])
         result = self.engine.meta_gradient(
             self._start(batch[0], prototypes),
             batch,
-            inner=self.inner,
-            inner_steps=self.inner_steps,
+            self.inner_lr,
             task_weights=task_weights,
-            inner_lr_grad=any(rate.requires_grad for rate in self.learnable_rates().values()),
-            per_task=True,
-            **self.sweep_options(),
+            options=replace(self.options(), per_task=True),
         )
         v = self.engine.unflatten(result.grad)
         c = prototypes.c
@@ -95,7 +93,7 @@ class ProtoMAML(Learner):
         head, body = self._places[0].to(c.device), self._places[1].to(c.device)
         grad = result.grad.index_fill(1, head, 0.0).index_add(1, body, by_body)
         of_task = grad.new_full((len(grad),), 1.0 / len(grad)) if task_weights is None else task_weights.detach()
-        return self.as_step(result._replace(grad=of_task @ grad), task_weights)
+        return self.as_output(result._replace(grad=of_task @ grad), task_weights)
 
     def _prototypes(self, x: Tensor, y: Tensor) -> Prototypes:
         layer = self.model.get_submodule(self.head)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastmaml.algorithms.learner import Adapted, Batch, Learner, MetaStep, weighted
-from fastmaml.problem.results import Adaptation
+from fastmaml.algorithms.learner import MODEL, Adapted, Batch, Gradients, Learner, LearnerOutput, weighted
 from fastmaml.inner import Adam, InnerLr, Optimizer, optimizer_of
 from fastmaml.problem.checks import any_target, whole_number
 from fastmaml.problem.losses import Loss
+from fastmaml.problem.results import Adaptation
 
 
 class Reptile(Learner):
@@ -86,7 +87,7 @@ class Reptile(Learner):
         """Gradient descent: lr is the paper's eps."""
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=lr, foreach=False)
 
-    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> MetaStep:
+    def meta_step(self, batch: Batch, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:
         support_x, support_y, query_x, query_y = batch
         _same_examples(support_x, support_y)
         tasks = len(support_y)
@@ -103,7 +104,8 @@ class Reptile(Learner):
         support_losses = torch.cat([loop.losses for loop in loops])
         of_task = task_losses.new_full((tasks,), 1.0 / tasks) if task_weights is None else task_weights.detach()
         grad = torch.tensordot(of_task, torch.cat(directions), 1)
-        return MetaStep(weighted(task_losses, task_weights), task_losses, output, support_losses, grad, {})
+        loss = weighted(task_losses, task_weights)
+        return LearnerOutput(loss, task_losses, output, support_losses), {MODEL: grad}
 
     def direction(self, x: Any, y: Tensor) -> tuple[Tensor, Adaptation]:
         """(what stands for the gradient of each task [T, P], the inner loop it came from)."""
@@ -122,8 +124,8 @@ class Reptile(Learner):
         """Inner steps on rows that `mini_batches` has drawn."""
         if steps == 0:
             return Adaptation(params.expand(len(y), -1), params.new_zeros(len(y), 0), moments)
-        how: dict[str, Any] = {"minibatch": minibatch, "state": moments, "steps_taken": taken, **self.adapt_options()}
-        return self.engine.adapt_with(params, x, y, inner=self.inner, inner_steps=steps, **how)
+        options = replace(self.options(), inner_steps=steps, minibatch=minibatch)
+        return self.engine.adapt_with(params, x, y, self.inner_lr, options=options, state=moments, steps_taken=taken)
 
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
         steps, size = (self.inner_steps, self.minibatch) if self.training else (self.eval_steps, self.eval_minibatch)

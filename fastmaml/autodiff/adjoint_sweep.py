@@ -9,7 +9,7 @@ the update rule keeps, and one step's activations. The compiled engine runs the 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from fastmaml.autodiff.update_rules import UpdateRule
 from fastmaml.problem.examples import Examples, Rows
 from fastmaml.problem.inner_loop import InnerLoop
+from fastmaml.problem.results import MetaGradient
 
 
 class Derivatives(Protocol):
@@ -32,18 +33,6 @@ class Derivatives(Protocol):
 
     def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int) -> tuple[Tensor | None, Tensor]:
         """(grad [T, P] where hvp_gives_gradient, H v [T, P])."""
-
-
-class Sweep(NamedTuple):
-    """A meta-gradient of each task."""
-
-    loss: Tensor  # [T] sum over k of w[k] L_Q(phi[k])
-    grad: Tensor  # [T, P]
-    output: Tensor  # [T, Q, ...] at phi[K]
-    support_losses: Tensor  # [T, K]
-    rate_grad: Tensor | None  # [T, 1 or K, P]
-    rows_grad: Tensor | None  # [T, K, R]
-    query_losses: Tensor  # [T, number of queries]
 
 
 def support_of_step(support: Examples, loop: InnerLoop, k: int) -> Examples:
@@ -85,8 +74,12 @@ def meta_gradient(
     rows: Rows | None = None,
     lam: float | Tensor = 0.0,
     statistics_of: Tensor | None = None,
-) -> Sweep:
-    """The sweep from theta [T, P]. rates: rows of the rate tensor; statistics_of: support_x for batch norm 'support'."""
+) -> MetaGradient:
+    """The gradients of each task: the sweep from theta [T, P].
+
+    rates: rows of the rate tensor. statistics_of: support_x for batch norm 'support'. inner_lr_grad is [T, 1 or K, P],
+    step_rows_grad [T, K, R].
+    """
     K, first_order = loop.steps, loop.order == 0
     keep_g = rule.needs_gradient or (loop.rate_grad and (first_order or not derivatives.hvp_gives_gradient))
     weight = [1.0] * (K + 1) if loss_weights is None else loss_weights
@@ -141,7 +134,7 @@ def meta_gradient(
         v = v + anchor_grad
     order = [query_losses[k] for k in loop.query_steps]
     loss = sum((weight[k] * query_losses[k] for k in loop.query_steps), torch.zeros_like(order[0]))
-    return Sweep(loss, v, output, columns(losses, theta), rate_grad, rows_grad, columns(order, theta))
+    return MetaGradient(loss, v, output, rate_grad, columns(losses, theta), rows_grad, columns(order, theta))
 
 
 def columns(losses: list[Tensor], like: Tensor) -> Tensor:

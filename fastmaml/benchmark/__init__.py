@@ -1,4 +1,4 @@
-"""What `fastmaml bench` measures with: problems, peers in plain torch, the exact answer, interleaved timing, peak memory.
+"""The parts of `fastmaml bench`: problems, peers in plain torch, the exact answer, interleaved timing, peak memory.
 
-The repository's bench/ folder builds on it and adds the other libraries.
+The repository's bench/ folder builds on this package and adds other libraries.
 """

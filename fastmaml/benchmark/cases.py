@@ -8,10 +8,9 @@ from functools import partial
 from fastmaml import models
 from fastmaml.benchmark.problem import Case
 
-# The networks and sizes are those of the usual MAML papers. conv4: 3x3 convolution, batch norm, ReLU, halving by 2x2 max
-# pooling or by the convolution's stride. The inner rates keep random starts and random data in the range where float32 can
-# be judged: at the papers' rates the adjoint of 5 steps is amplified until masks that fall the other way decide the
-# result. Rates cost no time.
+# Networks and sizes of the usual MAML papers. conv4: 3x3 convolution, batch norm, ReLU, halving by 2x2 max pooling or by
+# the convolution's stride. The inner rates are lower than the papers', which changes no time. At the papers' rates, random
+# weights and data amplify the adjoint of 5 steps, until single ReLU masks decide the float32 result.
 _SINE_MLP = partial(models.mlp, [1, 40, 40, 1])
 _MLP = partial(models.mlp, [784, 256, 128, 64, 64, 5])
 _CONV64 = partial(models.conv4, filters=64)
@@ -58,7 +57,7 @@ META = {
 class HvpCase:
     """Hessian-vector products of T tasks of N examples, each with its own weights.
 
-    width: an MLP of three layers of one width with mean squared error; None: Conv4-64 on 28x28 with cross-entropy.
+    width: of an MLP with three equal layers and mean squared error; None: Conv4-64 on 28x28 with cross-entropy.
     """
 
     width: int | None
@@ -70,21 +69,21 @@ class HvpCase:
 
     @property
     def compiled(self) -> bool:
-        """Whether torch.compile, which takes half a minute a case, is measured by default."""
+        """Whether torch.compile is measured by default. It takes half a minute per case."""
         return self.width is not None and self.examples == 32 and self.tasks in (16, 64)
 
     @property
     def repeated(self) -> bool:
-        """Whether several directions at fixed parameters are measured too."""
+        """Whether to also measure several directions at fixed parameters."""
         return self.width is not None and self.examples == 32 and self.tasks == 16
 
     @property
     def common(self) -> bool:
-        """Whether peers whose vmapped convolutions take seconds are measured by default."""
+        """Whether peers with slow vmapped convolutions (seconds) are measured by default."""
         return self.width is not None or self.tasks * self.examples < 100
 
 
-# W5. Left out because the parameters of all tasks would not fit: widths 512 and 2,048 with more tasks.
+# W5. Widths 512 and 2,048 with more tasks are left out: the parameters of all tasks would not fit into memory.
 HVP = {
     str(case): case
     for case in (

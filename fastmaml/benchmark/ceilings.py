@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: products of large matrices, and copies in cache and in memory."""
+"""Measured ceilings of this machine: products of large matrices, and copies in cache and in memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastmaml.benchmark.timing import threads as set_threads
 
 SGEMM = 1024
 LARGE_COPY = 128 * 2**20  # bytes of each array: more than a process' share of any last-level cache
-DEFAULT_L2 = 2**20  # where the system does not say
-BEST_OF_S = 0.15  # so long is each repeated, and its fastest repetition counts
+DEFAULT_L2 = 2**20  # bytes, if the system does not report it
+BEST_OF_S = 0.15  # seconds to repeat each measurement; the fastest repetition counts
 
 
 class Ceilings(NamedTuple):
-    """Rates of one thread and of all together: operations a second, and bytes a second read and written."""
+    """Rates of one thread and of all threads: operations per second, and bytes read and written per second."""
 
     threads: int
     l2_bytes: int
@@ -28,13 +28,13 @@ class Ceilings(NamedTuple):
     memory_copy: tuple[float, float]
 
     def per_worker(self, workers: int) -> tuple[float, float, float]:
-        """(operations, bytes in cache, bytes in memory) a second that each of `workers` can have at once."""
+        """(operations, bytes in cache, bytes in memory) per second for each of `workers` at once."""
         at = 0 if workers <= 1 else 1
         share = 1 if workers <= 1 else self.threads
         return self.sgemm[at] / share, self.cache_copy[at] / share, self.memory_copy[at] / share
 
     def best(self, other: Ceilings) -> Ceilings:
-        """The higher of each, of two measurements: other programs can only lower them."""
+        """The higher rates of two measurements, because other programs can only lower them."""
         sgemm, cache, memory = ((max(mine[0], its[0]), max(mine[1], its[1])) for mine, its in zip(self[2:], other[2:]))
         return Ceilings(self.threads, self.l2_bytes, sgemm, cache, memory)
 
@@ -46,11 +46,11 @@ class Ceilings(NamedTuple):
 
 
 def measure() -> Ceilings:
-    """Takes about a second. The threads are torch's."""
+    """Measures with torch's threads. Takes about a second."""
     threads, l2 = torch.get_num_threads(), l2_bytes()
     a = torch.rand(SGEMM, SGEMM)
     product, large = torch.empty_like(a), torch.empty(2, LARGE_COPY // 4).fill_(1.0)
-    # The threads of one copy take equal parts of it, so each part stays in the L2 of the core that had it before.
+    # The threads of a copy take equal parts, so each part stays in the L2 of its core.
     small = torch.ones(2, threads, l2 // 16)
     rates = []
     for used in (1, threads):
@@ -61,12 +61,12 @@ def measure() -> Ceilings:
                 2.0 * to.nbytes / _fastest(partial(to.copy_, from_)),
                 2.0 * large[0].nbytes / _fastest(partial(large[0].copy_, large[1])),
             ))  # fmt: skip
-    # One of all threads could do it alone: less than that, and other programs had the others' cores.
+    # All threads can do at least the work of one. A lower rate means that other programs used the cores.
     return Ceilings(threads, l2, *((one, max(one, all_)) for one, all_ in zip(*rates)))
 
 
 def l2_bytes() -> int:
-    """Of a core's own second-level cache, by what Linux says of the first core."""
+    """Bytes of a core's own second-level cache, as Linux reports for the first core."""
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         try:
             level, size = (index / "level").read_text().strip(), (index / "size").read_text().strip()

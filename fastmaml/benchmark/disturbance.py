@@ -1,4 +1,4 @@
-"""How much other work ran on this machine while a sample was taken: the processors' busy time less this process' own."""
+"""Measures other work on this machine during a sample: the processors' busy time minus this process' own."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-STAT = Path("/proc/stat")  # Linux only: elsewhere nothing is measured, and the result says so
-LIMIT = 0.1  # of the machine's processor time; a sample with more is taken again
-_TICK = 1.0 / os.sysconf("SC_CLK_TCK")  # the kernel counts in these, so short samples are known to a tick or two
+STAT = Path("/proc/stat")  # Linux only; elsewhere nothing is measured, and results say so
+LIMIT = 0.1  # share of the machine's processor time; a sample with more is repeated
+_TICK = 1.0 / os.sysconf("SC_CLK_TCK")  # the kernel's unit of time: short samples are known only to a tick or two
 
 
 class Disturbance(NamedTuple):
-    """Of one sample."""
+    """The disturbance of one sample."""
 
-    others: float  # share of the machine's processor time that other processes had
+    others: float  # share of the machine's processor time used by other processes
     stolen: float  # share that the hypervisor gave to other machines
-    switches: float  # times a second that a thread of this process was put aside for another one
-    known_to: float  # share that a clock tick is
+    switches: float  # involuntary context switches of this process per second
+    known_to: float  # a clock tick as a share: the precision of the others
 
     @property
     def disturbed(self) -> bool:
-        """More than LIMIT of other work, beyond what the clock's coarseness may feign."""
+        """Whether other work exceeds LIMIT by more than the clock's precision."""
         return max(self.others, self.stolen) > LIMIT + 2 * self.known_to
 
 
 class Watch:
-    """Measures from its making to `stop`."""
+    """Measures from its creation to `stop`."""
 
     def __init__(self) -> None:
         self._before = _now()
 
     def stop(self) -> Disturbance | None:
-        """None where the system does not say."""
+        """The disturbance so far. None if the system does not report it."""
         after = _now()
         if self._before is None or after is None:
             return None

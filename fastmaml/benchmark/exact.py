@@ -1,4 +1,4 @@
-"""The exact answer of a problem, how far a result is from it, and who is far enough to get no row."""
+"""The exact answer of a problem, the error of a result, and the limits beyond which a result is rejected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastmaml.benchmark.problem import Problem
-from fastmaml.checking.expected import Intent
+from fastmaml.checking.expected import Expected
 from fastmaml.checking.oracle import Norms, Oracle
 from fastmaml.inner import SGD
 from fastmaml.problem.losses import Loss
@@ -20,21 +20,21 @@ Answer = tuple[Tensor, Sequence[Tensor]]  # mean query loss, the meta-gradient o
 Call = Callable[[], Answer]
 Apply = Callable[[Tensor, Tensor], Tensor]  # (flat parameters [P], x [N, ...]) -> output [N, ...]
 
-# In float64 a right method agrees to rounding, which batch norm and the inner steps amplify. In float32 ReLU masks and
-# pooling choices that fall the other way move a meta-gradient by up to about 1e-2, whatever computes it; where they move
-# plain torch further, it is the yardstick.
+# In float64 a right method agrees to rounding, which batch norm and the inner steps amplify. In float32 a flipped ReLU
+# mask or pooling choice can change any method's meta-gradient by about 1e-2. If plain torch's error is larger, plain
+# torch sets the limit.
 FLOAT64_LIMIT = 1e-8
 FLOAT32_LIMIT = 1e-2
 FLOAT32_OF_PLAIN = 10.0
 
 
 def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """`.grad` of every parameter, zeros where a parameter is not used."""
+    """`.grad` of every parameter; zeros if the parameter is unused."""
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
 def in_a_line(failure: Exception) -> str:
-    """What another library raised, for the row that it does not get."""
+    """The error of another library in one line, to explain its missing row."""
     return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}"
 
 
@@ -44,29 +44,29 @@ def flat(model: nn.Module) -> Tensor:
 
 
 def exact(problem: Problem) -> tuple[float, Tensor]:
-    """(mean query loss, meta-gradient [P]) in float64 by unrolled double backward, a task at a time (checking/oracle.py)."""
+    """(mean query loss, meta-gradient [P]) in float64 by unrolled double backward, one task at a time (checking/oracle.py)."""
     case, double = problem.case, problem.double()
-    intent = Intent(case.loss, SGD(case.inner_lr), case.inner_steps)
-    answer = Oracle(double.model, intent, double.batch).answer()
+    expected = Expected(case.loss, SGD(case.inner_lr), case.inner_steps)
+    answer = Oracle(double.model, expected, double.batch).answer()
     grads = answer.total()
     parts = [grads.get(name, torch.zeros_like(p)).reshape(-1) for name, p in double.model.named_parameters()]
     return answer.loss, torch.cat([part.detach() for part in parts])
 
 
 def error(result: Answer, answer: tuple[float, Tensor]) -> float:
-    """The larger relative error of loss and meta-gradient (2-norm); infinite where the result is not finite."""
+    """The larger relative error of loss and meta-gradient (2-norm). Infinite if the result is not finite."""
     loss, grad = result[0].item(), torch.cat([g.detach().reshape(-1) for g in result[1]]).cpu().double()
     return max(abs(loss - answer[0]) / abs(answer[0]), distance(grad, answer[1])) if math.isfinite(loss) else math.inf
 
 
 def distance(result: Tensor, wanted: Tensor) -> float:
-    """|result - wanted| / |wanted|; infinite where the result is not finite."""
+    """|result - wanted| / |wanted|. Infinite if the result is not finite."""
     apart = float((result.detach().cpu().double() - wanted).norm() / wanted.norm())
     return apart if math.isfinite(apart) else math.inf
 
 
 def disagreement(error64: float, error32: float, yardstick: float, limit64: float = FLOAT64_LIMIT) -> str:
-    """Why a result is not accepted; "" if it is. `yardstick`: plain torch's own error in float32."""
+    """Why a result is rejected; "" if it is accepted. yardstick: plain torch's own float32 error."""
     if not error64 <= limit64:
         return f"disagrees with the exact result in float64, relative error {error64:.1e}"
     limit = max(FLOAT32_LIMIT, FLOAT32_OF_PLAIN * yardstick)
@@ -81,7 +81,7 @@ def disagreement(error64: float, error32: float, yardstick: float, limit64: floa
 def mean_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
     """(output, target) -> the mean over the examples, a scalar.
 
-    mse is written out: torch 2.13 differentiates F.mse_loss forward over reverse by zero tensors that cannot be written.
+    mse is written out, because forward over reverse through F.mse_loss fails on torch 2.13 (read-only zero tensors).
     """
     if callable(loss):
         return lambda output, target: loss(output, target).mean()
@@ -91,10 +91,10 @@ def mean_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def network(model: nn.Module, written_norms: bool = True) -> Apply:
-    """The model as a function of a flat parameter vector, with batch norm written out of elementary operations.
+    """The model as a function of a flat parameter vector, with batch norm built from elementary operations.
 
-    torch 2.13's own batch norm, which is faster, is differentiated wrongly, without a message, by vmap of reverse over
-    reverse (relative error 1.7e-2 on a small Conv4); a plain loop of reverse over reverse may keep it.
+    torch 2.13's own batch norm is faster. But vmap of reverse over reverse differentiates it wrongly, without a message:
+    the relative error is 1.7e-2 on a small Conv4. A plain loop of reverse over reverse may use it: written_norms=False.
     """
     model = copy.deepcopy(model)
     if written_norms:

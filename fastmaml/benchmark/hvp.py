@@ -1,6 +1,6 @@
-"""Hessian-vector products, every task with its own weights: fastmaml beside its peers, each first held to float64.
+"""Hessian-vector products, every task with its own weights: fastmaml against its peers, each first checked in float64.
 
-Every product includes its primal pass. Products of several directions at fixed parameters are rows of their own.
+Every product includes its primal pass. Products of several directions at fixed parameters get their own rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DIRECTIONS = 8  # of a repeated row
 
 
 def problem(case: HvpCase, seed: int = 0) -> HvpProblem:
-    """A built-in case in float32; the seed decides weights, examples and directions."""
+    """A built-in case in float32. The seed decides weights, examples and directions."""
     random = torch.Generator().manual_seed(seed)
     if case.width is None:
         model = random_model(partial(models.conv4, filters=64), seed)
@@ -46,14 +46,14 @@ def problem(case: HvpCase, seed: int = 0) -> HvpProblem:
 def with_directions(
     name: str, model: nn.Module, loss: Loss, x: Tensor, y: Tensor, random: torch.Generator
 ) -> HvpProblem:
-    """Each task gets weights near the model's, and a direction."""
+    """The problem with weights near the model's and a direction for each task."""
     theta = flat(model)
     noise = 0.01 * torch.randn(len(x), theta.numel(), generator=random).to(theta)
     return HvpProblem(name, model, loss, theta + noise, x, y, torch.randn(noise.shape, generator=random).to(theta))
 
 
 def exact(p: HvpProblem) -> Tensor:
-    """[T, P] in float64 on the CPU, by double backward, a task at a time."""
+    """The exact products [T, P], in float64 on the CPU by double backward, one task at a time."""
     p = p.to(dtype=torch.float64)
     apply, loss = network(p.model), mean_loss(p.loss)
     found = []
@@ -81,15 +81,15 @@ class How(NamedTuple):
     budget_s: float = math.inf
     clock: Clock | None = None
     precisions: tuple[str, ...] = ("float32",)
-    repeated: bool = False  # rows of DIRECTIONS products at fixed parameters, too
+    repeated: bool = False  # also rows of DIRECTIONS products at fixed parameters
 
 
 class Row(NamedTuple):
-    """One implementation: measured and agreed."""
+    """One implementation that agreed, with its measurements."""
 
     name: str
-    products: int  # of every task, in one timed call
-    error64: float | None  # None where there is no float64 to compare
+    products: int  # per task, in one timed call
+    error64: float | None  # None if the implementation has no float64
     error32: float
     first_call_s: float
     times: Times
@@ -99,7 +99,7 @@ class Row(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One problem: its rows, ours first, and why others have none."""
+    """One problem: its rows, ours first, and the reasons of missing rows."""
 
     name: str
     tasks: int
@@ -122,7 +122,7 @@ def measure(
     say: Callable[[str], None] = lambda name: None,
     repeated: Mapping[str, Callable[[HvpProblem, Tensor], Product]] = REPEATED,
 ) -> Result:
-    """Check, then time, fastmaml and the peers. `repeated`: peers that keep a linearisation for several directions."""
+    """Checks, then times, fastmaml and the peers. repeated: peers that keep a linearisation for several directions."""
     ours = {_name(q): partial(by_fastmaml, backend=how.backend, precision=q) for q in how.precisions}
     expected, single = exact(p), p.to(how.device)
     makes: dict[str, Make] = {**ours, **peers}
@@ -144,7 +144,7 @@ def measure(
             continue
         say(name)
         try:
-            reduced = name in ours and name != OURS  # a precision on tensor cores has no float64
+            reduced = name in ours and name != OURS  # tensor core precisions have no float64
             found = None if reduced else distance(_one(make(single.to(how.device, torch.float64))()), expected)
             call = make(single)
             started = time.perf_counter()
@@ -153,7 +153,7 @@ def measure(
         except Missing as reason:
             absent[name] = str(reason)
             continue
-        except Exception as failure:  # another library's; ours ends the run
+        except Exception as failure:  # of another library; an error of ours ends the run
             if name in ours:
                 raise
             absent[name] = in_a_line(failure)
@@ -221,12 +221,14 @@ def show(result: Result) -> str:
     )
     notes = [f"{name}: not measured, {reason}" for name, reason in result.absent.items()]
     if any(row.products > 1 for row in result.rows):
-        notes.append(f"{DIRECTIONS} v: that many directions at fixed parameters, the linearisation they share included")
+        notes.append(
+            f"{DIRECTIONS} v: {DIRECTIONS} directions at fixed parameters, including their shared linearisation"
+        )
     return "\n".join([title, table(head, rows), *notes])
 
 
 def _ratio(row: Row, result: Result) -> float | None:
-    """To our row of as many products."""
+    """The time relative to our row with the same number of products."""
     ours = next((r for r in result.rows if r.name.split(",")[0] == OURS and r.products == row.products), None)
     return row.times.median / ours.times.median if ours else None
 

@@ -1,4 +1,4 @@
-"""Peak memory and time against the number of inner steps K, each implementation and K in a process of its own."""
+"""Peak memory and time for several numbers of inner steps K. Each implementation and K runs in its own process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastmaml.benchmark.peers import Implementation, Missing
 from fastmaml.benchmark.text import number, table
 
 MIB = 2**20
-MODES = ("low", "stash", "auto")  # fastmaml's, each a row
-CALL_LIMIT_S = 60.0  # an implementation that would take longer by its growth so far is left out, and named
+MODES = ("low", "stash", "auto")  # fastmaml's memory modes, a row each
+CALL_LIMIT_S = 60.0  # an implementation that is expected to take longer is skipped, with a note
 
 
 class Point(NamedTuple):
-    """One implementation at one K: what was measured, or why not."""
+    """One implementation at one K: its measurement, or why there is none."""
 
     name: str
     inner_steps: int
@@ -40,9 +40,9 @@ def measure_steps(
     modes: Sequence[str] = MODES,
     device: str = "cpu",
 ) -> list[Point]:
-    """All implementations at one K, of the problem that source makes.
+    """Measures all implementations at one K, on the problem that source builds.
 
-    earlier: the points of smaller K, from which too long a call is foreseen.
+    earlier: the points of smaller K, which show if a call would take too long.
     """
     own = {f"{OURS} {mode}": (ours, {"backend": backend, "memory": mode}) for mode in modes}
     points = []
@@ -66,7 +66,7 @@ def _too_much(steps: int, earlier: Sequence[Point]) -> str:
     if not earlier or earlier[-1].peak is None:
         return ""
     foreseen = earlier[-1].peak.seconds * steps / max(earlier[-1].inner_steps, 1)
-    # Many small steps of one call cost less than its query pass, so this overestimates from K = 1 on: a wide margin.
+    # Inner steps may cost less than the query pass, so this estimate from K = 1 is too high. Hence the wide margin.
     return f"a call would take {foreseen:.0f} s, over {CALL_LIMIT_S:.0f} s" if foreseen > 10 * CALL_LIMIT_S else ""
 
 

@@ -1,4 +1,4 @@
-"""Times one meta-gradient of fastmaml and its peers on a problem, after each one's result has agreed with the exact answer."""
+"""Times one meta-gradient of fastmaml and its peers on a problem, after each result has agreed with the exact answer."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class How(NamedTuple):
     backend: str = "cpu"
     memory: str = "auto"
     device: str = "cpu"
-    budget_s: float = math.inf  # of the timing of one case
+    budget_s: float = math.inf  # seconds to time one case
     clock: Clock | None = None
-    peak: bool = False  # peak memory too, each implementation in a process of its own
+    peak: bool = False  # also measure peak memory, each implementation in its own process
 
 
 class Row(NamedTuple):
-    """One implementation on one case: measured and agreed."""
+    """One implementation that agreed on one case, with its measurements."""
 
     name: str
     error64: float
@@ -59,13 +59,13 @@ class Row(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One case: its rows, ours first, and why others have none."""
+    """One case: its rows, ours first, and the reasons of missing rows."""
 
     case: Case
     gflop: float
     sgemm_gflops: float
-    plain_error32: float  # plain torch's own, whether or not it has a row
-    memory: str  # what fastmaml's adjoint sweep keeps: "stash" or "low"
+    plain_error32: float  # plain torch's float32 error, even if it has no row
+    memory: str  # the mode of fastmaml's adjoint sweep: "stash" or "low"
     rows: list[Row]
     absent: dict[str, str]
 
@@ -78,9 +78,9 @@ def measure(
     say: Callable[[str], None] = lambda name: None,
     reload: peak.Source | None = None,
 ) -> Result:
-    """Check, then time, fastmaml and the peers on one problem.
+    """Checks, then times, fastmaml and the peers on one problem.
 
-    missing: peers that cannot be had, with the reason. reload: how another process makes the same problem, for how.peak.
+    missing: unavailable peers, with the reason. reload: how another process builds the same problem, for how.peak.
     """
     say("float64 oracle")
     answer = exact(problem)
@@ -105,7 +105,7 @@ def measure(
         except Missing as reason:
             absent[name] = str(reason)
             continue
-        except Exception as failure:  # another library's; ours ends the run
+        except Exception as failure:  # of another library; an error of ours ends the run
             if name in _OURS:
                 raise
             absent[name] = in_a_line(failure)
@@ -139,10 +139,10 @@ def _peak(name: str, module: Implementation, reload: peak.Source, how: How, abse
 
 
 def memory_mode(problem: Problem, backend: str, memory: str) -> str:
-    """What fastmaml's adjoint sweep does on this problem: "stash", or "low" (recompute); "auto" chooses one of them."""
+    """The mode of fastmaml's adjoint sweep on this problem: "stash" or "low" (recompute). "auto" becomes one of them."""
     engine = Engine(problem.model, problem.case.loss, backend)
     x = problem.batch.support_x
-    program = engine._program("x", x, engine.flatten()) if isinstance(x, torch.Tensor) else None
+    program = engine.program(x) if isinstance(x, torch.Tensor) else None
     if program is None:
         return "low"  # autodiff always recomputes
     if memory != "auto":

@@ -1,4 +1,4 @@
-"""The user's own model as a benchmark problem: what FUNCTION of FILE.py:FUNCTION returns, checked and cut into tasks."""
+"""The user's own model as a benchmark problem: checks the result of FILE.py:FUNCTION and cuts it into tasks."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from fastmaml.tasks import TaskBatch
 from fastmaml.user_function import first_line, load_function
 
 IN_SHORT = """\
-FUNCTION takes no arguments and returns what there is to measure, as a dict:
+FUNCTION takes no arguments and returns a dict:
 
   def problem():
       return {
           "model": model,                    # any nn.Module with one tensor in and one out
           "batch": (support_x, support_y, query_x, query_y),      # each [tasks, examples, ...]
-          "examples": (x, y),                # or this in its place: [examples, ...], drawn from for every task
+          "examples": (x, y),                # or this instead of "batch": [examples, ...], sampled for every task
           "loss": "mse",                     # or "cross_entropy" (the default), or a function (output, target) -> [examples]
           "inner_lr": 0.01,                  # (the default)
           "inner_steps": 1,                  # (the default)
       }
 
-or as a tuple (model, batch or examples, loss, inner_lr, inner_steps), the last three optional. A file that was written for
-`fastmaml check` fits as it is. The model is measured in float32 with dropout off and batch statistics in batch norms.
+A tuple works too: (model, batch or examples, loss, inner_lr, inner_steps), the last three optional. A file for
+`fastmaml check` works unchanged. The model is measured in float32, with dropout off and batch statistics in batch norms.
 """
 _TUPLE = ("model", "batch", "loss", "inner_lr", "inner_steps", "meta_loss")
 _KEYS = {*_TUPLE, "examples"}
 
 
 def problem_of(target: str, seed: int = 0, tasks: int | None = None, inner_steps: int | None = None) -> Problem:
-    """The problem that a target describes, with other numbers of tasks or steps where given.
+    """The problem of a target. tasks, inner_steps: replace the target's own numbers.
 
-    Raises ValueError with one sentence for anything that cannot be measured.
+    Raises ValueError, in one sentence, for a target that cannot be measured.
     """
     given, where = _given(target, seed)
     batch = _batch(given, where, seed, tasks)
@@ -61,7 +61,7 @@ def problem_of(target: str, seed: int = 0, tasks: int | None = None, inner_steps
 
 
 def hvp_problem_of(target: str, seed: int = 0, tasks: int | None = None) -> HvpProblem:
-    """The Hessian of the support loss, for every task with weights near the model's own."""
+    """The Hessian products of the support loss. Every task gets weights near the model's own."""
     given, where = _given(target, seed)
     batch = _batch(given, where, seed, tasks)
     model = given["model"]
@@ -71,7 +71,7 @@ def hvp_problem_of(target: str, seed: int = 0, tasks: int | None = None) -> HvpP
 
 
 def _given(target: str, seed: int) -> tuple[dict[str, Any], str]:
-    """(what the function returned, by key, with a model ready to be measured; the function's name)."""
+    """(the function's result by key, with its model ready to measure; the function's name)."""
     function, where = load_function(target)
     torch.manual_seed(seed)
     try:
@@ -92,7 +92,7 @@ def _given(target: str, seed: int) -> tuple[dict[str, Any], str]:
         raise ValueError(f"{where}() returned a {type(model).__name__} as model; it must be a plain nn.Module")
     frozen = next((name for name, p in model.named_parameters() if not p.requires_grad), None)
     if frozen is not None:
-        raise ValueError(f"parameter '{frozen}' of {where}() is frozen; the benchmark measures models that train whole")
+        raise ValueError(f"parameter '{frozen}' of {where}() is frozen; the benchmark takes models without frozen ones")
     if not list(model.parameters()):
         raise ValueError(f"the model of {where}() has no parameters")
     model = copy.deepcopy(model).float().cpu().train()
@@ -110,7 +110,7 @@ def _remove_dropout(model: nn.Module) -> None:
 
 
 def _batch(given: Mapping[str, Any], where: str, seed: int, tasks: int | None) -> TaskBatch:
-    """The tasks: the given ones, over and over where more are asked for, or drawn from the examples."""
+    """The given tasks, repeated if more are wanted, or tasks sampled from the examples."""
     sets = given.get("batch", given.get("examples"))
     if not isinstance(sets, Sequence) or len(sets) not in (2, 4) or not all(isinstance(part, Tensor) for part in sets):
         raise ValueError(
@@ -121,15 +121,13 @@ def _batch(given: Mapping[str, Any], where: str, seed: int, tasks: int | None) -
         have = len(parts[0])
         if not have or any(len(part) != have for part in parts):
             raise ValueError(
-                f"{where}() returned sets of {[len(part) for part in parts]} tasks; all must hold the same number"
+                f"{where}() returned sets of {[len(part) for part in parts]} tasks; all sets need the same number"
             )
         chosen = torch.arange(tasks or have).remainder(have)
         return TaskBatch(*(part[chosen] for part in parts))
     x, y = parts
     if len(x) != len(y) or len(x) < 2:
-        raise ValueError(
-            f"{where}() returned {len(x)} examples and {len(y)} targets; there must be as many, at least two"
-        )
+        raise ValueError(f"{where}() returned {len(x)} examples and {len(y)} targets; give equal numbers, at least two")
     random = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(len(x), generator=random) for _ in range(tasks or 8)])
     support, query = order[:, : len(x) // 2], order[:, len(x) // 2 :]

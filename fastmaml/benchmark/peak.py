@@ -1,7 +1,7 @@
-"""Peak memory of one implementation on one problem, in a process of its own: how far VmHWM rises above what it held before.
+"""Peak memory of one implementation on one problem, in its own process: the rise of VmHWM during the call.
 
-Before, the process has run the same implementation on a tiny network, so that modules, thread pools and their buffers
-are loaded; what a compiler takes for the problem itself counts.
+The process first runs the implementation on a tiny network, to load modules, thread pools and their buffers. So these
+do not count, but the memory of a compiler for the problem itself does.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from fastmaml.benchmark.exact import in_a_line
 from fastmaml.benchmark.peers import Implementation, Missing
 from fastmaml.benchmark.problem import Case, problem
 
-FEW_CALLS_S = 2.0  # so long are calls repeated for their time
+FEW_CALLS_S = 2.0  # seconds to repeat calls for timing
 POLL_S = 0.02
 ERROR_KEY = "error"
 
 
 class Source(NamedTuple):
-    """How another process makes the problem again: `module:function`, called with the keyword arguments."""
+    """How another process builds the same problem: `module:function`, called with the keyword arguments."""
 
     function: str
     arguments: dict[str, Any]
 
 
 class Peak(NamedTuple):
-    """What a process measured of itself."""
+    """The measurements of one process."""
 
     bytes: int
     seconds: float  # median of a few calls, alone in that process
@@ -50,10 +50,10 @@ def in_a_process(
     limit_bytes: int | None = None,
     limit_s: float = 600.0,
 ) -> Peak:
-    """Measure in a new process. Raises Missing where it fails, takes more memory than limit_bytes or longer than limit_s.
+    """Measure in a new process. Raises Missing if it fails, exceeds limit_bytes of memory or takes longer than limit_s.
 
-    limit_bytes: of the machine's memory, by default three quarters of what is free. On a CUDA device it is torch's
-    allocations there that are measured.
+    limit_bytes: default three quarters of the machine's free memory. On a CUDA device the peak is that of torch's
+    allocations on the device.
     """
     limit = limit_bytes or 3 * _meminfo("MemAvailable") // 4
     order = {
@@ -90,7 +90,7 @@ def in_a_process(
 
 
 def main(order: dict[str, Any]) -> dict[str, Any]:
-    """What the new process does."""
+    """The work of the new process."""
     torch.set_num_threads(order["threads"])
     module = importlib.import_module(order["implementation"])
     where, _, name = order["source"][0].partition(":")
@@ -117,7 +117,7 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def built_in(case: str, seed: int = 0, **changes: Any) -> Any:
-    """A built-in case's problem, with other numbers of tasks or steps where given; a Source names this function."""
+    """The problem of a built-in case. changes: other numbers of tasks or steps. A Source names this function."""
     from dataclasses import replace
 
     from fastmaml.benchmark.cases import BY_NAME
@@ -136,7 +136,7 @@ TINY = Case("tiny", "MLP 1-4-1", _tiny_model, "mse", (1,), None, 2, 3, 3, 0.01)
 
 
 def restart_high_water(device: str = "cpu") -> int:
-    """Lets this process' high-water mark start again; returns the bytes it holds now."""
+    """Resets this process' high-water mark. Returns the bytes it holds now."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -145,7 +145,7 @@ def restart_high_water(device: str = "cpu") -> int:
 
 
 def high_water(device: str = "cpu") -> int:
-    """Bytes at most since the mark was started again: resident memory, or torch's allocations on a device."""
+    """The peak in bytes since the reset: resident memory, or torch's allocations on a device."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
 
 
@@ -153,7 +153,7 @@ def _status(key: str, pid: int | str = "self") -> int:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        return 0  # it has ended
+        return 0  # the process has ended
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), 0)
 
 

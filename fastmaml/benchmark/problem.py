@@ -1,4 +1,4 @@
-"""A benchmark case as data, and the network and tasks that every implementation of it gets."""
+"""A benchmark case as data, and the network and tasks that every implementation gets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Case:
     """One meta-gradient: T tasks of `support` and `query` examples each, K inner steps from one random start."""
 
     name: str
-    network: str  # in words, for the table
+    network: str  # a description for the table
     model: Callable[[], nn.Module]
     loss: Loss  # "mse" | "cross_entropy" | a function (output, target) -> [examples]
     input_shape: tuple[int, ...]
@@ -29,41 +29,41 @@ class Case:
     inner_lr: float
     inner_steps: int = 1
     targets: int = 1
-    workload: str = ""  # W1 .. W8 of the issue that asked for it
-    common: bool = True  # measured by implementations that take minutes a case, too
+    workload: str = ""  # the name of a workload, W1 to W8
+    common: bool = True  # whether peers that take minutes per case are measured by default
 
     def __str__(self) -> str:
         return self.name
 
     @property
     def sizes(self) -> str:
-        """Tasks, examples and steps in words."""
+        """Tasks, examples and steps as text."""
         return f"{self.tasks} tasks, {self.support} support, {self.query} query, K = {self.inner_steps}"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A case with its weights and data. Implementations may clone the model, but leave its weights as they are."""
+    """A case with its weights and data. Implementations may clone the model but must not change its weights."""
 
     case: Case
     model: nn.Module
     batch: TaskBatch
 
     def double(self) -> Problem:
-        """The same numbers in float64, so both types share one exact answer."""
+        """The same problem in float64, so both types share one exact answer."""
         return replace(self, model=copy.deepcopy(self.model).double(), batch=self.batch.to(dtype=torch.float64))
 
     def to(self, device: str) -> Problem:
-        """The same numbers on a device."""
+        """The same problem on a device."""
         return replace(self, model=copy.deepcopy(self.model).to(device), batch=self.batch.to(device))
 
     def own(self) -> Problem:
-        """With an own copy of the model, for an implementation that fills `.grad`."""
+        """The problem with its own copy of the model, for an implementation that fills `.grad`."""
         return replace(self, model=copy.deepcopy(self.model))
 
 
 def random_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A network whose weights the seed decides, and whose batch norms use batch statistics only."""
+    """A network with weights from the seed. Its batch norms use batch statistics only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make()
@@ -72,7 +72,7 @@ def random_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def without_running_statistics(model: nn.Module) -> None:
-    """Batch statistics only, so that no implementation pays for running averages."""
+    """Makes batch norms use batch statistics only, so no implementation pays for running averages."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.track_running_stats = False
@@ -80,9 +80,9 @@ def without_running_statistics(model: nn.Module) -> None:
 
 
 def problem(case: Case, seed: int = 0) -> Problem:
-    """The float32 weights and tasks of a case; the seed decides both.
+    """The float32 weights and tasks of a case. The seed decides both.
 
-    Classes are random prototypes with noisy examples around them, so that losses and gradients are of a usual size.
+    Classes are random prototypes with noisy examples, so losses and gradients have a usual size.
     """
     random = torch.Generator().manual_seed(seed)
     model = random_model(case.model, seed)
@@ -100,7 +100,7 @@ def problem(case: Case, seed: int = 0) -> Problem:
 
 
 def forward_flops(model: nn.Module, x: Tensor) -> tuple[float, float]:
-    """(F, F1) of one example of x [N, ...]: floating-point operations of all linear and convolutional layers, of the first."""
+    """(F, F1) per example of x [N, ...]: floating-point operations of all linear and conv layers, and of the first one."""
     layers: list[float] = []
 
     def count(module: nn.Module, inputs: object, output: Tensor) -> None:
@@ -121,8 +121,8 @@ def forward_flops(model: nn.Module, x: Tensor) -> tuple[float, float]:
 def arithmetic(problem: Problem) -> float:
     """Floating-point operations of the case's matrix products: 3F - F1 for a gradient, 9F - 5F1 for an exact inner step.
 
-    F is the forward pass of one example and F1 that of its first layer (no gradient in x is needed there). Nothing that
-    is computed twice counts twice, so an engine that recomputes does more than this.
+    F is the forward pass of one example. F1 is its first layer, which needs no gradient by x. Recomputation does not
+    count, so an engine that recomputes does more work than this.
     """
     case = problem.case
     forward, first = forward_flops(problem.model, problem.batch.support_x[0])
@@ -147,12 +147,12 @@ class HvpProblem:
         return len(self.params)
 
     def to(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> HvpProblem:
-        """The same numbers elsewhere."""
+        """The same problem on another device or in another type."""
         moved = [t.to(device, dtype if t.is_floating_point() else None) for t in (self.params, self.x, self.y, self.v)]
         return HvpProblem(self.name, copy.deepcopy(self.model).to(device, dtype), self.loss, *moved)
 
     @property
     def gflop(self) -> float:
-        """Of the matrix products: 9F less the first layer's input gradients, 5F1 (as an exact inner step)."""
+        """GFLOP of the matrix products: 9F - 5F1 per example, like an exact inner step."""
         forward, first = forward_flops(self.model, self.x[0])
         return self.tasks * self.x.shape[1] * (9 * forward - 5 * first) / 1e9

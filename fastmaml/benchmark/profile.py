@@ -1,11 +1,11 @@
-"""Where the time of a call goes: seconds, rates and bounds of every op, layer and phase of the engine's walks.
+"""Profiles a call: seconds, rates and bounds of every op, layer and phase of the engine's walks.
 
-    found = profile.measure(call)              call: one outer step, Hessian product or whatever runs the engine
+    found = profile.measure(call)              call: one outer step, a Hessian product, or any call of the engine
     print(profile.show(found, ceilings.measure()))
 
-The walks are timed Step by Step in every worker, so a share is of the workers' seconds: workers x wall time of the call. What
-no worker spends in a Step is shown too: waiting (for the last task, for a thread to wake up, for a core that other programs
-have), and everything outside of the walks.
+Every worker's walk is timed Step by Step. Shares are of the workers' seconds: workers x wall time of the call. Time outside
+Steps is shown too. Workers wait for the last task, for a thread to wake up, or for a core that another program uses. The
+rest is outside the walks.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from fastmaml.benchmark.text import share, table
 from fastmaml.compiled import introspection
 from fastmaml.engine.engine import Engine
 
-OUTER_LR = 1e-6  # so small that the network stays as it is
-LEAST_S, MOST_CALLS = 0.5, 50  # so long, or so often, is the call repeated under the profile
+OUTER_LR = 1e-6  # too small to change the network noticeably
+LEAST_S, MOST_CALLS = 0.5, 50  # repeat the call under the profile for LEAST_S, at most MOST_CALLS times
 WAITING = "sums over tasks, and waiting for the last task, a thread or a core"
 OUTSIDE = "outside the walks: Python, conversion, optimizer"
 
 
 class Row(NamedTuple):
-    """All Steps of one op, layer and phase, of one call."""
+    """All Steps of one op, layer and phase, per call."""
 
     phase: str
     op: str
@@ -37,10 +37,10 @@ class Row(NamedTuple):
     examples: int
     calls: float
     seconds: float  # summed over the workers
-    undisturbed: float  # what they would be, had every call of a Step been as fast as its fastest
+    undisturbed: float  # seconds if every call of a Step were as fast as its fastest
     products: float  # floating-point operations of matrix products and convolutions, counted as direct ones
-    other: float  # of all other arithmetic
-    bytes: float  # every operand once
+    other: float  # floating-point operations of all other arithmetic
+    bytes: float  # every operand counted once
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Profile:
-    """One call on average: its wall time, that of its walks, and their Steps, the slowest first."""
+    """The average call: its wall time, the wall time of its walks, and their Steps, slowest first."""
 
     wall_s: float
     walks_s: float
@@ -59,7 +59,7 @@ class Profile:
 
     @property
     def worker_s(self) -> float:
-        """What there is to share out."""
+        """The seconds of all workers: the whole of the shares."""
         return self.workers * self.wall_s
 
     @property
@@ -76,15 +76,15 @@ class Profile:
 
 
 class Bound(NamedTuple):
-    """What limits a row: "compute" or "memory", and the share of that ceiling which it reaches."""
+    """The limit of a row, "compute" or "memory", and the share of this ceiling that the row reaches."""
 
     by: str
     share: float
-    ceiling_s: float  # that it would take at the ceiling
+    ceiling_s: float  # seconds at the ceiling
 
 
 def measure(call: Callable[[], Any], least_s: float = LEAST_S) -> Profile:
-    """Profiles the call, which runs once before. Raises ValueError where nothing of it runs on a compiled host backend."""
+    """Profiles the call, after one warm-up. Raises ValueError if it does not run on a compiled host backend."""
     call()
     calls, wall = 0, 0.0
     introspection.start_profile()
@@ -97,13 +97,13 @@ def measure(call: Callable[[], Any], least_s: float = LEAST_S) -> Profile:
     finally:
         plans = introspection.stop_profile()
     if not plans:
-        raise ValueError("no Step ran on the cpu or reference backend, the two that are profiled")
+        raise ValueError("no Step ran on the cpu or reference backend; only these two can be profiled")
     walks = sum(plan["wall_seconds"] for plan in plans)
     return Profile(wall / calls, walks / calls, max(plan["workers"] for plan in plans), calls, _rows(plans, calls))
 
 
 def outer_step(problem: Problem, backend: str = "cpu", memory: str = "auto") -> Callable[[], Any]:
-    """The meta-gradient of a benchmark's problem and the outer optimizer's step, for measure()."""
+    """A call for measure(): the meta-gradient of a benchmark's problem and the outer optimizer's step."""
     own, case = problem.own(), problem.case
     learner = MAML(own.model, case.inner_lr, case.inner_steps, case.loss, backend=backend, memory=memory)
     optimizer = learner.outer_optimizer(OUTER_LR)
@@ -117,13 +117,13 @@ def outer_step(problem: Problem, backend: str = "cpu", memory: str = "auto") -> 
 
 
 def hessian_products(problem: HvpProblem, backend: str = "cpu") -> Callable[[], Any]:
-    """The Hessian-vector products of a benchmark's problem, for measure()."""
+    """A call for measure(): the Hessian-vector products of a benchmark's problem."""
     engine = Engine(problem.model, problem.loss, backend)
     return lambda: engine.hvp(problem.params, problem.x, problem.y, problem.v)
 
 
 def _rows(plans: list[dict[str, Any]], calls: int) -> tuple[Row, ...]:
-    """The Steps of all plans, those of one phase, op and layer as one."""
+    """The Steps of all plans, merged by phase, op and layer."""
     sums: dict[tuple[str, str, str, int], list[float]] = {}
     for plan in plans:
         for step in plan["steps"]:
@@ -135,7 +135,7 @@ def _rows(plans: list[dict[str, Any]], calls: int) -> tuple[Row, ...]:
 
 
 def bound(row: Row, ceilings: Ceilings, workers: int) -> Bound:
-    """By the roofline: the slower of its products at sgemm's rate and its bytes at a copy's, in L2 where they fit there."""
+    """The roofline: the slower of the products at sgemm's rate and the bytes at a copy's rate (in L2 if they fit)."""
     operations, in_cache, in_memory = ceilings.per_worker(workers)
     fits = row.bytes / max(row.calls, 1) <= ceilings.l2_bytes
     compute, memory = row.products / operations, row.bytes / (in_cache if fits else in_memory)
@@ -145,7 +145,7 @@ def bound(row: Row, ceilings: Ceilings, workers: int) -> Bound:
 
 
 def bottleneck(profile: Profile, ceilings: Ceilings) -> str:
-    """The part that wastes most, in a line."""
+    """The part that wastes most time, in one line."""
     wasted = {OUTSIDE: profile.outside_s, WAITING: profile.waiting_s}
     limits = {row.name: bound(row, ceilings, profile.workers) for row in profile.rows}
     wasted |= {row.name: max(0.0, row.seconds - limits[row.name].ceiling_s) for row in profile.rows}
@@ -161,7 +161,7 @@ HEAD = ["op", "layer", "phase", "N", "calls", "ms", "share", "GFLOP/s", "GB/s", 
 
 
 def show(profile: Profile, ceilings: Ceilings, most: int | None = None) -> str:
-    """The table; `most`: that many rows at most, the others as one."""
+    """The table. most: the maximum number of rows; all others are summed into one row."""
     shown = profile.rows[:most]
     rows = [_cells(row, ceilings, profile) for row in shown]
     rest = profile.rows[len(shown) :]
@@ -172,9 +172,9 @@ def show(profile: Profile, ceilings: Ceilings, most: int | None = None) -> str:
     rows.append(_plain("all", profile.worker_s, profile))
     products, undisturbed = (sum(getattr(row, of) for row in profile.rows) for of in ("products", "undisturbed"))
     title = (
-        f"{1e3 * profile.wall_s:.4g} ms a call, of it {1e3 * profile.walks_s:.4g} ms in walks of {profile.workers} workers; "
-        f"ms below are the workers' together: {profile.workers} x {1e3 * profile.wall_s:.4g} = {1e3 * profile.worker_s:.4g}. "
-        f"Had every Step been as fast as its fastest call, the walks would take {1e3 * undisturbed / profile.workers:.4g} ms. "
+        f"{1e3 * profile.wall_s:.4g} ms per call, {1e3 * profile.walks_s:.4g} ms of them in walks of {profile.workers} workers. "
+        f"The ms below add up all workers: {profile.workers} x {1e3 * profile.wall_s:.4g} = {1e3 * profile.worker_s:.4g}. "
+        f"If every Step were as fast as its fastest call, the walks would take {1e3 * undisturbed / profile.workers:.4g} ms. "
         f"{products / 1e9:.4g} GFLOP in products: {products / profile.wall_s / 1e9:.1f} GFLOP/s"
     )
     return "\n".join([title, str(ceilings), table(HEAD, rows), bottleneck(profile, ceilings)])
@@ -195,7 +195,7 @@ def _plain(name: str, seconds: float, profile: Profile) -> list[str]:
 
 
 def to_json(profile: Profile, ceilings: Ceilings) -> dict[str, Any]:
-    """For a result file."""
+    """The profile as plain data, for a result file."""
     rows = []
     for row in profile.rows:
         limit = bound(row, ceilings, profile.workers)

@@ -1,4 +1,4 @@
-"""Result files that are written case by case, so that an interrupted run goes on where it stopped."""
+"""Result files, written case by case, so an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastmaml.machine import machine, processor
 
 
 def facts() -> dict[str, Any]:
-    """Machine, threads, versions, instruction set and load: what is needed to measure the same again."""
+    """Machine, threads, versions, instruction set and load: the facts needed to repeat a measurement."""
     described: dict[str, Any] = {
         "machine": machine(),
         "processor": processor(),
@@ -35,7 +35,7 @@ def facts() -> dict[str, Any]:
 
 
 def first_line(command: list[str]) -> str:
-    """Of what a command prints; "" where it fails."""
+    """The first line that a command prints; "" if it fails."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -44,11 +44,11 @@ def first_line(command: list[str]) -> str:
 
 
 class Results:
-    """One file: what all of it belongs to (`identity`), the facts of the run, and an entry for each case that is done.
+    """One result file: its `identity` (settings and machine), the facts of the run, and an entry per finished case.
 
-    A file of the same identity is continued. Raises ValueError, which names the first difference, for any other; with
-    again=True it is started anew. path "": nothing is written. An entry says of what `sources`, a digest, it is, and of
-    which commit and day: one of other sources is not done, and stays until it is measured again.
+    A file with the same identity is continued. For another identity, raises ValueError that names the first difference;
+    again=True starts a new file instead. path "": nothing is written. Each entry holds the digest of its `sources`, its
+    commit and its day. An entry of other sources is not done, but stays until it is measured again.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Results:
         sources: str = "",
     ):
         self.path = Path(path) if str(path) else None
-        self.identity = json.loads(json.dumps(identity))  # as it comes back from the file
+        self.identity = json.loads(json.dumps(identity))  # as read back from the file
         self.content: dict[str, Any] = {"what": what, **described, "identity": self.identity, "complete": False}
         self.origin = {"sources": sources} | {key: described[key] for key in ("commit", "date") if key in described}
         self.entries: dict[str, Any] = {}
@@ -77,16 +77,16 @@ class Results:
             key = differ[0]
             raise ValueError(
                 f"{path} was measured with {key} {before.get(key, 'unknown')}, not {self.identity[key]}: "
-                "--again starts it anew, --out names another file"
+                "use --again to start a new file, or --out to name another"
             )
         return dict(had["entries"])
 
     def done(self, name: str) -> bool:
-        """Whether the case is there, measured with these sources."""
+        """Whether the case has been measured with these sources."""
         return name in self.entries and self.entries[name].get("sources") == self.origin["sources"]
 
     def save(self, name: str, entry: Mapping[str, Any]) -> None:
-        """Adds what one case gave and writes the file, whole or not at all."""
+        """Adds the result of one case and writes the file, whole or not at all."""
         self.entries[name] = {**entry, **self.origin}
         self._write()
 

@@ -17,25 +17,25 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as a Markdown table, numbers to the right."""
+    """A Markdown table: the first column left-aligned, the others right-aligned."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """So many significant digits without an exponent for large ones: 0.7584, 24.73, 15770; nothing where it is not known."""
+    """A number with `digits` significant digits, large ones without exponent: 0.7584, 24.73, 15770. Empty for None."""
     if value is None:
         return ""
     return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def share(value: float | None) -> str:
-    """0.123 as "12 %", nothing where it is not known."""
+    """0.123 as "12 %". Empty for None."""
     return "" if value is None else f"{100 * value:.0f} %"
 
 
 def progress(name: str) -> Callable[[str], None]:
-    """Says on a terminal what is going on, on one line that the next one overwrites; "" clears it."""
+    """Shows the current work on a terminal, in one line that the next call overwrites; "" clears the line."""
 
     def say(what: str) -> None:
         if sys.stderr.isatty():

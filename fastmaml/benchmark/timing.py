@@ -1,4 +1,4 @@
-"""Interleaved timing: every implementation in turn, round by round, disturbed samples again, slow ones less often."""
+"""Interleaved timing: every implementation in turn, round by round. Repeats disturbed samples, samples slow calls less."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import torch
 
 from fastmaml.benchmark.disturbance import Disturbance, Watch
 
-SLOW_S, SLOW_ROUNDS = 5.0, 3  # a call that takes longer is sampled so often
-Clock = Callable[[Callable[[], Any], int], float]  # seconds a call, of a call and how often to repeat it
+SLOW_S, SLOW_ROUNDS = 5.0, 3  # calls above SLOW_S seconds get SLOW_ROUNDS samples
+Clock = Callable[[Callable[[], Any], int], float]  # (call, repetitions) -> seconds per call
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds a call: the median of the rounds, half the distance between quartiles as a share of it, and the fastest."""
+    """Seconds per call: the median, half the distance between the quartiles as a share of the median, and the fastest."""
 
     median: float
     spread: float
     fastest: float
     rounds: int
-    calls: int  # in one sample
-    retaken: int = 0  # samples thrown away because other work disturbed them
-    disturbed: int = 0  # samples kept although disturbed, where the bound on retakes was reached
-    others: float | None = None  # median share of the machine that other processes had; None: not known
+    calls: int  # per sample
+    retaken: int = 0  # samples discarded because other work disturbed them
+    disturbed: int = 0  # disturbed samples kept, because the limit of retakes was reached
+    others: float | None = None  # median share of the machine used by other processes; None: unknown
     stolen: float | None = None
     switches: float | None = None
 
@@ -51,7 +51,7 @@ class Times:
 def summarise(
     samples: Sequence[float], calls: int = 1, seen: Sequence[Disturbance | None] = (), retaken: int = 0
 ) -> Times:
-    """Samples in seconds a call, with what was seen of other work during each."""
+    """Summarises samples (seconds per call) and the other work during each."""
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
     median = statistics.median(samples)
     known = [s for s in seen if s is not None]
@@ -66,7 +66,7 @@ class _Taken:
 
     repeats: int
     rounds: int
-    allowance_s: float  # for all its samples, retakes included
+    allowance_s: float  # for all its samples, including retakes
     samples: list[float] = field(default_factory=list)
     seen: list[Disturbance | None] = field(default_factory=list)
     retaken: int = 0
@@ -80,11 +80,11 @@ def interleaved(
     clock: Clock | None = None,
     budget_s: float = math.inf,
 ) -> dict[str, Times]:
-    """Times every call in turn, up to `rounds` times, each round from another one onwards, so a busy machine hits all alike.
+    """Times every call in turn, up to `rounds` times. Each round starts with another call, so a busy machine hits all.
 
-    A sample is as many calls as fill `least_s`, by one call that is not counted. Calls should have run before. A sample
-    that other processes disturbed is taken again at once, at most once a round on average. budget_s is shared equally;
-    what does not get all rounds in its share, or takes SLOW_S a call, has at least SLOW_ROUNDS, spread over all of them.
+    A sample repeats the call to fill `least_s`, judged by one call that does not count. Calls should have run before.
+    A sample that other processes disturbed is repeated at once, at most once per round on average. budget_s is shared
+    equally. A call that runs out of its share, or takes over SLOW_S, gets at least SLOW_ROUNDS samples, spread evenly.
     """
     clock = clock or seconds
     taken: dict[str, _Taken] = {}
@@ -122,7 +122,7 @@ def _take(call: Callable[[], Any], clock: Clock, of: _Taken) -> None:
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """The wall time of a call."""
+    """The wall time per call."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -130,7 +130,7 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def device_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """As seconds, between two events on the current CUDA stream: what the device took, waits for the host included."""
+    """Seconds per call between two events on the current CUDA stream. Includes waits for the host."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -142,7 +142,7 @@ def device_seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def sgemm(device: str = "cpu", size: int = 1024) -> tuple[Callable[[], Any], float]:
-    """(a float32 product of size cubed that may take its turn, its floating-point operations). Starts the threads."""
+    """(a float32 product of size cubed to be timed in turn, its floating-point operations). Starts the threads."""
     a = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device)
     out = torch.empty_like(a)
     torch.mm(a, a, out=out)
@@ -151,7 +151,7 @@ def sgemm(device: str = "cpu", size: int = 1024) -> tuple[Callable[[], Any], flo
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Within the block torch has so many threads."""
+    """Within the block torch uses `count` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

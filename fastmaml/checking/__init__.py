@@ -1,4 +1,4 @@
-"""fm.check: is this meta-gradient right? A learner's, another library's or a hand-written one, told in plain words.
+"""fm.check: is this meta-gradient right? For learners, other libraries and hand-written loops.
 
 print(fm.check(maml, batch))
 print(fm.check(my_meta_loss, batch, model=model, loss="mse", inner_lr=0.1, inner_steps=2))
@@ -16,11 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from fastmaml.algorithms.learner import Learner
 from fastmaml.algorithms.maml import MAML
-from fastmaml.checking import candidate as subjects
-from fastmaml.checking.candidate import Batch, MetaLoss, SubjectError
+from fastmaml.checking.candidate import Batch, CandidateError, MetaLoss, candidate_of_function, rate_leaves
 from fastmaml.checking.compare import relative
 from fastmaml.checking.examination import Examination
-from fastmaml.checking.expected import Intent
+from fastmaml.checking.expected import Expected
 from fastmaml.checking.learners import check_learner
 from fastmaml.checking.oracle import Oracle
 from fastmaml.checking.report import Report, Row
@@ -50,21 +49,24 @@ def check(
     directions: int = 3,
     seed: int = 0,
 ) -> Report:
-    """Compares a meta-gradient with unrolled autograd in float64 and with finite differences; the Report says what it is.
+    """Compares a meta-gradient with unrolled autograd in float64 and with finite differences. Returns a Report.
 
-    subject: a learner of fastmaml; or a model, for fastmaml's own meta-gradient of it; or a function (model, batch) ->
-        scalar loss whose backward() fills the .grad of model.parameters() (it may call backward() itself), with the
-        `model` it is to be called with. A function is called several times on that model in float64; weights,
-        gradients and buffers are put back afterwards.
+    subject: one of three things.
+        A learner of fastmaml.
+        A model: checks fastmaml's own meta-gradient of this model.
+        A function (model, batch) -> scalar loss; give its `model` too. backward() of the loss must fill the .grad of
+        model.parameters(); the function may also call backward() itself. It is called several times on `model` in
+        float64. Weights, gradients and buffers are restored afterwards.
     batch: (support_x, support_y, query_x, query_y), each [tasks, examples, ...]; x may be a tuple or dict of inputs.
-    What it is meant to compute, for a model or a function (a learner knows): loss "cross_entropy" (default), "mse" or a
-        function (output, target); inner_lr, inner_steps (default 1), inner, first_order, truncate, adapted, batch_norm
-        and label_smoothing as in fm.MAML; reduction of the tasks' losses, "mean" or "sum". Rates that require a
-        gradient are compared too.
-    backend: of the engine, where subject is a model.
-    directions: of the finite differences, besides one for each parameter; 0: none are taken.
+    loss, ..., label_smoothing: the expected meta-gradient, for a model or a function; leave them out for a learner.
+        loss: "cross_entropy" (default), "mse" or a function (output, target). inner_steps: default 1. inner_lr, inner,
+        first_order, truncate, adapted, batch_norm and label_smoothing: as in fm.MAML. Rates that require a gradient are
+        compared too.
+    reduction: of the tasks' losses, "mean" or "sum".
+    backend: the engine's backend, if subject is a model.
+    directions: number of random directions for finite differences, besides one per parameter; 0: no finite differences.
 
-    Raises ValueError or TypeError, in one sentence, where the input does not fit or the function raises.
+    Raises ValueError or TypeError, in one sentence, if the input does not fit or the function raises.
     """
     data = _checked_batch(batch)
     meant = {
@@ -84,11 +86,11 @@ def check(
         if model is not None:
             if not callable(subject):
                 raise TypeError(f"with model= the first argument is a function, not {type(subject).__name__}")
-            intent = _intent(given, reduction).checked(model)
-            return _of_function(subject, model, data, intent, directions, seed)
+            expected = _expected(given, reduction).checked(model)
+            return _of_function(subject, model, data, expected, directions, seed)
         if not isinstance(subject, nn.Module):
             if callable(subject):
-                raise TypeError("a function is called as function(model, batch): give the model with model=")
+                raise TypeError("a function is called as function(model, batch); give the model with model=")
             raise TypeError(f"subject must be a learner, a module or a function, not {type(subject).__name__}")
         if reduction != "mean":
             raise ValueError("reduction='sum' belongs to a function; fastmaml's own loss is the mean over tasks")
@@ -99,33 +101,33 @@ def check(
         return check_learner(subject, data, _sizes(data), directions, seed)
 
 
-def _intent(given: dict[str, Any], reduction: str) -> Intent:
+def _expected(given: dict[str, Any], reduction: str) -> Expected:
     given = dict(given)
     optimizer = optimizer_of(given.pop("inner_lr", None), given.pop("inner", None))
     loss, steps = given.pop("loss", "cross_entropy"), given.pop("inner_steps", 1)
-    return Intent(loss, optimizer, steps, reduction=reduction, **given)
+    return Expected(loss, optimizer, steps, reduction=reduction, **given)
 
 
 def _of_function(
-    function: MetaLoss, model: nn.Module, batch: Batch, intent: Intent, directions: int, seed: int
+    function: MetaLoss, model: nn.Module, batch: Batch, expected: Expected, directions: int, seed: int
 ) -> Report:
-    oracle = Oracle(model, intent, batch)
+    oracle = Oracle(model, expected, batch)
     name = getattr(function, "__name__", type(function).__name__)
-    title = f"{name}, compared with {intent.words()} ({_sizes(batch)})"
-    rates = subjects.rate_leaves(intent.inner.lr)
-    with subjects.of_function(function, model, batch, rates) as subject:
+    title = f"{name}, compared with {expected.words()} ({_sizes(batch)})"
+    rates = rate_leaves(expected.inner.lr)
+    with candidate_of_function(function, model, batch, rates) as candidate:
         try:
-            return Examination(subject, oracle, title, directions, seed).report()
-        except SubjectError as error:
+            return Examination(candidate, oracle, title, directions, seed).report()
+        except CandidateError as error:
             refusal = str(error)
-    with subjects.of_function(function, model, batch, rates, double=False) as subject:
-        subject.run()  # raises what the function raises whatever the type
-        tolerance = _float32_tolerance(oracle, Oracle(model, intent, batch, subject.dtype))
-        return Examination(subject, oracle, title, directions, seed, tolerance, refusal).report()
+    with candidate_of_function(function, model, batch, rates, double=False) as candidate:
+        candidate.run()  # a function that fails in float32 too raises here
+        tolerance = _float32_tolerance(oracle, Oracle(model, expected, batch, candidate.dtype))
+        return Examination(candidate, oracle, title, directions, seed, tolerance, refusal).report()
 
 
 def _float32_tolerance(double: Oracle, single: Oracle) -> float:
-    """Ten times what plain torch itself loses in float32 on this very problem, plus 64 rounding errors."""
+    """Ten times plain torch's own float32 error on this problem, plus 64 rounding errors."""
     exact, rounded = double.answer().total(), single.answer().total()
     lost = relative({name: grad.double() for name, grad in rounded.items()}, exact)
     return 10 * lost + 64 * torch.finfo(torch.float32).eps

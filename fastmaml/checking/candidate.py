@@ -1,4 +1,4 @@
-"""What is checked: something that turns weights and a batch into a loss and fills `.grad`, run in float64 where it can be."""
+"""The candidate: the meta-loss under check, which fills `.grad`. It runs in float64 if possible."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ MetaLoss = Callable[[nn.Module, Any], Any]
 Batch = tuple[Any, Tensor, Any, Tensor]  # support_x, support_y, query_x, query_y; x may be a tuple or dict of inputs
 
 
-class SubjectError(ValueError):
-    """What the meta-loss itself raised, in one sentence."""
+class CandidateError(ValueError):
+    """An error that the meta-loss itself raised, in one sentence."""
 
 
 class Outcome(NamedTuple):
-    """What one call left: the loss where it returned one, and `.grad` of every leaf (None where nothing arrived)."""
+    """The result of one call. loss: None if the call returned none. grads: `.grad` of every leaf, None if it got none."""
 
     loss: float | None
     grads: dict[str, Tensor | None]
 
 
-class Subject:
-    """A model, the leaves that its meta-loss is differentiated by, and the meta-loss as a function without arguments.
+class Candidate:
+    """A model, its meta-loss as a function without arguments, and the leaves to differentiate by.
 
-    leaves: by the names of the report; the model's parameters under their own names, rates as "inner_lr...".
-    Every call finds the same weights, buffers and training modes; what it leaves otherwise is noted and put back.
+    leaves: by their names in the report. Parameters have the model's names, rates are called "inner_lr...".
+    Every call starts from the same weights, buffers and training modes. Changes are noted and undone.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Subject:
         return next(iter(self.leaves.values())).dtype
 
     def run(self) -> Outcome:
-        """Calls the meta-loss and, unless it has done so itself, its backward. Leaves no gradients behind.
+        """Calls the meta-loss, and backward() unless the meta-loss did. Leaves no gradients behind.
 
-        Raises SubjectError with the first line of whatever the meta-loss raised.
+        Raises CandidateError with the first line of any error in the meta-loss.
         """
         self._forget()
         with self._kept(), torch.enable_grad():
@@ -62,13 +62,13 @@ class Subject:
                 try:
                     loss.backward()
                 except RuntimeError as error:
-                    raise SubjectError(f"backward() of the meta-loss raised: {_first_line(error)}") from error
+                    raise CandidateError(f"backward() of the meta-loss raised: {_first_line(error)}") from error
         grads = {n: None if x.grad is None else x.grad.detach().clone() for n, x in self.leaves.items()}
         self._forget()
         return Outcome(_number(loss), grads)
 
     def loss(self) -> float | None:
-        """The loss alone, at the leaves as they stand."""
+        """The loss alone, at the current leaves."""
         with self._kept(), torch.enable_grad():
             loss = _scalar(self._called())
         self._forget()
@@ -98,8 +98,8 @@ class Subject:
             return self.call()
         except Exception as error:
             if isinstance(self.owner, Learner) and isinstance(error, (ValueError, TypeError)):
-                raise  # a sentence of fastmaml's own
-            raise SubjectError(f"the meta-loss raised {type(error).__name__}: {_first_line(error)}") from error
+                raise  # the error is fastmaml's own
+            raise CandidateError(f"the meta-loss raised {type(error).__name__}: {_first_line(error)}") from error
 
     def _reached(self) -> bool:
         return any(leaf.grad is not None for leaf in self.leaves.values())
@@ -109,22 +109,22 @@ class Subject:
             leaf.grad = None
 
 
-def of_learner(learner: Learner, batch: Batch) -> Subject:
+def candidate_of_learner(learner: Learner, batch: Batch) -> Candidate:
     """A learner's copy in float64."""
     own = copy.deepcopy(learner).double()
     batch = in_double(batch)
     leaves: dict[str, Tensor] = {_plain_name(name): p for name, p in own.named_parameters()}
-    return Subject(own.model, leaves, lambda: own(*batch), own)
+    return Candidate(own.model, leaves, lambda: own(*batch), own)
 
 
 @contextmanager
-def of_function(
+def candidate_of_function(
     function: MetaLoss, model: nn.Module, batch: Batch, rates: Mapping[str, Tensor], double: bool = True
-) -> Iterator[Subject]:
-    """A hand-written meta-loss on the model itself, for the function may hold the model that it was written around.
+) -> Iterator[Candidate]:
+    """A hand-written meta-loss. It runs on the model itself, not a copy: the function may refer to its model.
 
-    double: model, rates and batch are in float64 within the block. Afterwards weights, gradients, buffers, training modes
-    and dropout are what they were.
+    double: model, rates and batch are float64 within the block. Afterwards weights, gradients, buffers, training modes
+    and dropout are restored.
     """
     leaves: dict[str, Tensor] = {**dict(model.named_parameters()), **rates}
     saved = [(leaf, leaf.data, leaf.grad) for leaf in leaves.values()]
@@ -137,7 +137,7 @@ def of_function(
         for module, buffers, _ in modules:
             module._buffers.update({n: None if b is None else _double(b, double).clone() for n, b in buffers.items()})
         given = in_double(batch) if double else batch
-        yield Subject(model, leaves, lambda: function(model, given))
+        yield Candidate(model, leaves, lambda: function(model, given))
     finally:
         for leaf, data, grad in saved:
             leaf.grad = None
@@ -151,7 +151,7 @@ def of_function(
 
 
 def rate_leaves(inner_lr: Any) -> dict[str, Tensor]:
-    """Those of the given rates whose gradient a hand-written loop fills: leaves that require one."""
+    """The rates whose gradient a hand-written loop fills: leaves with requires_grad."""
     named = inner_lr.items() if isinstance(inner_lr, Mapping) else [(None, inner_lr)]
     return {
         "inner_lr" if name is None else f"inner_lr.{name}": rate

@@ -1,4 +1,4 @@
-"""Gradients as tensors by name, and how far two of them are apart. A name that one side lacks counts as zero there."""
+"""Gradients as tensors by name, and the distance of two gradients. A missing name counts as zero."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cosine(given: Named, wanted: Named) -> float:
 
 
 def agrees_in(name: str, given: Named, wanted: Named, tolerance: float, whole: float) -> bool:
-    """Within the tolerance of the parameter's own size, or 1e-3 of it of the whole gradient's (`whole`)."""
+    """Whether the error is within tolerance x (the parameter's own norm + 1e-3 x `whole`, the whole gradient's norm)."""
     own = float(wanted[name].norm()) if name in wanted else 0.0
     return float(_error(name, given, wanted).norm()) <= tolerance * (own + 1e-3 * whole)
 

@@ -1,4 +1,4 @@
-"""What is wrong with a gradient: one of the usual mistakes, a factor, weights of the tasks, or parts of it by themselves."""
+"""Finds the error of a gradient: a usual mistake, a factor, weights of the tasks, or single wrong parameters."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fastmaml.checking.report import listed, share
 
 class Diagnosis(NamedTuple):
     sentences: list[str]
-    verdicts: dict[str, str]  # for the table, by the names of wrong parameters
+    verdicts: dict[str, str]  # for the table: wrong parameter -> verdict
 
 
 def diagnose(
     given: Named, wanted: Named, loss: float | None, exact: Answer, oracle: Oracle, tolerance: float
 ) -> Diagnosis:
-    """given and wanted: the gradients of the model's parameters, which differ. loss: the one that was returned, if any."""
-    off = f"It is {share(relative(given, wanted))} off the exact meta-gradient (cosine {cosine(given, wanted):.4f})."
+    """given, wanted: the gradients of the model's parameters, which differ. loss: the returned loss, if any."""
+    off = f"The gradient is {share(relative(given, wanted))} off the exact meta-gradient (cosine {cosine(given, wanted):.4f})."
     factors = _known_factors(oracle)
 
     def all_are(verdict: str) -> dict[str, str]:
@@ -39,7 +39,7 @@ def diagnose(
     for mistake, besides in candidates:
         for known in (1.0, *factors):
             if agrees(given, {name: known * grad for name, grad in mistake.grad.items()}, tolerance):
-                beyond = "" if known == 1.0 else f"Beyond that it is {_reason(known, factors)}."
+                beyond = "" if known == 1.0 else f"In addition, the gradient is {_reason(known, factors)}."
                 said = [sentence for sentence in (mistake.sentence, besides, beyond, off) if sentence]
                 return Diagnosis(said, all_are(mistake.verdict))
         tried.append(mistake)
@@ -60,9 +60,9 @@ def diagnose(
 def _candidates(
     loss: float | None, exact: Answer, oracle: Oracle, factors: dict[float, str], tolerance: float
 ) -> Iterator[tuple[Mistake, str]]:
-    """The mistakes that the returned loss allows, computed; each forward one also together with first order.
+    """The mistakes that fit the returned loss, computed. Mistakes of the forward pass also come with first order.
 
-    Where no loss was returned, or it fits nothing, all of them. With each comes a sentence on what is done besides.
+    If no loss was returned, or the loss fits no mistake, all mistakes are tried. The text names a second mistake.
     """
 
     def fits(other: float) -> bool:
@@ -79,10 +79,10 @@ def _candidates(
         if mistake is not None:
             yield mistake, ""
     for idea in ideas:
-        if not idea.slip.backward_only and not oracle.intent.first_order:
+        if not idea.slip.backward_only and not oracle.expected.first_order:
             mistake = mistakes.computed(mistakes.with_first_order(idea, oracle), oracle)
             if mistake is not None:
-                yield mistake, f"And besides: {mistakes.FIRST_ORDER}"
+                yield mistake, f"In addition: {mistakes.FIRST_ORDER}"
 
 
 def _wrong(given: Named, wanted: Named, tolerance: float) -> list[str]:
@@ -94,27 +94,27 @@ def _wrong(given: Named, wanted: Named, tolerance: float) -> list[str]:
 # ---------------------------------------------------------------- factors
 
 
-def _factor(given: Named, expected: Named, tolerance: float) -> float | None:
-    """c with given = c * expected; None if there is none."""
-    length = inner(expected, expected)
-    factor = inner(given, expected) / length if length else 0.0
+def _factor(given: Named, wanted: Named, tolerance: float) -> float | None:
+    """c with given = c * wanted; None if there is none."""
+    length = inner(wanted, wanted)
+    factor = inner(given, wanted) / length if length else 0.0
     if not factor or not math.isfinite(factor):
         return None
-    return factor if agrees(given, {n: factor * e for n, e in expected.items()}, tolerance) else None
+    return factor if agrees(given, {n: factor * e for n, e in wanted.items()}, tolerance) else None
 
 
 def _known_factors(oracle: Oracle) -> dict[float, str]:
-    """Factors that come of sums for means, and what to say of each."""
+    """Factors from sums instead of means, with a reason for each."""
     tasks, queries = oracle.tasks, oracle.sets["query"][1].shape[1]
     said = {
         1 / queries: f"the query loss is divided by its {queries} examples twice",
         1 / tasks: f"divided by the {tasks} tasks twice",
         tasks * queries: f"summed over the {tasks} tasks and their {queries} query examples instead of averaged",
         queries: f"the query loss is summed over its {queries} examples instead of averaged",
-        tasks: f"the sum over the {tasks} tasks instead of their mean (if that is meant: reduction='sum')",
-        -1.0: "its sign is the other one",
+        tasks: f"the sum over the {tasks} tasks instead of their mean (if intended, check with reduction='sum')",
+        -1.0: "its sign is flipped",
     }
-    if oracle.intent.reduction == "sum":
+    if oracle.expected.reduction == "sum":
         said |= {
             1 / tasks: f"the mean over the {tasks} tasks instead of their sum",
             tasks: f"times the {tasks} tasks twice",
@@ -135,7 +135,7 @@ def _reason(factor: float, factors: dict[float, str]) -> str:
 
 
 def _task_weights(given: Named, exact: Answer, oracle: Oracle, tolerance: float) -> list[float] | None:
-    """The weights of the tasks' gradients in the given one, where 1 is right for each; None if there are none."""
+    """The weights of the tasks' gradients in the given gradient; 1 is right. None if no weights fit."""
     by_task = {name: rows for name, rows in exact.grads.items() if rows is not None and name in oracle.theta}
     rows = torch.cat([of_tasks.flatten(1) for of_tasks in by_task.values()], dim=1)
     if rows.shape[0] < 2 or rows.shape[0] >= rows.shape[1]:
@@ -152,14 +152,14 @@ def _of_tasks(weights: list[float]) -> str:
     counted = [task for task, w in enumerate(weights) if abs(w) > 1e-6]
     only = ""
     if len(counted) == 1:
-        only = f": only task {counted[0] + 1} of {len(weights)} counts (zero_grad() or '=' instead of '+=' in the loop)"
-    return f"The tasks do not count the same: their gradients enter with the weights {shown} instead of 1 each{only}."
+        only = f". Only task {counted[0] + 1} of {len(weights)} counts (zero_grad() or '=' instead of '+=' in the loop)"
+    return f"The tasks' gradients have unequal weights: {shown} instead of 1 each{only}."
 
 
 def _other_rate(given: Named, loss: float | None, oracle: Oracle, tolerance: float) -> str | None:
-    """A sentence when the gradient is the exact one of another inner learning rate, found by the loss it gives."""
-    rate = oracle.intent.inner.lr
-    if loss is None or not oracle.intent.inner_steps or not isinstance(rate, (int, float)):
+    """A sentence if the gradient is exact for another inner learning rate, which the returned loss reveals."""
+    rate = oracle.expected.inner.lr
+    if loss is None or not oracle.expected.inner_steps or not isinstance(rate, (int, float)):
         return None
     for start in (1.0, 0.5, 2.0):
         last, factor = start, 0.95 * start
@@ -173,9 +173,7 @@ def _other_rate(given: Named, loss: float | None, oracle: Oracle, tolerance: flo
             continue
         grads = mistakes.of_parameters(oracle.answer(Slip(rate_factor=factor)).total(), oracle)
         if agrees(given, grads, max(100 * tolerance, 1e-6)):  # the root is known to about 1e-10
-            return (
-                f"The inner learning rate is {factor * rate:.6g}, not {rate:g}: with that rate the gradient is exact."
-            )
+            return f"The inner learning rate is {factor * rate:.6g}, not {rate:g}. For that rate the gradient is exact."
     return None
 
 
@@ -183,30 +181,30 @@ def _other_rate(given: Named, loss: float | None, oracle: Oracle, tolerance: flo
 
 
 def _part_by_part(given: Named, wanted: Named, tried: list[Mistake], tolerance: float) -> Diagnosis:
-    """Each wrong parameter by itself: detached, one of the usual mistakes there, or just wrong."""
+    """The verdict of each wrong parameter by itself: detached, a usual mistake, or just wrong."""
     whole, wrong = size(wanted), _wrong(given, wanted, tolerance)
     verdicts, kinds = dict[str, str](), dict[str, list[str]]()
     for name in wrong:
         kind = "wrong"
         if name not in given or zero({name: given[name]}):
             kind = "detached"
-        elif given[name].numel() > 1:  # one number is met by chance
+        elif given[name].numel() > 1:  # a single number could fit by chance
             fitting = (m for m in tried if agrees_in(name, given, m.grad, tolerance, whole))
             kind = next((m.verdict for m in fitting), "wrong")
         verdicts[name] = kind
         kinds.setdefault(kind, []).append(name)
     sentences = []
     if "detached" in kinds:
-        sentences.append(f"Detached: no gradient reaches {listed(kinds.pop('detached'))}, where there should be one.")
+        sentences.append(f"Detached: no gradient reaches {listed(kinds.pop('detached'))}, but it should.")
     unknown = kinds.pop("wrong", [])
     for kind, names in kinds.items():
         mistake = next(m for m in tried if m.verdict == kind)
-        sentences.append(f"In {listed(names)} the gradient is that of this mistake: {mistake.sentence}")
+        sentences.append(f"The gradient of {listed(names)} shows this mistake: {mistake.sentence}")
     if unknown:
         by_error = sorted(unknown, key=lambda name: -relative(pick(given, [name]), pick(wanted, [name])))
         worst = share(relative(pick(given, by_error[:1]), pick(wanted, by_error[:1])))
         sentences.append(
-            f"Wrong in {listed(by_error)}; worst is '{by_error[0]}', wrong by {worst}. None of the usual mistakes gives this."
+            f"Wrong in {listed(by_error)}; the worst is '{by_error[0]}', wrong by {worst}. No usual mistake explains this."
         )
     right = [name for name in wanted if name not in wrong]
     if right:
@@ -221,11 +219,11 @@ def _about_loss(loss: float | None, exact: Answer, tried: list[Mistake], oracle:
     if loss is None:
         return []
     if is_that(exact.loss):
-        return ["Its loss is right, so the mistake is in the backward pass."]
+        return ["The loss is right, so the mistake is in the backward pass."]
     mistake = next((m for m in tried if is_that(m.loss)), None)
     if mistake is not None:
-        return [f"Its loss is that of this mistake, although its gradient is not: {mistake.sentence}"]
+        return [f"The loss fits this mistake, but the gradient does not: {mistake.sentence}"]
     return [
-        f"Its loss is {loss:.6g}, the oracle's {exact.loss:.6g}: it computes another meta-loss than the one it was compared "
-        f"with ({oracle.intent.words()})."
+        f"The loss is {loss:.6g}, but the oracle's is {exact.loss:.6g}: the function computes another meta-loss than "
+        f"expected ({oracle.expected.words()})."
     ]

@@ -1,4 +1,4 @@
-"""Central finite differences of a loss along directions in parameter space, and what they say about a gradient."""
+"""Central finite differences of a loss along directions in parameter space, and the sentences about a gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from fastmaml.checking.compare import Named, inner, size
 from fastmaml.checking.report import listed
 
-# With losses and weights near 1 rounding leaves 1e-16 / h and the third derivative h^2: both are below 1e-10 here.
+# For losses and weights near 1 the error is 1e-16 / h from rounding and h^2 from the third derivative, both below 1e-10.
 STEP = 3e-6
 
 _KINKS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Threshold, nn.modules.pooling._MaxPoolNd)
@@ -21,18 +21,18 @@ class Slope(NamedTuple):
     """The derivative of a loss along a direction of length 1."""
 
     value: float
-    noise: float  # how far steps of h and 2 h disagree, in the first and in the second difference: a kink shows there
+    noise: float  # disagreement of steps h and 2 h, in the first and second difference; large at a kink
     direction: Named
 
     def reach(self, grad: Named) -> float:
-        """The size of a gradient in the parameters of the direction."""
+        """The norm of a gradient over the direction's parameters."""
         return size({name: grad[name] for name in self.direction if name in grad})
 
     def at_kink(self, grad: Named) -> bool:
         return not self.noise <= 1e-5 * self._scale(grad)
 
     def miss(self, grad: Named, scale: Named) -> float:
-        """How far the gradient's slope is from this one, as a share of `scale` there."""
+        """The error of the gradient's slope, as a share of `scale` over the direction's parameters."""
         return abs(self.value - inner(grad, self.direction)) / self._scale(scale)
 
     def fits(self, grad: Named, scale: Named) -> bool:
@@ -44,11 +44,11 @@ class Slope(NamedTuple):
 
 
 def directions(grad: Named, count: int, seed: int, most: int, silent: Named | None = None) -> list[Named]:
-    """`count` unit directions over all parameters, and one for each whose gradient is more than rounding.
+    """`count` unit directions over all parameters, and one for each parameter whose gradient is above rounding.
 
-    If there are more than `most` of those, neighbours share a direction. Each is the gradient's own, turned by a random
-    part of half its length: so the slope is of the gradient's size.
-    silent: parameters without a gradient, each of which gets a random direction.
+    With more than `most` such parameters, neighbours share a direction. Each direction is the gradient plus half its
+    length of random noise, so the slope is about as large as the gradient.
+    silent: parameters without a gradient; each gets a random direction.
     """
     random = torch.Generator().manual_seed(seed)
     moved = [name for name in grad if float(grad[name].norm()) > 1e-8 * size(grad)]
@@ -60,7 +60,7 @@ def directions(grad: Named, count: int, seed: int, most: int, silent: Named | No
 
 
 def slopes(loss: Callable[[], float | None], leaves: Named, along: list[Named]) -> list[Slope]:
-    """The slope of `loss` along each direction, by moving the leaves in place; they are put back."""
+    """The slope of `loss` along each direction. Moves the leaves in place and restores them."""
     middle = loss()
     return [_slope(loss, leaves, direction, middle) for direction in along]
 
@@ -94,25 +94,27 @@ def _unit(grad: Named, random: torch.Generator) -> Named:
 
 
 def judged(found: list[Slope], given: Named, wanted: Named, right: bool, whose: str, model: nn.Module) -> list[str]:
-    """Sentences: whether the slopes of `whose` loss are those of the given gradient or of the wanted one."""
+    """Sentences: whether the slopes of `whose` loss fit the given gradient or the wanted one."""
     sure = [slope for slope in found if not slope.at_kink(wanted)]
     every = len(sure)
     mine, true = (sum(slope.fits(grad, wanted) for slope in sure) for grad in (given, wanted))
     start = f"Finite differences of {whose}"
     if right and mine == every:
         worst = max((slope.miss(given, wanted) for slope in sure), default=0.0)
-        verdict = f"{start} agree with it along {every} directions (worst difference {worst:.0e})."
+        verdict = f"{start} agree with the gradient along {every} directions (worst difference {worst:.0e})."
     elif right:
-        verdict = f"{start} agree along {mine} of {every} directions only: the loss is not that of the gradient."
+        verdict = (
+            f"{start} agree with the gradient along only {mine} of {every} directions: it belongs to another loss."
+        )
     elif mine == every:
         verdict = (
-            f"{start} agree with the gradient along {every} directions: it differentiates its loss rightly, so it is the "
-            "loss that is not the one described."
+            f"{start} agree with the gradient along {every} directions. The gradient fits this loss, so the loss is not "
+            "the one described."
         )
     elif true == every:
-        verdict = f"{start} side with the oracle along all {every} directions."
+        verdict = f"{start} agree with the oracle along all {every} directions."
     elif true == mine == 0:
-        verdict = f"{start} agree with neither along {every} directions."
+        verdict = f"{start} agree with neither the gradient nor the oracle along {every} directions."
     else:
         verdict = (
             f"{start} agree with the oracle along {true} and with the gradient along {mine} of {every} directions."
@@ -121,12 +123,12 @@ def judged(found: list[Slope], given: Named, wanted: Named, right: bool, whose: 
 
 
 def kinks(unsure: int, of: int, model: nn.Module) -> list[str]:
-    """What to say of the directions along which a kink lies."""
+    """A sentence about the directions that cross a kink."""
     if not unsure:
         return []
     layers = [name for name, module in model.named_modules() if isinstance(module, _KINKS)]
-    where = f" (such as {listed(layers)} make)" if layers else ""
+    where = f" (as {listed(layers)} can make)" if layers else ""
     return [
-        f"Along {unsure} of {of} directions finite differences cannot tell: the loss has a kink{where} within the step; "
-        "there the oracle alone decides."
+        f"Along {unsure} of {of} directions finite differences cannot decide: the loss has a kink{where} within the step. "
+        "There the oracle alone decides."
     ]

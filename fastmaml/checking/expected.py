@@ -1,4 +1,4 @@
-"""What a meta-gradient is meant to be: inner loop, losses and batch norm mode as plain data, given or read off a learner."""
+"""The expected meta-gradient: inner loop, losses and batch norm mode as plain data, given or taken from a learner."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fastmaml.problem.inner_rates import expand_rates
 from fastmaml.problem.losses import Loss, per_example
 from fastmaml.problem.parameters import ParameterLayout
 
-# What a sweep may be asked for that the oracle can unroll; a learner with more is compared with finite differences.
-_UNROLLED = {"first_order", "truncate", "adapted", "loss_weights", "minibatch", "proximal", "step_rows"}
+# The tensors of a call that the oracle can unroll with. A learner with others is compared with finite differences.
+_UNROLLED = {"loss_weights", "proximal", "step_rows"}
 
 
 @dataclass(frozen=True)
-class Intent:
-    """The meta-loss: K steps of `inner` on the support loss, then the query loss; and how it is differentiated."""
+class Expected:
+    """The meta-loss (K steps of `inner` on the support loss, then the query loss) and how to differentiate it."""
 
     loss: Loss
     inner: Optimizer  # with its rates
@@ -34,15 +34,15 @@ class Intent:
     label_smoothing: float = 0.0
     first_order: bool = False
     truncate: int | None = None  # exact through the last `truncate` steps, identity before them
-    adapted: Sequence[str] | None = None  # name patterns of what the inner loop moves
+    adapted: Sequence[str] | None = None  # name patterns of the parameters that the inner loop moves
     loss_weights: Tensor | None = None  # [K+1] of the query losses at phi[0] .. phi[K]
     minibatch: int | None = None  # step k sees support rows k B .. k B + B - 1
     proximal: float = 0.0  # + proximal (phi - theta) to each step's gradient
     step_rows: Mapping[str, Tensor] | None = None  # [K, *shape]: parameters with a value of their own at every step
     reduction: str = "mean"  # of the tasks' losses: "mean" | "sum"
 
-    def checked(self, model: nn.Module) -> Intent:
-        """Itself. Raises ValueError or TypeError where it does not fit the model."""
+    def checked(self, model: nn.Module) -> Expected:
+        """Returns self. Raises ValueError or TypeError if it does not fit the model."""
         layout = ParameterLayout(model)
         like = next(model.parameters())
         per_example(self.loss, self.label_smoothing)
@@ -56,7 +56,7 @@ class Intent:
         return self
 
     def moved_mask(self, model: nn.Module) -> Tensor | None:
-        """[P]: 1 on what the inner loop moves; None: all."""
+        """[P]: 1 on the entries that the inner loop moves; None: all."""
         layout, like = ParameterLayout(model), next(model.parameters())
         mask = layout.trainable(model.parameters(), like)
         if self.adapted is None:
@@ -87,31 +87,35 @@ class Intent:
         return f"{order}{steps} of {type(self.inner).__name__} {given}{norm}"
 
 
-def of_learner(learner: Learner) -> Intent | str:
-    """What a learner is meant to compute, or the reason why the oracle cannot unroll it."""
+def expected_of_learner(learner: Learner) -> Expected | str:
+    """The expected meta-gradient of a learner, or the reason why the oracle cannot unroll it."""
     name, kind = type(learner).__name__, type(learner)
     own_sweep = kind.meta_step not in [known.meta_step for known in (Learner, MAMLPlusPlus, ANIL)]
     if own_sweep or kind.start is not Learner.start:
-        return f"{name} has a gradient of its own kind"
-    options = learner.sweep_options()
-    more = [option for option, value in options.items() if option not in _UNROLLED and value is not None]
+        return f"{name} defines its own gradient"
+    options, tensors = learner.options(), learner.call_tensors()
+    more = [given for given, value in tensors.items() if given not in _UNROLLED and value is not None]
     if more:
         return f"{name} uses {', '.join(more)}"
     engine = learner.engine
-    return Intent(
+    return Expected(
         engine.loss_name,
         learner.inner,
         learner.inner_steps,
         engine.batch_norm,
         engine.label_smoothing,
-        **{option: value for option, value in options.items() if value is not None},
+        first_order=options.first_order,
+        truncate=options.truncate,
+        adapted=options.adapted,
+        minibatch=options.minibatch,
+        **{given: value for given, value in tensors.items() if value is not None},
     )
 
 
 class Rates:
-    """Inner learning rates as leaves of a graph, and the part of them that drives one parameter at one step.
+    """Inner learning rates as leaves of a graph, and the rate of one parameter at one step.
 
-    leaves: by the name that a report gives them, "inner_lr" or "inner_lr.NAME".
+    leaves: by their names in the report, "inner_lr" or "inner_lr.NAME".
     """
 
     def __init__(self, lr: Any, model: nn.Module, dtype: torch.dtype):

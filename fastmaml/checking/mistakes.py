@@ -1,4 +1,4 @@
-"""The usual mistakes of meta-gradients, in words and as slips that the oracle makes on purpose."""
+"""The usual mistakes of meta-gradients: a sentence for each, and the Slip with which the oracle makes it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastmaml.checking.compare import Named
 from fastmaml.checking.oracle import Oracle, Slip
 
 FIRST_ORDER = (
-    "First order only: the Hessian terms are missing; the inner gradient is taken without create_graph=True (or "
-    "detached), or the gradient is that of the adapted copy instead of the start."
+    "First order only: the Hessian terms are missing. Either the inner gradient is taken without create_graph=True (or "
+    "is detached), or this is the gradient of the adapted copy, not of the start."
 )
 
 
@@ -28,7 +28,7 @@ class Idea(NamedTuple):
 
 
 class Mistake(NamedTuple):
-    """A mistake in words, and what a program that makes it computes."""
+    """A mistake in words, with the gradient and loss of a program that makes it."""
 
     verdict: str
     sentence: str
@@ -37,7 +37,7 @@ class Mistake(NamedTuple):
 
 
 def computed(idea: Idea, oracle: Oracle) -> Mistake | None:
-    """What a program with this mistake computes; None where no program can make it (a batch norm without a batch)."""
+    """The gradient and loss of a program with this mistake. None if no program can make it (a batch norm without a batch)."""
     try:
         answer = oracle.answer(idea.slip)
     except ValueError:
@@ -46,7 +46,7 @@ def computed(idea: Idea, oracle: Oracle) -> Mistake | None:
 
 
 def loss_of(idea: Idea, oracle: Oracle) -> float:
-    """The loss alone, which costs less; NaN where no program can make the mistake."""
+    """The loss alone, which is cheaper. NaN if no program can make the mistake."""
     try:
         return oracle.loss(idea.slip)
     except ValueError:
@@ -54,8 +54,8 @@ def loss_of(idea: Idea, oracle: Oracle) -> float:
 
 
 def with_first_order(idea: Idea, oracle: Oracle) -> Idea:
-    """A mistake of the forward pass, made by a program that drops the Hessian terms besides."""
-    every = frozenset(range(oracle.intent.inner_steps if idea.slip.steps is None else idea.slip.steps))
+    """A mistake of the forward pass, in a program that also drops the Hessian terms."""
+    every = frozenset(range(oracle.expected.inner_steps if idea.slip.steps is None else idea.slip.steps))
     return idea._replace(slip=replace(idea.slip, cut_gradient=every))
 
 
@@ -66,45 +66,45 @@ def of_parameters(grads: Named, oracle: Oracle) -> Named:
 
 def ideas(oracle: Oracle) -> Iterator[Idea]:
     """The usual mistakes, the likeliest first."""
-    intent = oracle.intent
-    steps = intent.inner_steps
-    if intent.first_order or intent.truncate is not None:
-        what = "first_order=True" if intent.first_order else f"truncate={intent.truncate}"
+    expected = oracle.expected
+    steps = expected.inner_steps
+    if expected.first_order or expected.truncate is not None:
+        what = "first_order=True" if expected.first_order else f"truncate={expected.truncate}"
         yield Idea(
             "second order",
             f"Second order: this is the exact meta-gradient, although {what} was asked for.",
             Slip(whole=True),
         )
-    if steps and not intent.first_order:
+    if steps and not expected.first_order:
         yield Idea("first order", FIRST_ORDER, Slip(cut_gradient=frozenset(range(steps))))
         yield Idea(
             "no query gradient",
-            "The query gradient at the adapted parameters is missing: only the Hessian terms are left; the adjoint "
-            "forgets the term it starts from, or the inner step starts from detached parameters (p.detach() - lr * g).",
+            "The query gradient at the adapted parameters is missing; only the Hessian terms are left. Either the adjoint "
+            "sweep forgets its first term, or the inner step starts from detached parameters (p.detach() - lr * g).",
             Slip(only_hessian=True),
         )
         yield from _cuts(steps)
     yield Idea(
         "not adapted",
-        "The inner steps have no effect: this is the gradient of the query loss at the start; the query pass does not "
+        "The inner steps have no effect: this is the gradient of the query loss at the start. The query pass does not "
         "use the adapted parameters.",
         Slip(steps=0),
     )
     for other in sorted({*range(1, min(steps, 10)), steps + 1, 2 * steps} - {0, steps}):
-        if intent.minibatch is None or other < steps:
+        if expected.minibatch is None or other < steps:
             yield Idea(
                 _count(other, "step"),
                 f"This is the meta-gradient of {_count(other, 'inner step')}, not of {steps}.",
                 Slip(steps=other),
             )
-    if intent.plain and steps:
+    if expected.plain and steps:
         yield from _rates(oracle)
     yield from _norms(oracle)
     if steps > 1:
         yield Idea(
             "steps at the start",
-            "Every inner gradient is taken at the start: the inner forward pass does not use the parameters that the "
-            "step before it has adapted.",
+            "Every inner gradient is taken at the start. The inner forward pass does not use the adapted parameters of "
+            "the step before.",
             Slip(at_start=True),
         )
     yield from _examples(oracle)
@@ -116,23 +116,23 @@ def _cuts(steps: int) -> Iterator[Idea]:
     for j in range(1, min(steps, 10)):
         yield Idea(
             f"cut after step {j}",
-            f"The Hessian {_terms(j)} of the first {j} of {steps} inner steps {_are(j)} missing: the graph is cut after "
-            f"step {j} (a detach() or a new leaf), so this is the gradient by the parameters after that step instead "
-            "of the start.",
+            f"The Hessian {_terms(j)} of the first {j} of {steps} inner steps {_are(j)} missing. The graph is cut after "
+            f"step {j}, by a detach() or a new leaf. This is the gradient with respect to the parameters after step {j}, "
+            "not the start.",
             Slip(cut_gradient=frozenset(range(j))),
         )
     for k in range(min(steps, 10)):
         if steps > 1:
             yield Idea(
                 f"step {k + 1} detached",
-                f"The Hessian term of inner step {k + 1} of {steps} is missing: the gradient of that step is detached or "
-                "taken without create_graph=True.",
+                f"The Hessian term of inner step {k + 1} of {steps} is missing: its gradient is detached or taken "
+                "without create_graph=True.",
                 Slip(cut_gradient=frozenset([k])),
             )
     for j in range(1, min(steps, 10)):
         yield Idea(
             f"last {j} first order",
-            f"The Hessian {_terms(j)} of the last {j} of {steps} inner steps {_are(j)} missing: the gradients there are "
+            f"The Hessian {_terms(j)} of the last {j} of {steps} inner steps {_are(j)} missing: their gradients are "
             "detached or taken without create_graph=True.",
             Slip(cut_gradient=frozenset(range(steps - j, steps))),
         )
@@ -141,8 +141,8 @@ def _cuts(steps: int) -> Iterator[Idea]:
         where = "every inner step starts" if len(place) == steps else f"inner step {min(place) + 1} of {steps} starts"
         yield Idea(
             "parameters detached",
-            f"The direct path to the start is cut: {where} from detached parameters (p.detach() - lr * g or p.data), so "
-            "only the path through the inner gradient is left.",
+            f"The direct path to the start is cut: {where} from detached parameters (p.detach() - lr * g or p.data). "
+            "Only the path through the inner gradient is left.",
             Slip(cut_params=place),
         )
 
@@ -151,8 +151,8 @@ def _rates(oracle: Oracle) -> Iterator[Idea]:
     if not oracle.rates.one_number:
         yield Idea(
             "rate order",
-            "The learning rates multiply the Hessian-vector product, a*(H v), instead of the vector, H(a*v); the two "
-            "differ as soon as the rates are not one number.",
+            "The learning rates multiply the Hessian-vector product, a*(H v), instead of the vector, H(a*v). The two "
+            "are equal only if the rates are one number.",
             Slip(hessian_term="a*(H v)"),
         )
     yield Idea(
@@ -178,15 +178,15 @@ def _rates(oracle: Oracle) -> Iterator[Idea]:
         if factor != 1.0:
             yield Idea(
                 "inner rate",
-                f"The inner learning rate is {factor:g} times what was said: {reason}.",
+                f"The inner learning rate is {factor:g} times the given one: {reason}.",
                 Slip(rate_factor=factor),
             )
 
 
 def _norms(oracle: Oracle) -> Iterator[Idea]:
     norms = oracle.norms.modules
-    mode = oracle.intent.batch_norm
-    if not norms or not oracle.intent.inner_steps:
+    mode = oracle.expected.batch_norm
+    if not norms or not oracle.expected.inner_steps:
         return
     layers = f"batch norm {', '.join(repr(name) for name in list(norms)[:3])}{' ...' if len(norms) > 3 else ''}"
     if mode == "frozen":
@@ -198,7 +198,7 @@ def _norms(oracle: Oracle) -> Iterator[Idea]:
             }[pair]
             yield Idea(
                 "batch norm in train mode",
-                f"The {layers} uses batch statistics {where}, while batch_norm='frozen' means the running ones: the "
+                f"The {layers} uses batch statistics {where}, but batch_norm='frozen' means running statistics. The "
                 "model is in train mode there.",
                 Slip(inner_norm=pair[0], query_norm=pair[1]),
             )
@@ -206,8 +206,8 @@ def _norms(oracle: Oracle) -> Iterator[Idea]:
     if mode == "support":
         yield Idea(
             "query statistics",
-            f"The {layers} normalises the query set with its own statistics, while batch_norm='support' means those of "
-            "the support set.",
+            f"The {layers} normalises the query set with the query set's statistics, but batch_norm='support' means the "
+            "support set's.",
             Slip(query_norm="batch"),
         )
     if any(norm.running_mean is None for norm in norms.values()):
@@ -215,24 +215,24 @@ def _norms(oracle: Oracle) -> Iterator[Idea]:
     own = None if mode == "transductive" else "support"
     places = (
         ("running", own, "in the inner loop"),
-        ("carried", own, "in the inner loop (as the query passes so far have left them)"),
+        ("carried", own, "in the inner loop (as updated by the query passes so far)"),
         ("running", "running", "in the inner loop and the query pass"),
         (None, "running", "in the query pass"),
-        (None, "updated", "in the query pass (after the inner passes have updated them)"),
-        (None, "carried", "in the query pass (after the inner passes of all tasks so far have updated them)"),
+        (None, "updated", "in the query pass (as updated by the inner passes)"),
+        (None, "carried", "in the query pass (as updated by the inner passes of all tasks so far)"),
     )
     for inner_norm, query_norm, where in places:
         yield Idea(
             "batch norm in eval mode",
-            f"The {layers} uses its running statistics {where}: the model is in eval mode there, while "
-            f"batch_norm='{mode}' means batch statistics; call model.train(), or check with batch_norm='frozen' if that "
-            "is what is meant.",
+            f"The {layers} uses its running statistics {where}, because the model is in eval mode there. But "
+            f"batch_norm='{mode}' means batch statistics. Call model.train(), or check with batch_norm='frozen' if eval "
+            "mode is intended.",
             Slip(inner_norm=inner_norm, query_norm=query_norm),
         )
 
 
 def _examples(oracle: Oracle) -> Iterator[Idea]:
-    if oracle.intent.minibatch is not None or not oracle.intent.inner_steps:
+    if oracle.expected.minibatch is not None or not oracle.expected.inner_steps:
         return
     places = (
         ("query", "query", "The inner loop adapts on the query set instead of the support set."),
@@ -244,8 +244,8 @@ def _examples(oracle: Oracle) -> Iterator[Idea]:
 
 
 def _left_out(oracle: Oracle) -> Iterator[Idea]:
-    """Parameters that the inner loop leaves where they are, although it is meant to move them."""
-    if not oracle.intent.inner_steps:
+    """Parameters that the inner loop does not move, although they are expected to move."""
+    if not oracle.expected.inner_steps:
         return
     norms = [f"{n}.{p}" for n, m in oracle.model.named_modules() if _is_norm(m) for p, _ in m.named_parameters()]
     last = {oracle.moved[-1].rpartition(".")[0]} if oracle.moved else set()
@@ -259,7 +259,7 @@ def _left_out(oracle: Oracle) -> Iterator[Idea]:
         if names and len(names) < len(oracle.moved):
             yield Idea(
                 "part not adapted",
-                f"The inner loop does not adapt {words}; if that is meant, say so with adapted=[...].",
+                f"The inner loop does not adapt {words}. If this is intended, check with adapted=[...].",
                 Slip(still=names),
             )
 
@@ -269,7 +269,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _classes(oracle: Oracle) -> int:
-    """Outputs of the network for one example, as the labels or targets say; 1 if that cannot be seen."""
+    """Number of outputs per example, from the labels or targets."""
     y = oracle.sets["support"][1]
     if y.is_floating_point():
         return int(y[0, 0].numel())

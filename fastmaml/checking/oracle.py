@@ -1,6 +1,6 @@
-"""The oracle: the meta-gradient by unrolled autograd in plain torch, one task at a time, with nothing of the engine in it.
+"""The oracle: the meta-gradient by unrolled autograd in plain torch, one task at a time. It uses no engine code.
 
-A Slip is a deliberate mistake; the oracle's answer with a slip is what a program with that mistake computes.
+A Slip is a deliberate mistake. With a slip the oracle computes the same as a program with that mistake.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
-from fastmaml.checking.expected import Intent, Rates
+from fastmaml.checking.expected import Expected, Rates
 from fastmaml.inner import SGD
 
 Named = dict[str, Tensor]
@@ -29,15 +29,15 @@ NONE: frozenset[int] = frozenset()
 
 @dataclass(frozen=True)
 class Slip:
-    """What is done otherwise than meant; by default nothing."""
+    """A deliberate mistake; the default is none."""
 
-    whole: bool = False  # second order through all steps, whatever the intent says
+    whole: bool = False  # second order through all steps, even if less is expected
     only_hessian: bool = False  # the exact gradient without its first-order part
     cut_gradient: frozenset[int] = NONE  # steps whose gradient carries no graph
     cut_params: frozenset[int] = NONE  # steps that start from detached parameters: p.detach() - lr * g
     steps: int | None = None
     at_start: bool = False  # every inner gradient is taken at theta
-    still: frozenset[str] = frozenset()  # parameters that the inner loop leaves out
+    still: frozenset[str] = frozenset()  # parameters that the inner loop does not adapt
     rate_factor: float = 1.0
     hessian_term: str = "H(a*v)"  # or "a*(H v)", "H v", "-H(a*v)"
     inner_set: str = "support"  # which examples the inner loop and the last loss see
@@ -47,14 +47,14 @@ class Slip:
 
     @property
     def backward_only(self) -> bool:
-        """Whether the loss stays right."""
+        """Whether the loss is still right."""
         return replace(
             self, whole=False, only_hessian=False, cut_gradient=NONE, cut_params=NONE, hessian_term=""
         ) == Slip(hessian_term="")
 
 
 class Answer(NamedTuple):
-    """loss: of all tasks together. grads: by name, a row for each task [T, *shape], already weighted; None: unused."""
+    """loss: of all tasks together. grads: by name, weighted, a row per task [T, *shape]; None if unused."""
 
     loss: float
     grads: dict[str, Tensor | None]
@@ -75,19 +75,19 @@ class Answer(NamedTuple):
 
 
 class Oracle:
-    """The answers for one model, intent and batch, in one floating point type."""
+    """The answers for one model, one expected meta-gradient and one batch, in one floating point type."""
 
-    def __init__(self, model: nn.Module, intent: Intent, batch: Iterable[Any], dtype: torch.dtype = torch.float64):
-        self.intent = intent
-        self.moved = intent.moved(model)
+    def __init__(self, model: nn.Module, expected: Expected, batch: Iterable[Any], dtype: torch.dtype = torch.float64):
+        self.expected = expected
+        self.moved = expected.moved(model)
         self.model = copy.deepcopy(model).to(dtype)
         switch_dropout_off(self.model)
         self.norms = Norms(self.model)
         self.theta = {n: p.detach().clone().requires_grad_() for n, p in self.model.named_parameters()}
         self.trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
-        self.rates = Rates(intent.inner.lr, self.model, dtype)
+        self.rates = Rates(expected.inner.lr, self.model, dtype)
         self.rows = {
-            n: row.detach().to(dtype, copy=True).requires_grad_() for n, row in (intent.step_rows or {}).items()
+            n: row.detach().to(dtype, copy=True).requires_grad_() for n, row in (expected.step_rows or {}).items()
         }
         typed = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, tuple(batch))
         support_x, support_y, query_x, query_y = typed
@@ -97,10 +97,10 @@ class Oracle:
     def answer(self, slip: Slip = Slip()) -> Answer:
         """Loss and gradient of the trained parameters and of the rates."""
         if slip.only_hessian:
-            every = frozenset(range(self.intent.inner_steps))
+            every = frozenset(range(self.expected.inner_steps))
             return self.answer().without(self.answer(Slip(cut_gradient=every)))
         leaves = {name: self.theta[name] for name in self.trained} | self.extra_leaves
-        weight = 1.0 / self.tasks if self.intent.reduction == "mean" else 1.0
+        weight = 1.0 / self.tasks if self.expected.reduction == "mean" else 1.0
         self.norms.restart()
         loss, rows = 0.0, list[tuple[Tensor | None, ...]]()
         for task in range(self.tasks):
@@ -122,23 +122,23 @@ class Oracle:
 
     @property
     def extra_leaves(self) -> Named:
-        """What is learned beside the model's parameters: rates, and rows per step."""
+        """The learned leaves that are no model parameters: rates, and rows per step."""
         return self.rates.leaves | {f"step_rows.{name}": row for name, row in self.rows.items()}
 
     def loss(self, slip: Slip = Slip()) -> float:
-        """The meta-loss alone, at theta and the rates as they stand."""
-        weight = 1.0 / self.tasks if self.intent.reduction == "mean" else 1.0
-        without_graph = replace(slip, cut_gradient=frozenset(range(self.intent.inner_steps)))
+        """The meta-loss alone, at the current theta and rates."""
+        weight = 1.0 / self.tasks if self.expected.reduction == "mean" else 1.0
+        without_graph = replace(slip, cut_gradient=frozenset(range(self.expected.inner_steps)))
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             return sum(weight * float(self._meta_loss(task, without_graph).detach()) for task in range(self.tasks))
 
     # ---------------------------------------------------------------- one task
 
     def _meta_loss(self, task: int, slip: Slip) -> Tensor:
-        intent = self.intent
-        steps = intent.inner_steps if slip.steps is None else slip.steps
+        expected = self.expected
+        steps = expected.inner_steps if slip.steps is None else slip.steps
         weights = self._loss_weights(steps)
-        order = None if slip.whole else 0 if intent.first_order else intent.truncate
+        order = None if slip.whole else 0 if expected.first_order else expected.truncate
         cut_all = order == 0
         truncated = 0 if cut_all or order is None else max(steps - order, 0)
         phi, state, total = dict(self.theta), dict[str, Any](), None
@@ -150,7 +150,7 @@ class Oracle:
                 break
             cut = cut_all or k in slip.cut_gradient
             new = self._step(phi | self._row(k), task, k, cut, slip, state)
-            if k < truncated:  # the adjoint passes through as it is
+            if k < truncated:  # the adjoint passes through unchanged
                 new = {n: phi[n] + (p - phi[n]).detach() for n, p in new.items()}
                 state = {n: {key: s.detach() for key, s in of.items()} for n, of in state.items()}
             phi = phi | new
@@ -162,9 +162,9 @@ class Oracle:
         return {name: row[min(k, len(row) - 1)] for name, row in self.rows.items()}
 
     def _loss_weights(self, steps: int) -> dict[int, float]:
-        if self.intent.loss_weights is None or steps != self.intent.inner_steps:
+        if self.expected.loss_weights is None or steps != self.expected.inner_steps:
             return {steps: 1.0}
-        given = {k: float(w) for k, w in enumerate(self.intent.loss_weights)}
+        given = {k: float(w) for k, w in enumerate(self.expected.loss_weights)}
         return {k: w for k, w in given.items() if w or k == steps}
 
     def _step(self, phi: Named, task: int, k: int, cut: bool, slip: Slip, state: dict[str, Any]) -> Named:
@@ -176,9 +176,9 @@ class Oracle:
             at |= {n: _ScaleAdjoint.apply(at[n], rates[n].detach()) for n in names}
         x, y = self.sets[slip.inner_set]
         rows = slice(None)
-        if self.intent.minibatch is not None:
-            rows = slice(k * self.intent.minibatch, (k + 1) * self.intent.minibatch)
-        mode = slip.inner_norm or ("running" if self.intent.batch_norm == "frozen" else "batch")
+        if self.expected.minibatch is not None:
+            rows = slice(k * self.expected.minibatch, (k + 1) * self.expected.minibatch)
+        mode = slip.inner_norm or ("running" if self.expected.batch_norm == "frozen" else "batch")
         self.norms.mode = "updated" if mode == "carried" else mode
         loss = self._loss(at, _part(x, task, rows), y[task][rows])
         grads = torch.autograd.grad(
@@ -197,7 +197,7 @@ class Oracle:
 
     def _update(self, phi: Named, g: Named, rates: Named, k: int, state: dict[str, Any]) -> Named:
         """torch.optim's update rules, written out (ALGORITHMS 1.1 to 1.4)."""
-        o = self.intent.inner
+        o = self.expected.inner
         if o.clip_value is not None:
             g = {n: gn.clamp(-o.clip_value, o.clip_value) for n, gn in g.items()}
         if o.clip_norm is not None:
@@ -209,8 +209,8 @@ class Oracle:
         for n, gn in g.items():
             if o.weight_decay and not decoupled:
                 gn = gn + o.weight_decay * phi[n]
-            if self.intent.proximal:
-                gn = gn + self.intent.proximal * (phi[n] - self.theta[n])
+            if self.expected.proximal:
+                gn = gn + self.expected.proximal * (phi[n] - self.theta[n])
             if isinstance(o, SGD):
                 d = gn
                 if o.momentum:
@@ -230,7 +230,7 @@ class Oracle:
         return new
 
     def _query_loss(self, phi: Named, task: int, slip: Slip) -> Tensor:
-        mode = slip.query_norm or {"frozen": "running", "support": "support"}.get(self.intent.batch_norm, "batch")
+        mode = slip.query_norm or {"frozen": "running", "support": "support"}.get(self.expected.batch_norm, "batch")
         x, y = self.sets[slip.query_set]
         if mode == "support":
             self.norms.mode = "record"
@@ -246,9 +246,9 @@ class Oracle:
         return functional_call(self.model, {**phi, **buffers}, listed, named)
 
     def _loss(self, phi: Named, x: Any, y: Tensor) -> Tensor:
-        output, loss = self._output(phi, x), self.intent.loss
+        output, loss = self._output(phi, x), self.expected.loss
         if loss == "cross_entropy":
-            return F.cross_entropy(output, y.long(), label_smoothing=self.intent.label_smoothing)
+            return F.cross_entropy(output, y.long(), label_smoothing=self.expected.label_smoothing)
         if loss == "mse":
             return (output - y).square().mean()
         assert callable(loss)
@@ -274,17 +274,20 @@ class _ScaleAdjoint(torch.autograd.Function):
 
 
 def _with_adjoint(term: str, rate: Tensor, g: Tensor) -> Tensor:
-    """rate * g, whose adjoint is that of -g ("-H(a*v)": of -rate * g; "H v", "a*(H v)": of g)."""
+    """The value of rate * g, with the adjoint of -rate * g for "-H(a*v)", and of g for "H v" and "a*(H v)"."""
     value = (rate * g).detach()
     through = -rate * g if term == "-H(a*v)" else g
     return value + through - through.detach()
 
 
 class Norms:
-    """Puts batch norms written out of elementary operations in the place of a model's own.
+    """Replaces a model's batch norms by elementary operations.
 
-    mode: "batch" (and keep running statistics beside), "running" (the model's), "updated" (those kept beside), "record"
-    and "recorded" (the batch statistics of an earlier pass, with their graph).
+    mode:
+        "batch"               batch statistics; also keeps updated running statistics here
+        "running"             the model's running statistics
+        "updated"             the running statistics kept here
+        "record", "recorded"  records a pass' batch statistics, then uses them, with their graph
     """
 
     def __init__(self, model: nn.Module):
@@ -295,7 +298,7 @@ class Norms:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what earlier passes left."""
+        """Forgets the statistics of earlier passes."""
         self.recorded: dict[str, tuple[Tensor, Tensor]] = {}
         self.kept: dict[str, tuple[Tensor, Tensor, int]] = {}
 
@@ -339,7 +342,7 @@ class Norms:
 
 
 def dropouts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """The modules that drop with a probability above 0, each with its name and the attribute that holds it."""
+    """The modules with a dropout probability above 0: (name, module, attribute of the probability)."""
     found = []
     for name, module in model.named_modules():
         key = "p" if isinstance(module, _DropoutNd) else "dropout"  # of attention and recurrent layers
@@ -349,7 +352,7 @@ def dropouts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 
 def switch_dropout_off(model: nn.Module) -> list[str]:
-    """Makes every dropout of a model the identity; returns the names of those that were active."""
+    """Turns every dropout of a model into the identity. Returns the names of the active ones."""
     found = dropouts(model)
     for _, module, key in found:
         setattr(module, key, 0.0)

@@ -1,4 +1,4 @@
-"""What fm.check answers: sentences, and a line for each parameter."""
+"""The answer of fm.check: sentences, and a line for each parameter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """One parameter. relative_error: |given - exact| / |exact|; both numbers are NaN where there is nothing to compare."""
+    """One parameter. relative_error: |given - exact| / |exact|. Both numbers are NaN if there is nothing to compare."""
 
     name: str
     entries: int
@@ -20,10 +20,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """The answer of fm.check. `ok`: the meta-gradient is what it is meant to be. str() gives all of it as text."""
+    """The answer of fm.check. `ok`: the meta-gradient is right. str() gives the whole report as text."""
 
     ok: bool
-    subject: str  # what was compared with what, in one line
+    subject: str  # the candidate and the expected meta-gradient, in one line
     sentences: list[str]  # the first is the verdict
     table: list[Row] = field(default_factory=list)
 

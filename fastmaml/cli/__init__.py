@@ -1,1 +1,1 @@
-"""The command line `fastmaml`: every command parses, calls and prints; the work is done elsewhere."""
+"""The command line `fastmaml`. Each command parses its arguments, calls the library and prints the result."""

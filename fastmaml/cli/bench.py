@@ -1,4 +1,4 @@
-"""fastmaml bench hvp|meta|memory: speed and memory beside plain torch, on built-in cases or on the user's own model."""
+"""fastmaml bench hvp|meta|memory: speed and memory against plain torch, on built-in cases or on your own model."""
 
 from __future__ import annotations
 
@@ -31,21 +31,25 @@ DEFAULT_CASES = {
 CASES: dict[str, dict[str, Any]] = {"hvp": HVP, "meta": META, "memory": MEMORY}
 PEERS: dict[str, dict[str, Any]] = {"hvp": hvp.PEERS, "meta": meta.PEERS, "memory": meta.PEERS}
 MEMORY_STEPS = (1, 5, 20)
-SHOWN_ROWS = 30  # of a profile; the others are one row
+SHOWN_ROWS = 30  # of a profile; all others are summed into one row
 
 WHAT = """\
-Every implementation gets the same weights and tasks. Its result is first held to an unrolled float64 one; one that
-disagrees is named with its error and not timed. Then all are timed in turn, round by round, and samples during which other
-processes had more than a tenth of the machine are taken again.
+Every implementation gets the same weights and tasks. Its result is first compared with unrolled autograd in float64.
+An implementation that disagrees is listed with its error and is not timed. The others are timed in turn, round by round.
+A sample is repeated if other processes used more than a tenth of the machine.
 
   hvp      Hessian-vector products, every task with its own weights
   meta     one exact meta-gradient of all tasks
-  memory   peak memory and time of a meta-gradient against the number of inner steps, each in a process of its own
+  memory   peak memory and time of a meta-gradient for several numbers of inner steps, each in its own process
 
-Columns: ms is the median of the rounds, +- half the distance between quartiles; GFLOP/s counts the matrix products of an
-exact computation once; "of sgemm" is its share of a 1,024 cubed float32 product timed in the same rounds; "others" is what
-other processes had of the machine; ratio is how many times faster fastmaml is. fastmaml's memory is "stash" (activations
-are kept for the adjoint sweep) or "low" (recomputed).
+Columns:
+  ms         median of the rounds, +- half the distance between the quartiles
+  GFLOP/s    the matrix products of an exact computation, each counted once
+  of sgemm   GFLOP/s as a share of a 1,024 cubed float32 product, timed in the same rounds
+  others     share of the machine that other processes used
+  ratio      how many times faster fastmaml is
+
+fastmaml's memory is "stash" (activations are kept for the adjoint sweep) or "low" (activations are recomputed).
 """
 
 
@@ -53,41 +57,45 @@ def add_parser(subparsers: Any) -> None:
     """Add this command to the parser."""
     parser = subparsers.add_parser(
         "bench",
-        help="measure speed and memory beside plain torch",
+        help="measure speed and memory against plain torch",
         description=WHAT + "\nWith --model, " + own_model.IN_SHORT,
-        epilog="Exit code 0: measured; 1: fastmaml could not be measured, or a sentence says what is wrong; 2: usage; 130: "
-        "stopped by Ctrl-C, and --out holds what was measured.",
+        epilog="Exit code 0: measured. 1: fastmaml could not be measured, and a sentence says why. 2: usage. 130: stopped by "
+        "Ctrl-C; --out holds the results so far.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("kind", choices=list(RUNS), metavar="hvp|meta|memory", help="what to measure")
     parser.add_argument(
-        "--cases", nargs="+", default=[], metavar="CASE", help="built-in; --list shows them (default: a few)"
+        "--cases", nargs="+", default=[], metavar="CASE", help="built-in cases; --list shows them (default: a few)"
     )
-    parser.add_argument("--list", action="store_true", help="show the built-in cases and the peers, measure nothing")
-    parser.add_argument("--model", metavar="FILE.py:FUNCTION", help="your own model, in place of built-in cases")
+    parser.add_argument("--list", action="store_true", help="show the built-in cases and the peers, and stop")
+    parser.add_argument("--model", metavar="FILE.py:FUNCTION", help="your own model instead of built-in cases")
     parser.add_argument("--backend", default="auto", choices=BACKENDS, metavar="NAME", help=f"{', '.join(BACKENDS)}")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of all implementations (default cpu)")
+    parser.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="device of all implementations (default cpu)"
+    )
     parser.add_argument("--memory", default="auto", choices=("auto", "low", "stash"), help="fastmaml's memory mode")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
-    parser.add_argument("--tasks", type=int, metavar="T", help="tasks of a batch (default: the case's)")
+    parser.add_argument("--tasks", type=int, metavar="T", help="tasks in a batch (default: the case's)")
     parser.add_argument("--inner-steps", type=int, nargs="+", metavar="K",
-                        help=f"inner steps; several with memory (there by default {' '.join(map(str, MEMORY_STEPS))})")  # fmt: skip
+                        help=f"inner steps; bench memory takes several (default {' '.join(map(str, MEMORY_STEPS))})")  # fmt: skip
     parser.add_argument(
         "--rounds", type=int, default=10, metavar="N", help="samples of each implementation (default 10)"
     )
     parser.add_argument("--budget", type=float, default=60.0, metavar="S",
-                        help="seconds for the samples of one case; slow peers get fewer rounds (default 60)")  # fmt: skip
+                        help="seconds to time one case; slow peers get fewer rounds (default 60)")  # fmt: skip
     parser.add_argument(
-        "--profile", action="store_true", help="show where fastmaml's own time goes instead, by operation"
+        "--profile", action="store_true", help="show instead where fastmaml's own time goes, by operation"
     )
-    parser.add_argument("--peers", nargs="*", metavar="PEER", help="default: those that need no compilation")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and tasks")
-    parser.add_argument("--out", metavar="FILE", help="write the results as JSON too, case by case")
+    parser.add_argument(
+        "--peers", nargs="*", metavar="PEER", help="peers to measure (default: all that need no compilation)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and tasks (default 0)")
+    parser.add_argument("--out", metavar="FILE", help="also write the results as JSON, case by case")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, and write what there is even if it is interrupted."""
+    """Measure and print. After Ctrl-C the results so far are still written."""
     if args.list:
         print(f"cases: {', '.join(CASES[args.kind])}\npeers: {', '.join(PEERS[args.kind])}")
         return 0
@@ -112,11 +120,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises ValueError with one sentence for arguments that do not go together."""
+    """Raises ValueError, in one sentence, for arguments that do not fit together."""
     if args.model is not None and args.cases:
-        raise ValueError(
-            f"--model measures your own model, and {args.cases[0]} is a built-in case: give one of the two"
-        )
+        raise ValueError(f"--model measures your own model and {args.cases[0]} is a built-in case; give only one")
     for name in args.cases:
         if name not in CASES[args.kind]:
             raise ValueError(
@@ -134,11 +140,11 @@ def _check(args: argparse.Namespace) -> None:
     if args.kind == "hvp" and args.inner_steps:
         raise ValueError("bench hvp has no inner steps; leave out --inner-steps")
     if args.kind == "meta" and len(args.inner_steps or ()) > 1:
-        raise ValueError(f"bench meta takes one number of --inner-steps, not {len(args.inner_steps)}")
+        raise ValueError(f"bench meta takes one value of --inner-steps, not {len(args.inner_steps)}")
     if args.profile and (args.device != "cpu" or args.backend not in ("auto", "cpu", "reference")):
-        raise ValueError(f"--profile shows the cpu backend (or reference), not {args.backend} on {args.device}")
+        raise ValueError(f"--profile takes the cpu or reference backend, not {args.backend} on {args.device}")
     if args.profile and args.peers:
-        raise ValueError(f"--profile shows fastmaml alone; leave out --peers {' '.join(args.peers)}")
+        raise ValueError(f"--profile measures only fastmaml; leave out --peers {' '.join(args.peers)}")
     if args.device == "cuda":
         if missing := load_cuda():
             raise ValueError(f"--device cuda: {missing}")
@@ -195,14 +201,16 @@ def run_memory(args: argparse.Namespace, results: Results, done: list[str]) -> b
             progress(name)("")
             results.save(f"{name}-k{steps}", {"points": [p.to_json() for p in of_case if p.inner_steps == steps]})
             done.append(f"{name} with K = {steps}")
-        print(f"{name}, {torch.get_num_threads()} threads: peak memory above what the process held before, and time")
+        print(
+            f"{name}, {torch.get_num_threads()} threads: time, and peak memory above the process' memory before the call"
+        )
         print(memory.show(of_case) + "\n", flush=True)
         points += of_case
     return all(p.peak is not None for p in points if p.name.startswith(meta.OURS))
 
 
 def run_profile(args: argparse.Namespace, results: Results, done: list[str]) -> bool:
-    """Meta-gradients as whole outer steps (memory: for every number of inner steps), Hessian products as they are."""
+    """Profiles whole outer steps (meta, and memory for every K) or Hessian products (hvp)."""
     limits = ceilings.measure()
     for name in _names(args):
         for steps in (args.inner_steps or MEMORY_STEPS) if args.kind == "memory" else (args.inner_steps or [None])[:1]:
@@ -261,7 +269,7 @@ def _problem(args: argparse.Namespace, name: str, steps: int | None) -> tuple[Pr
 
 
 def _source(args: argparse.Namespace, name: str, steps: int | None) -> peak.Source:
-    """How another process makes the same problem."""
+    """How another process builds the same problem."""
     changes = {key: value for key, value in (("tasks", args.tasks), ("inner_steps", steps)) if value is not None}
     if args.model is not None:
         return peak.Source(
@@ -275,14 +283,14 @@ def _backend(args: argparse.Namespace, given: Problem) -> str:
 
 
 def _fused(backend: str, device: str, model: torch.nn.Module, loss: Any) -> str:
-    """The backend by name. Raises ValueError where "auto" would fall back to autodiff: its time says nothing of the engine."""
+    """The backend's name. Raises ValueError if "auto" would fall back to autodiff, which does not measure the engine."""
     if backend != "auto":
         return backend
     wanted = "cuda" if device == "cuda" else "cpu"
     try:
         return Engine(_on(model, device), loss, wanted).backend
     except ValueError as error:
-        raise ValueError(f"{error}; --backend autodiff measures it without fused kernels") from None
+        raise ValueError(f"{error}; use --backend autodiff to measure without fused kernels") from None
 
 
 def _on(model: torch.nn.Module, device: str) -> torch.nn.Module:
@@ -294,5 +302,5 @@ def _clock(args: argparse.Namespace) -> Any:
 
 
 def _peaks(args: argparse.Namespace) -> bool:
-    """Peak memory of a process is Linux' to tell, and says nothing of a device's memory."""
+    """Only Linux reports a process' peak memory, and only for the host."""
     return args.device == "cpu" and sys.platform == "linux"

@@ -1,4 +1,4 @@
-"""fastmaml check FILE.py:FUNCTION: is the meta-gradient that FUNCTION describes right? Exit code 0 exact, 1 wrong, 2 bad input."""
+"""fastmaml check FILE.py:FUNCTION: is this meta-gradient right? Exit code 0: exact, 1: wrong, 2: bad input."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from fastmaml.training import checkpoint
 from fastmaml.user_function import first_line, load_function
 
 IN_SHORT = """\
-FUNCTION takes no arguments and returns what there is to check, as a dict:
+FUNCTION takes no arguments and returns a dict:
 
   def problem():
       return {
-          "model": model,                    # any nn.Module; or "learner": a learner of fastmaml, and the batch alone
+          "model": model,                    # any nn.Module; or "learner": a learner of fastmaml, with "batch" alone
           "batch": (support_x, support_y, query_x, query_y),      # each [tasks, examples, ...]
           "loss": "mse",                     # or "cross_entropy", or a function (output, target)
           "inner_lr": 0.1,
           "inner_steps": 2,
-          "meta_loss": my_meta_loss,         # your own loop: (model, batch) -> loss. Without it: fastmaml's gradient
+          "meta_loss": my_meta_loss,         # your own loop: (model, batch) -> loss. Default: fastmaml's gradient
       }
 
-or as a tuple (model, batch, loss, inner_lr, inner_steps, meta_loss), the last optional, or (learner, batch). More keys:
-the keyword arguments of fastmaml.check (batch_norm, first_order, adapted, reduction, ...). Your loop may be learn2learn,
-higher, torchopt, torch.func or plain torch: the loss it returns is differentiated by .backward(), or it calls that itself.
-fastmaml check --example my_check.py writes a file to start from.
+A tuple works too: (model, batch, loss, inner_lr, inner_steps, meta_loss), the last optional, or (learner, batch).
+The dict may hold every keyword of fastmaml.check (batch_norm, first_order, adapted, reduction, ...).
+Your loop may use learn2learn, higher, torchopt, torch.func or plain torch. It returns a loss for .backward(), or
+calls .backward() itself. fastmaml check --example my_check.py writes a file to start from.
 """
 
 EXAMPLE = '''\
-"""A hand-written MAML loop to be checked: fastmaml check {file}:problem"""
+"""A hand-written MAML loop. Check it with: fastmaml check {file}:problem"""
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ from torch.func import functional_call
 
 
 def meta_loss(model, batch):
-    """The mean query loss after 2 inner steps. Leave out create_graph=True and see what the check says."""
+    """The mean query loss after 2 inner steps. Remove create_graph=True to see how the check finds the mistake."""
     total = 0.0
     for support_x, support_y, query_x, query_y in zip(*batch):
         params = dict(model.named_parameters())
@@ -60,7 +60,7 @@ def meta_loss(model, batch):
 
 
 def problem():
-    """What is checked, and what it is meant to compute."""
+    """The loop to check, and the meta-gradient it should compute."""
     model = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 1))
     support_x, query_x = torch.rand(4, 5, 1) * 10 - 5, torch.rand(4, 8, 1) * 10 - 5
     return {{
@@ -81,9 +81,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "check",
         help="say whether a meta-gradient is exact",
-        description="Compares a meta-gradient (your own loop's, another library's, a learner's) with unrolled autograd in "
-        "float64 and with finite differences, and says in plain words what is wrong with it.\n\n" + IN_SHORT,
-        epilog="Exit code 0: exact; 1: wrong; 2: it could not be checked, and a sentence says why.",
+        description="Checks a meta-gradient: of your own loop, of another library or of a learner. Compares it with "
+        "unrolled autograd in float64 and with finite differences, and names the mistake.\n\n" + IN_SHORT,
+        epilog="Exit code 0: exact. 1: wrong. 2: could not be checked, and a sentence says why.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("target", metavar="FILE.py:FUNCTION", nargs="?", help="what to check")
@@ -92,17 +92,19 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         nargs="?",
         const="check_example.py",
-        help="write a file to start from (default: check_example.py), and check nothing",
+        help="write a file to start from (default: check_example.py), and stop",
     )
     parser.add_argument(
         "--directions",
         type=int,
         default=3,
         metavar="N",
-        help="of the finite differences, besides one per parameter (3)",
+        help="random directions of the finite differences, besides one per parameter (default 3)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="set before FUNCTION is called, and of the directions")
-    parser.add_argument("--out", metavar="FILE", help="write the report as JSON too")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed, set before FUNCTION is called, and of the directions (default 0)"
+    )
+    parser.add_argument("--out", metavar="FILE", help="also write the report as JSON")
     parser.set_defaults(run=run)
 
 
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         if args.example is not None:
             return _write_example(Path(args.example))
         if args.target is None:
-            raise ValueError("say what to check as FILE.py:FUNCTION, or get a file to start from with --example")
+            raise ValueError("give FILE.py:FUNCTION to check, or --example to get a file to start from")
         report = _report(args.target, args.directions, args.seed)
         if args.out is not None:
             checkpoint.write_durably(Path(args.out), (json.dumps(report.to_json(), indent=1) + "\n").encode())
@@ -143,7 +145,7 @@ def _report(target: str, directions: int, seed: int) -> Report:
 
 
 def _as_dict(returned: Any, where: str) -> dict[str, Any]:
-    """What the function returned, by the names of its keys."""
+    """The value that the function returned, as a dict by key."""
     if isinstance(returned, tuple) and 2 <= len(returned) <= len(_TUPLE):
         first = "learner" if isinstance(returned[0], Learner) else "model"
         returned = dict(zip((first, *_TUPLE[1:]), returned))
@@ -162,7 +164,7 @@ def _as_dict(returned: Any, where: str) -> dict[str, Any]:
 
 def _write_example(path: Path) -> int:
     if path.exists():
-        raise ValueError(f"{path} is there already; name another file for the example")
+        raise ValueError(f"{path} exists already; name another file for the example")
     path.write_text(EXAMPLE.format(file=path.name))
     print(f"wrote {path}; check it with\n  {command('check', f'{path}:problem')}")
     return 0

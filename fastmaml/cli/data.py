@@ -1,4 +1,4 @@
-"""fastmaml data NAME: prepare a data set, check it, and say what it holds."""
+"""fastmaml data NAME: prepare a data set, check it, and list its contents."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ TIMED_BATCHES = 20
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the `data` command to `subparsers` (of argparse)."""
+    """Add this command to the parser."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "data", help="prepare and check a data set", description=__doc__
     )
     parser.add_argument("name", choices=NAMES, help="the data set")
     parser.add_argument(
-        "--root", type=Path, help="folder of the files (default: $FASTMAML_DATA, then the cache folder)"
+        "--root", type=Path, help="folder of the data files (default: $FASTMAML_DATA, then the cache folder)"
     )
-    parser.add_argument("--download", action="store_true", help="fetch what is missing (omniglot)")
+    parser.add_argument("--download", action="store_true", help="download missing files (omniglot)")
     parser.add_argument(
         "--splits", choices=("vinyals", "lake"), default="vinyals", help="which published split (omniglot)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the tasks that are drawn")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the tasks (default 0)")
     parser.add_argument("--out", type=Path, metavar="PNG", help="write a picture of some test characters")
     parser.set_defaults(run=run)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what the data set holds; errors are left to the caller."""
+    """Print the contents of the data set. Errors propagate."""
     sources = {split: _source(args, split) for split in SPLITS}
     for split, source in sources.items():
         print(f"{args.name:9} {split:5}  {_contents(source)}")
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         test = sources["test"]
         if not isinstance(test, ImageTasks):
-            raise ValueError(f"--out draws images, which {args.name} has none of")
+            raise ValueError(f"--out draws images, but {args.name} has none")
         _write_sheet(test, args.out)
         print(f"wrote {args.out}")
     return 0
@@ -78,7 +78,7 @@ def _milliseconds(source: TaskSource) -> float:
 
 
 def _write_sheet(source: ImageTasks, path: Path, rows: int = 16, columns: int = 20) -> None:
-    """Rows are characters chosen by the seed, columns their drawings."""
+    """Rows are characters chosen by the seed; columns are their drawings."""
     from PIL import Image
 
     chosen = np.sort(

@@ -1,4 +1,4 @@
-"""fastmaml doctor: what this machine offers, which backends run, why others do not, whether their gradients agree."""
+"""fastmaml doctor: this machine, the backends that run here, why others do not, and whether their gradients agree."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EXTRAS = {
 
 
 class Finding(NamedTuple):
-    """One line: `state` "ok", "note" (works with less) or "broken" (makes the exit code 1)."""
+    """One line of the output. `state`: "ok", "note" (something optional is missing) or "broken" (exit code 1)."""
 
     state: str
     topic: str
@@ -49,31 +49,31 @@ def add_parser(subparsers: Any) -> None:
     """Add this command to the parser."""
     parser = subparsers.add_parser(
         "doctor",
-        help="say what works on this machine",
-        description="Says what this machine offers and checks that the backends agree. Exit code 0: the compiled "
-        "engine works; 1: something is broken.",
+        help="show what works on this machine",
+        description="Shows this machine and its backends, and checks that the backends agree. Exit code 0: the compiled "
+        "engine works. 1: something is broken.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the network and tasks of the check")
-    parser.add_argument("--out", metavar="FILE", help="write the findings as JSON too")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the network and tasks of the check (default 0)")
+    parser.add_argument("--out", metavar="FILE", help="also write the findings as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings; 1 if one of them is broken."""
-    findings = list(examine(args.seed))
+    """Print the findings. Returns 1 if one is broken, else 0."""
+    found = list(findings(args.seed))
     marks = {"ok": " ", "note": "-", "broken": "!"}
-    for finding in findings:
+    for finding in found:
         print(f"{marks[finding.state]} {finding.topic:21} {finding.text}")
-    broken = sum(finding.state == "broken" for finding in findings)
+    broken = sum(finding.state == "broken" for finding in found)
     print(f"\n{broken} broken (marked !)" if broken else "\nall is well")
     if args.out is not None:
-        text = json.dumps([finding._asdict() for finding in findings], indent=1) + "\n"
+        text = json.dumps([finding._asdict() for finding in found], indent=1) + "\n"
         checkpoint.write_durably(Path(args.out), text.encode())
     return 1 if broken else 0
 
 
-def examine(seed: int) -> Iterator[Finding]:
-    """All findings, in the order in which one would look."""
+def findings(seed: int) -> Iterator[Finding]:
+    """All findings, from the version down to the optional packages."""
     yield Finding("ok", "fastmaml", f"{fastmaml.__version__}, {Path(fastmaml.__file__).parent}")
     yield Finding("ok", "machine", machine())
     yield Finding("ok", "python", f"{platform.python_version()}, {sys.executable}")
@@ -104,7 +104,7 @@ def _compiler() -> Finding:
     return Finding(
         "note",
         "compiler",
-        "no C++ compiler found (c++, g++, clang++ or $CXX); only a compiled module that is already there can run",
+        "no C++ compiler found (c++, g++, clang++ or $CXX); only a module that is already compiled can run",
     )
 
 
@@ -124,18 +124,18 @@ def _cache(folder: Path) -> Finding:
 
 
 def _backends(seed: int) -> Iterator[Finding]:
-    """For every backend whether it runs a small convolutional network, and how far it is from autodiff's result."""
+    """For every backend: whether it runs a small convolutional network, and its distance from autodiff's result."""
     model, batch = _small_problem(seed)
     expected = _meta_gradient(model, batch, "autodiff")
     for name in BACKENDS[1:]:
         try:
             grad = _meta_gradient(model, batch, name)
         except ValueError as error:
-            # Only `cpu` is expected to run everywhere; the others say what they lack.
+            # Only `cpu` must run everywhere. Other backends report what is missing.
             yield Finding("broken" if name == "cpu" else "note", f"backend {name}", str(error))
             continue
         distance = ((grad - expected).norm() / expected.norm()).item()
-        good = distance <= 1e-9  # all in float64; 1e-9 is far above rounding and far below any wrong term
+        good = distance <= 1e-9  # in float64: far above rounding, far below any wrong term
         text = (
             f"{'works' if good else 'WRONG'}, meta-gradient within {distance:.0e} of autodiff"
             if name != "autodiff"
@@ -170,7 +170,7 @@ def _meta_gradient(model: torch.nn.Module, batch: TaskBatch, backend: str) -> to
 
 
 def _compiled_module() -> Iterator[Finding]:
-    compiled = introspection.module()  # loaded by the engine, if it can be
+    compiled = introspection.module()  # the engine has loaded it, if possible
     if compiled is None:
         return
     yield Finding("ok", "compiled module", str(compiled.__file__))

@@ -1,4 +1,4 @@
-"""fastmaml evaluate RUN: accuracy or error on held-out tasks after 0 and more inner steps, beside two baselines."""
+"""fastmaml evaluate RUN: accuracy or error on held-out tasks, after 0 and more inner steps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="evaluate a run on held-out tasks",
-        description="Evaluates the best checkpoint of a run on held-out test tasks after 0 and more inner steps, beside "
-        "two baselines.",
+        description="Evaluates the best checkpoint of a run on held-out test tasks, after 0 and more inner steps. Compares "
+        "it with the untrained network and with a predictor without a network.",
     )
     parser.add_argument("run_dir", metavar="RUN", help="folder that `fastmaml train` wrote")
-    parser.add_argument("--eval-tasks", type=int, metavar="N", help="held-out tasks (default: as the run says, 600)")
-    parser.add_argument("--seed", type=int, help="of the test tasks (default: the run's seed)")
+    parser.add_argument("--eval-tasks", type=int, metavar="N", help="held-out tasks (default: the run's setting, 600)")
+    parser.add_argument("--seed", type=int, help="seed of the test tasks (default: the run's seed)")
     parser.add_argument("--out", metavar="DIR", help="folder for evaluation.json and examples.npz (default: RUN)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)

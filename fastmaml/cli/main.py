@@ -1,4 +1,4 @@
-"""Entry of the command `fastmaml`: one subcommand a file, one sentence for an error."""
+"""Entry of the command `fastmaml`. Each subcommand has its own file; an error prints one sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMANDS = (train, evaluate, report, check, data, plan, bench, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; its exit code is 0 done, 1 failed (one sentence on stderr), 2 usage, 130 interrupted."""
+    """Run the command line. Exit code 0: done, 1: failed (one sentence on stderr), 2: usage, 130: interrupted."""
     args = make_parser().parse_args(argv)
     try:
         return args.run(args) or 0
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fastmaml: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone; so must what Python would flush at exit.
+        # The reader of our output (head, less) has closed the pipe. Python must not flush to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError) as error:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser with all commands; each command's module adds its own part and sets `run`."""
+    """The parser with all commands. Each command's module adds its own part and sets `run`."""
     parser = argparse.ArgumentParser(
         prog="fastmaml",
         description="Exact meta-gradients for MAML, from a compiled engine.",

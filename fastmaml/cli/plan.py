@@ -20,13 +20,13 @@ from fastmaml.training import checkpoint
 from fastmaml.training.presets import PRESETS
 
 WHAT = """\
-Predicts what an outer step will take, without running it: its time by phase, the peak of its memory by part, and whether the
-engine keeps the activations of the inner steps for the adjoint sweep ("stash") or computes them again ("low"). Sizes may be
-far beyond what this machine can run.
+Predicts one outer step without running it: its time by phase and its peak memory by part. Also predicts the memory mode:
+"stash" keeps the activations of the inner steps for the adjoint sweep, "low" recomputes them. Sizes may be far beyond
+this machine.
 
-The time comes from a model: every operation of the engine's plan at the rate at which this machine does it at that size,
-interpolated between small networks that are measured once (some seconds; kept in the cache folder for this machine and
-build). Other programs and the drawing of tasks are not in it. The memory is the engine's own plan, and counted shapes.
+Time: the engine's plan lists every operation. Each gets this machine's rate at that size, interpolated between small
+networks. They are measured once, in some seconds, and kept in the cache folder for this machine and build. Other
+programs and the sampling of tasks are not included. Memory: the engine's own plan, and counted shapes.
 
 With FILE.py:FUNCTION the function returns a model and a batch as for `fastmaml bench --model`.
 """
@@ -42,28 +42,32 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("target", metavar="DATASET|FILE.py:FUNCTION", help=f"{', '.join(PRESETS)}, or your own model")
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="maml", metavar="NAME", help=", ".join(ALGORITHMS))
-    parser.add_argument("--tasks", type=int, metavar="T", help="tasks of an outer step")
+    parser.add_argument("--tasks", type=int, metavar="T", help="tasks in an outer step")
     parser.add_argument("--ways", type=int, metavar="N", help="classes in a task")
-    parser.add_argument("--shots", type=int, metavar="N", help="support examples a class (regression, file: a task)")
     parser.add_argument(
-        "--query-shots", type=int, metavar="N", help="query examples a class (regression, file: a task)"
+        "--shots", type=int, metavar="N", help="support examples per class (regression, file: per task)"
+    )
+    parser.add_argument(
+        "--query-shots", type=int, metavar="N", help="query examples per class (regression, file: per task)"
     )
     parser.add_argument("--inner-steps", type=int, metavar="K", help="gradient steps on the support set")
-    parser.add_argument("--filters", type=int, metavar="N", help="of each convolution of a data set's network")
+    parser.add_argument("--filters", type=int, metavar="N", help="filters of each convolution of a data set's network")
     parser.add_argument(
-        "--memory", default="auto", choices=("auto", "low", "stash"), help="of the engine (default auto)"
+        "--memory", default="auto", choices=("auto", "low", "stash"), help="memory mode of the engine (default auto)"
     )
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="of all numbers")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "float64"), help="type of all numbers (default float32)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
-    parser.add_argument("--steps", type=int, metavar="N", help="outer steps of a run, for its whole time")
+    parser.add_argument("--steps", type=int, metavar="N", help="outer steps of a run, to predict its whole time")
     parser.add_argument("--calibrate", action="store_true", help="measure this machine again")
-    parser.add_argument("--seed", type=int, default=0, help="of the network, which changes nothing here")
-    parser.add_argument("--out", metavar="FILE", help="write the prediction as JSON too")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the network (changes no prediction)")
+    parser.add_argument("--out", metavar="FILE", help="also write the prediction as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predict, print, write."""
+    """Predict, print and write."""
     threads = torch.get_num_threads() if args.threads is None else args.threads
     for name, value in (("threads", threads), ("steps", args.steps)):
         if value is not None and value < 1:
@@ -93,7 +97,7 @@ def _request(args: argparse.Namespace) -> request.Request:
     if ":" not in args.target:
         raise ValueError(f"'{args.target}' is neither a data set ({', '.join(PRESETS)}) nor FILE.py:FUNCTION")
     if args.filters is not None:
-        raise ValueError(f"--filters {args.filters}: the network is that of {args.target}")
+        raise ValueError(f"--filters {args.filters}: {args.target} brings its own network")
     return request.of_file(args.target, args.algorithm, sizes, args.memory, double, args.seed)
 
 
@@ -107,7 +111,7 @@ def show(found: Prediction, steps: int | None = None) -> str:
         lines[0] += f"; {duration(found.step_s * steps)} for {steps:,} steps"
     by_phase = [[name, milliseconds(s), share(s / found.step_s)] for name, s in found.phases.items()]
     lines += [table(["phase", "time", "share"], by_phase), ""]
-    lines.append(f"memory  {mib(found.peak_bytes)} at the peak, above what Python and torch take themselves")
+    lines.append(f"memory  {mib(found.peak_bytes)} at the peak, on top of Python and torch themselves")
     by_part = [[name, mib(b), share(b / found.peak_bytes)] for name, b in found.parts.items()]
     lines += [table(["part", "size", "share"], by_part), ""]
     lines.append(f"sweep   {found.chosen + ', for ' if found.chosen else ''}{found.why}")
@@ -119,12 +123,12 @@ def show(found: Prediction, steps: int | None = None) -> str:
 
 
 def notes(found: Prediction) -> list[str]:
-    """What a reader must know beside the figures."""
+    """Sentences below the figures: the memory mode, and limits of the prediction."""
     said = []
     if found.peak_bytes > introspection.memory_of_machine():
         said.append(f"does not fit: this machine has {mib(introspection.memory_of_machine())}")
     if found.unknown:
-        said.append(f"never measured here, so guessed by other operations: {', '.join(found.unknown)}")
+        said.append(f"never measured here, so guessed from other operations: {', '.join(found.unknown)}")
     return ["", *said] if said else []
 
 

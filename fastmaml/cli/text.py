@@ -28,12 +28,12 @@ def size(count: float) -> str:
 
 
 def rate(value: float | tuple[float, ...]) -> str:
-    """0.4, or 0.005 to 0.1 where rates are drawn between two."""
+    """0.4, or "0.005 to 0.1" for rates drawn from a range."""
     return " to ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def command(*arguments: object) -> str:
-    """The line that runs fastmaml with these arguments, the way this process was started."""
+    """The command line that runs fastmaml with these arguments, started as this process was."""
     started = Path(sys.argv[0])
     found = shutil.which("fastmaml")
     if found is not None and started.exists() and Path(found).resolve() == started.resolve():
@@ -46,7 +46,7 @@ def command(*arguments: object) -> str:
 
 
 def evaluation_table(results: dict[str, Any]) -> str:
-    """What `evaluation.json` holds as aligned text: a line for each predictor, columns for numbers of inner steps."""
+    """The content of `evaluation.json` as aligned text: a line per predictor, a column per number of inner steps."""
     return "\n\n".join(_table(results, table) for table in results["tables"])
 
 

@@ -1,4 +1,4 @@
-"""fastmaml train DATASET: meta-train, evaluate, write the report. Ctrl-C saves; --resume goes on to the same bits."""
+"""fastmaml train DATASET: meta-train, evaluate, write the report. Ctrl-C saves; --resume continues bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastmaml.training.presets import PRESETS, preset
 from fastmaml.training.run_config import SCHEDULES, RunConfig, checked
 from fastmaml.training.trainer import Outcome, Trainer
 
-# Options that are settings of RunConfig, and `filters` of its network. Only the free may change when a run goes on.
+# Options that are settings of RunConfig, and `filters` of its network. Only the free ones may change on --resume.
 _TASK = ("ways", "shots", "train_shots", "query_shots", "meta_batch")
 _INNER = ("algorithm", "options", "inner_lr", "inner_steps", "filters", "batch_norm")
 _OUTER = ("outer_lr", "schedule", "outer_lr_min", "clip_grad", "seed")
@@ -33,19 +33,26 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="meta-train on a data set",
-        description="Meta-trains a network, evaluates it on held-out tasks and writes a report. Where an option is not "
-        "given, the published setting of the algorithm and data set holds; --print-config shows it.",
+        description="Meta-trains a network, evaluates it on held-out tasks and writes a report. Options default to the "
+        "published settings of the algorithm and data set; --print-config shows them.",
     )
     parser.add_argument("dataset", nargs="?", choices=sorted(PRESETS), metavar="DATASET", help=", ".join(PRESETS))
     parser.add_argument(
-        "--config", metavar="FILE", help="settings in YAML or TOML, named as --print-config prints them; options win"
+        "--config",
+        metavar="FILE",
+        help="settings in YAML or TOML, as --print-config prints them; options on the command line win",
     )
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML for --config, and stop")
     task = parser.add_argument_group("tasks")
     task.add_argument("--ways", type=int, metavar="N", help="classes in a task")
-    task.add_argument("--shots", type=int, metavar="N", help="support examples a class (regression: a task)")
-    task.add_argument("--train-shots", type=int, metavar="N", help="the same in training, where it differs (Reptile)")
-    task.add_argument("--query-shots", type=int, metavar="N", help="query examples a class (regression: a task)")
+    task.add_argument("--shots", type=int, metavar="N", help="support examples per class (regression: per task)")
+    task.add_argument(
+        "--train-shots",
+        type=int,
+        metavar="N",
+        help="support examples in training (default: --shots, except for Reptile)",
+    )
+    task.add_argument("--query-shots", type=int, metavar="N", help="query examples per class (regression: per task)")
     task.add_argument("--root", metavar="DIR", help="folder of the data set's files")
     loops = parser.add_argument_group("learning")
     loops.add_argument(
@@ -56,39 +63,60 @@ def add_parser(subparsers: Any) -> None:
         action="append",
         dest="options",
         metavar="NAME=VALUE",
-        help="an argument of the algorithm's class, as lam=2.0, first_order=true, inner=adam; may be given again",
+        help="an argument of the algorithm's class, such as lam=2.0, first_order=true, inner=adam; may be repeated",
     )
     loops.add_argument("--steps", type=int, metavar="N", help="outer steps")
     loops.add_argument("--meta-batch", type=int, metavar="N", help="tasks in an outer step")
-    loops.add_argument("--outer-lr", type=float, metavar="RATE", help="of Adam; for Reptile of the outer step")
-    loops.add_argument("--schedule", choices=SCHEDULES, help="of the outer rate")
-    loops.add_argument("--outer-lr-min", type=float, metavar="RATE", help="where the schedule ends (default: 0)")
     loops.add_argument(
-        "--clip-grad", type=float, metavar="LIMIT", help="of every entry of the network's meta-gradient (default: none)"
+        "--outer-lr", type=float, metavar="RATE", help="learning rate of Adam, or for Reptile of the outer step"
+    )
+    loops.add_argument("--schedule", choices=SCHEDULES, help="schedule of the outer learning rate")
+    loops.add_argument(
+        "--outer-lr-min", type=float, metavar="RATE", help="outer rate at the end of the schedule (default: 0)"
+    )
+    loops.add_argument(
+        "--clip-grad",
+        type=float,
+        metavar="LIMIT",
+        help="limit of every entry of the network's meta-gradient (default: none)",
     )
     loops.add_argument("--inner-steps", type=int, metavar="N", help="gradient steps on the support set")
-    loops.add_argument("--inner-lr", type=float, metavar="RATE", help="of these steps, for the mean loss")
-    loops.add_argument("--filters", type=int, metavar="N", help="of each convolution")
+    loops.add_argument(
+        "--inner-lr", type=float, metavar="RATE", help="learning rate of the inner steps, for the mean loss"
+    )
+    loops.add_argument("--filters", type=int, metavar="N", help="filters of each convolution")
     loops.add_argument(
         "--batch-norm", choices=("transductive", "support", "frozen", "per_step"), help="default: transductive"
     )
-    loops.add_argument("--seed", type=int, metavar="N", help="of network, tasks and everything random")
+    loops.add_argument("--seed", type=int, metavar="N", help="seed of the network, the tasks and everything random")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--backend", help="auto, cpu, cuda, reference, autodiff")
-    engine.add_argument("--precision", choices=PRECISIONS, help="of large products on CUDA (default: float32)")
     engine.add_argument(
-        "--memory", choices=("auto", "low", "stash"), help="recompute or keep activations of the inner steps"
+        "--precision", choices=PRECISIONS, help="precision of large products on CUDA (default: float32)"
+    )
+    engine.add_argument(
+        "--memory",
+        choices=("auto", "low", "stash"),
+        help="low recomputes the activations of the inner steps, stash keeps them",
     )
     run_group = parser.add_argument_group("run")
     run_group.add_argument("--out", metavar="DIR", help="run folder (default: a new one under runs/)")
-    run_group.add_argument("--resume", metavar="RUN", help="go on with this run from its last checkpoint")
+    run_group.add_argument("--resume", metavar="RUN", help="continue this run from its last checkpoint")
     run_group.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="of training, earlier parts of a resumed run included"
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="seconds of training, including earlier parts of a resumed run",
     )
     run_group.add_argument("--validate-every", type=int, metavar="N", help="outer steps between validations")
-    run_group.add_argument("--validation-tasks", type=int, metavar="N", help="fixed tasks of every validation")
     run_group.add_argument(
-        "--ensemble", type=int, metavar="N", help="best checkpoints that answer together at test (default: 1)"
+        "--validation-tasks", type=int, metavar="N", help="tasks of every validation, always the same"
+    )
+    run_group.add_argument(
+        "--ensemble",
+        type=int,
+        metavar="N",
+        help="number of best checkpoints whose outputs are averaged at test (default: 1)",
     )
     run_group.add_argument(
         "--eval-tasks", type=int, metavar="N", help="held-out tasks of the evaluation (default: 600)"
@@ -120,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
         print("metrics go to metrics.jsonl only: TensorBoard is not installed (pip install 'fastmaml[train]')")
     print(_summary(config, outcome))
     if outcome.reason == "interrupted":
-        print(f"stopped and saved; go on with:  {command('train', '--resume', run_dir)}")
+        print(f"stopped and saved; continue with:  {command('train', '--resume', run_dir)}")
         return 130
     if args.no_evaluate:
         print(f"evaluate with:  {command('evaluate', run_dir)}")
@@ -138,7 +166,7 @@ def _evaluate_and_report(config: RunConfig, run_dir: Path, quiet: bool) -> int:
     try:
         print(f"report: {write_report(run_dir)}")
     except ImportError as error:
-        print(f"no report: {error}; then:  {command('report', run_dir)}")
+        print(f"no report: {error}; write it later with:  {command('report', run_dir)}")
     return 0
 
 
@@ -146,7 +174,7 @@ def _new(args: argparse.Namespace) -> tuple[RunConfig, Path]:
     config = _new_config(args)
     run_dir = Path(args.out) if args.out else _free_folder(config)
     if (run_dir / "config.json").exists():
-        raise ValueError(f"{run_dir} already holds a run: go on with it by --resume {run_dir}, or choose another --out")
+        raise ValueError(f"{run_dir} already holds a run: continue it with --resume {run_dir}, or choose another --out")
     return config, run_dir
 
 
@@ -161,23 +189,23 @@ def _new_config(args: argparse.Namespace) -> RunConfig:
 def _resumed(args: argparse.Namespace) -> tuple[RunConfig, Path]:
     config, run_dir = _resumed_config(args), Path(args.resume)
     if not checkpoint.exists(run_dir / "checkpoints", "last"):
-        raise ValueError(f"{run_dir} has no checkpoint to go on from; train anew with another --out")
+        raise ValueError(f"{run_dir} has no checkpoint to continue from; start a new run with another --out")
     return config, run_dir
 
 
 def _resumed_config(args: argparse.Namespace) -> RunConfig:
     if args.dataset is not None or args.out is not None or args.config is not None:
-        raise ValueError("--resume RUN goes on in RUN with its settings: leave out DATASET, --out and --config")
+        raise ValueError("--resume RUN continues RUN with its settings; leave out DATASET, --out and --config")
     changed = [name for name in _FIXED if getattr(args, name) is not None]
     if changed:
         option = "option" if changed[0] == "options" else changed[0].replace("_", "-")
-        raise ValueError(f"--{option} cannot change when a run goes on; start a new one")
+        raise ValueError(f"--{option} cannot change when a run is resumed; start a new run")
     given = {name: getattr(args, name) for name in _FREE if getattr(args, name) is not None}
     return checked(replace(read_config(args.resume), **given))
 
 
 def _free_folder(config: RunConfig) -> Path:
-    """runs/glyphs-maml-5way-1shot, or the first of -2, -3, .. that is free."""
+    """runs/glyphs-maml-5way-1shot, with -2, -3, ... if that folder exists."""
     task = f"{config.ways}way-{config.shots}shot" if config.ways else f"{config.shots}shot"
     name = f"{config.dataset}-{config.algorithm}-{task}"
     number = 1

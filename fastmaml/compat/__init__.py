@@ -1,1 +1,1 @@
-"""The faces of other libraries on top of plain torch, for code that moves to fastmaml step by step."""
+"""Interfaces of other libraries on plain torch, for code that moves to fastmaml step by step."""

@@ -1,4 +1,4 @@
-"""learn2learn's MAML and MetaSGD wrappers: existing loops keep running, with the same numbers, after one changed import.
+"""learn2learn's MAML and MetaSGD wrappers. Change one import, and existing loops run on with the same numbers.
 
 from fastmaml.compat import learn2learn as l2l
 
@@ -7,7 +7,7 @@ learner = maml.clone()
 learner.adapt(loss(learner(support_x), support_y))
 loss(learner(query_x), query_y).backward()          # fills the .grad of maml.parameters()
 
-Plain autograd, one task at a time: the fast way is `fastmaml.MAML(model, inner_lr=0.5)(*batch)`, as the log says once.
+This is plain autograd, one task at a time. `fastmaml.MAML(model, inner_lr=0.5)(*batch)` is faster; a log line says so.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def clone_module(module: Module) -> Module:
     """A copy whose parameters are clones in the graph of the originals: its loss fills the originals' .grad.
 
-    Buffers are shared, so that running statistics are kept up by every copy; those with a graph are cloned too. Tied
-    parameters and modules in two places stay so.
+    Buffers are shared, so every copy updates the running statistics; buffers with a graph are cloned. Tied parameters
+    and shared modules stay tied and shared.
     """
     clones: dict[int, Tensor] = {}
 
@@ -58,7 +58,7 @@ def _copied(module: Module, of_parameter: Callable[[Tensor], Tensor], seen: dict
 
 
 def _moved(module: nn.Module, values: dict[int, Tensor]) -> None:
-    """Puts new tensors in the place of parameters, given by the id of the old ones."""
+    """Replaces parameters by new tensors. values: by the id of the old parameter."""
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None and id(p) in values:
@@ -67,13 +67,13 @@ def _moved(module: nn.Module, values: dict[int, Tensor]) -> None:
 
 
 def _gather_weights(module: nn.Module) -> None:
-    """Recurrent layers keep a list of their weights beside the parameters."""
+    """Updates the list of weights that recurrent layers keep besides their parameters."""
     if isinstance(module, nn.RNNBase):
         module.__dict__["_flat_weights"] = [module._parameters.get(name) for name in module._flat_weights_names]
 
 
 class _Wrapper(nn.Module):
-    """A module and the inner step on it; attributes that the wrapper lacks are the module's."""
+    """A module with an inner step. Unknown attributes come from the module."""
 
     module: nn.Module
     first_order: bool
@@ -117,8 +117,8 @@ class _Wrapper(nn.Module):
 class MAML(_Wrapper):
     """learn2learn.algorithms.MAML: clone() a learner for a task, adapt(loss) it, differentiate its query loss.
 
-    lr: the inner learning rate. first_order: gradients without create_graph. allow_unused: parameters that the loss does
-    not depend on stay as they are (default: as allow_nograd). allow_nograd: so do those with requires_grad=False.
+    lr: the inner learning rate. first_order: gradients without create_graph. allow_unused: keep parameters that the loss
+    does not use (default: allow_nograd). allow_nograd: keep parameters with requires_grad=False.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class MAML(_Wrapper):
     def clone(
         self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
     ) -> MAML:
-        """A learner for one task, whose loss fills the .grad of this one's parameters. None: as this one has it."""
+        """A learner for one task, whose loss fills the .grad of this learner's parameters. None: this learner's setting."""
         return MAML(
             clone_module(self.module),
             self.lr,
@@ -171,9 +171,9 @@ class MAML(_Wrapper):
 
 
 class MetaSGD(_Wrapper):
-    """learn2learn.algorithms.MetaSGD: MAML with a learned rate for every entry, all starting at lr.
+    """learn2learn.algorithms.MetaSGD: MAML with a learned rate for every entry. All rates start at lr.
 
-    lrs: a tensor for each parameter, in the order of model.parameters(), instead.
+    lrs: the initial rates instead, a tensor per parameter in the order of model.parameters().
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class MetaSGD(_Wrapper):
         _advise(f"MetaSGD(model, inner_lr={_number(lr)}, inner_steps=...)")
 
     def clone(self) -> MetaSGD:
-        """A learner for one task, whose loss fills the .grad of this one's parameters and rates."""
+        """A learner for one task, whose loss fills the .grad of this learner's parameters and rates."""
         return MetaSGD(clone_module(self.module), first_order=self.first_order, lrs=[rate.clone() for rate in self.lrs])
 
     def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
@@ -203,12 +203,12 @@ _advised = False
 
 
 def _advise(call: str) -> None:
-    """Says once in a process what the fast way is."""
+    """Logs the faster call, once per process."""
     global _advised
     if not _advised:
         logger.warning(
-            "fastmaml.compat.learn2learn runs the inner loop task by task in plain autograd; fastmaml.%s called with "
-            "(support_x, support_y, query_x, query_y) of all tasks gives the same meta-gradient much faster",
+            "fastmaml.compat.learn2learn runs the inner loop task by task in plain autograd. fastmaml.%s called with "
+            "(support_x, support_y, query_x, query_y) of all tasks gives the same meta-gradient much faster.",
             call,
         )
     _advised = True

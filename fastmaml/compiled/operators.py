@@ -8,32 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmaml.compiled.python_loss import CallerLoss
+from fastmaml.compiled.python_loss import PythonLoss
 from fastmaml.network.trace import Program
 from fastmaml.problem.examples import Examples, LoopTensors, Rows
 from fastmaml.problem.inner_loop import InnerLoop
 from fastmaml.problem.parameters import ParameterLayout
-from fastmaml.problem.results import Solution
+from fastmaml.problem.results import MetaGradient, Solution
 
-_NO_CALLER = nullcontext()
-
-
-class Reduced(NamedTuple):
-    """A meta-gradient as the operator returns it: gradients reduced over tasks, or of each task with loop.per_task."""
-
-    loss: Tensor
-    grad: Tensor
-    output: Tensor
-    support_losses: Tensor
-    rate_grad: Tensor  # [1 or K, P] or [T, 1 or K, P]; [0] if not asked for
-    rows_grad: Tensor  # [K, R] or [T, K, R]; [0] without rows
-    query_losses: Tensor
-    total_loss: Tensor  # [] what grad is the gradient of; [0] with loop.per_task, and on a device
+_NO_PYTHON_LOSS = nullcontext()
 
 
 class Compiled:
@@ -41,8 +28,14 @@ class Compiled:
 
     hvp_gives_gradient = False
 
-    def __init__(self, program: Program, model: nn.Module, backend: str, memory: str, caller: CallerLoss | None):
-        self.program, self.model, self.backend, self.memory, self.caller = program, model, backend, memory, caller
+    def __init__(self, program: Program, model: nn.Module, backend: str, memory: str, python_loss: PythonLoss | None):
+        self.program, self.model, self.backend, self.memory, self.python_loss = (
+            program,
+            model,
+            backend,
+            memory,
+            python_loss,
+        )
 
     def forward(self, params: Tensor, x: Tensor, support_x: Tensor | None = None) -> Tensor:
         return self._call("forward", params, x, support_x)[0]
@@ -148,7 +141,7 @@ class Compiled:
         tensors: LoopTensors,
         loss_weights: Tensor | None,
         task_weights: Tensor | None,
-    ) -> Reduced:
+    ) -> MetaGradient:
         theta, rows = _with_first_row(theta, tensors.rows, loop.steps)
         with self._loss_of(support, query):
             result = self._call(
@@ -165,8 +158,11 @@ class Compiled:
                 _scalar(loop, tensors.lam, theta),
                 tensors.mask,
             )
-        found = Reduced(*result)
-        return found if tensors.rows is None else found._replace(rows_grad=_of_given_rows(found, tensors.rows, loop))
+        loss, grad, output, losses, rate_grad, rows_grad, query_losses, total = result
+        rates = rate_grad if loop.rate_grad else None
+        of_rows = None if tensors.rows is None else _of_given_rows(grad, rows_grad, tensors.rows, loop)
+        of_all = None if total.dim() else total
+        return MetaGradient(loss, grad, output, rates, losses, of_rows, query_losses, of_all)
 
     def plain_meta_gradient(
         self, theta: Sequence[Tensor], batch: Sequence[Tensor], rate: float, loop: str
@@ -181,11 +177,11 @@ class Compiled:
 
     def _loss_of(self, support: Examples, query: Examples | None = None) -> AbstractContextManager[None]:
         """Within the block the operators reach a loss written in Python."""
-        if self.caller is None:
-            return _NO_CALLER
+        if self.python_loss is None:
+            return _NO_PYTHON_LOSS
         from fastmaml import _C
 
-        return self.caller.serving(_C.set_python_loss, support, query)  # type: ignore[attr-defined,unused-ignore]
+        return self.python_loss.serving(_C.set_python_loss, support, query)  # type: ignore[attr-defined,unused-ignore]
 
     def _call(self, op: str, params: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """The reference backend computes in float64 and answers in the caller's type."""
@@ -219,12 +215,12 @@ def _with_first_row(theta: Tensor, rows: Rows | None, steps: int) -> tuple[Tenso
     return theta.index_copy(-1, rows.places, first), rows.values[_row_of_step(rows, steps)].contiguous()
 
 
-def _of_given_rows(found: Reduced, rows: Rows, loop: InnerLoop) -> Tensor:
+def _of_given_rows(grad: Tensor, rows_grad: Tensor, rows: Rows, loop: InnerLoop) -> Tensor:
     """The gradient of each step's row as that of the rows that were given [rows, R] (or [T, rows, R])."""
-    given = found.grad.new_zeros((*found.grad.shape[:-1], *rows.values.shape))
+    given = grad.new_zeros((*grad.shape[:-1], *rows.values.shape))
     if loop.steps == 0:  # the operator returns none
         return given
-    return given.index_add(-2, _row_of_step(rows, loop.steps), found.rows_grad)
+    return given.index_add(-2, _row_of_step(rows, loop.steps), rows_grad)
 
 
 def _row_of_step(rows: Rows, steps: int) -> Tensor:

@@ -18,8 +18,8 @@ from fastmaml.problem.examples import Examples
 from fastmaml.problem.losses import LossFunction, weighted
 
 
-class CallerLoss:
-    """Answers the caller_loss Steps of a schedule for one call after the other."""
+class PythonLoss:
+    """Answers the Steps of a schedule that ask for the loss, for one call after the other."""
 
     def __init__(self, loss: LossFunction):
         self._loss = loss

@@ -1,4 +1,4 @@
-"""What a caller says of an inner loop, checked and brought into the form that the sweeps take."""
+"""The options and tensors of an inner loop, checked and brought into the form that the sweeps take."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmaml.engine.options import CallTensors, MetaGradientOptions
 from fastmaml.inner import Optimizer
 from fastmaml.problem import checks
 from fastmaml.problem.examples import Rows
@@ -18,20 +19,27 @@ StepRows = Mapping[str, Tensor]
 
 
 def inner_loop(
-    layout: ParameterLayout, optimizer: Optimizer, inner_steps: int, step_rows: StepRows | None, **rest: Any
+    layout: ParameterLayout, options: MetaGradientOptions, given: CallTensors, optimizer: Optimizer, sweep: bool
 ) -> InnerLoop:
-    names = layout.names
-    unknown = [name for name in step_rows or () if name not in names]
+    """The loop that a backend runs. sweep: with the terms of its adjoint; without, the loop alone."""
+    names, step_rows = layout.names, given.step_rows or {}
+    unknown = [name for name in step_rows if name not in names]
     if unknown:
         raise ValueError(f"step_rows names '{unknown[0]}', which is not a parameter of the model")
     loop = InnerLoop(
         optimizer,
-        checks.whole_number("inner_steps", inner_steps, 0),
-        rows=tuple(names.index(name) for name in step_rows or ()),
-        **rest,
+        options.inner_steps,
+        minibatch=options.minibatch,
+        rows=tuple(names.index(name) for name in step_rows),
+        proximal=given.proximal is not None,
     )
-    if loop.order is not None:
-        checks.whole_number("truncate", loop.order, 0)
+    if sweep:
+        loop = loop._replace(
+            order=options.order,
+            queries=query_steps(given.loss_weights, options.inner_steps),
+            per_task=options.per_task,
+            rate_grad=options.inner_lr_grad,
+        )
     if loop.proximal and (optimizer.clip_value is not None or optimizer.clip_norm is not None):
         raise ValueError("proximal and gradient clipping do not go together: which one comes first is not defined")
     return loop
@@ -41,13 +49,12 @@ def minibatch_of(loop: InnerLoop, x: Any) -> int | None:
     """The examples that one inner step sees, where they are not all."""
     if loop.minibatch is None:
         return None
-    checks.whole_number("minibatch", loop.minibatch, 1)
     if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] != loop.steps * loop.minibatch:
         raise ValueError(f"support_x {checks.shape(x)} must hold {loop.steps} inner steps of {loop.minibatch} examples")
     return loop.minibatch
 
 
-def moved(
+def adapted_mask(
     layout: ParameterLayout,
     mask: Tensor | None,
     adapted: Sequence[str] | None,
@@ -56,7 +63,7 @@ def moved(
 ) -> Tensor | None:
     """A mask [P] of what the inner loop moves: adapted, no rows per step, and in `mask`. None: everything."""
     if adapted is not None:
-        chosen = layout.matching([adapted] if isinstance(adapted, str) else adapted, like)
+        chosen = layout.matching(adapted, like)
         mask = chosen if mask is None else mask * chosen
     if step_rows:
         mask = torch.ones_like(like[..., :].reshape(-1)[: layout.size]) if mask is None else mask.clone()
@@ -86,7 +93,7 @@ def by_name(step_rows: StepRows, values: Tensor) -> dict[str, Tensor]:
     return {n: p.reshape(*lead, *row.shape[1:]) for (n, row), p in zip(step_rows.items(), pieces)}
 
 
-def queries(loss_weights: Tensor | None, inner_steps: int) -> tuple[int, ...]:
+def query_steps(loss_weights: Tensor | None, inner_steps: int) -> tuple[int, ...]:
     """The k with a query loss: those with a weight, and the last."""
     if loss_weights is None:
         return ()

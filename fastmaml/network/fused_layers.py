@@ -1,7 +1,7 @@
-"""How each fused layer is recognised, as an nn module or as a function or method call, and with which options.
+"""How each fused layer is recognised, as an nn module or as a function or method call, and its options.
 
-No shapes are needed here. One reader serves a layer's module and its function: `Arguments` hides which of the two it
-was. program_text.py holds what becomes of a layer once the shape of an example is known.
+No shapes are needed here. One reader serves both a layer's module and its function; `Arguments` hides the difference.
+program_text.py writes a layer once the shape of an example is known.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _REQUIRED = object()
 
 
 class Unsupported(Exception):
-    """A network that is not fused, with the reason in one sentence; it never leaves the Engine."""
+    """Why a network is not fused, in one sentence. Never leaves the Engine."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a network: its kind, the values it reads, what to call it in a sentence, its options."""
+    """One layer of a network: its kind, the values it reads, its name for sentences, its options."""
 
     kind: str
     inputs: tuple[int, ...]
@@ -35,7 +35,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter of the model that a call takes: its place among named_parameters() and its shape."""
+    """A parameter of the model in a call: its index in named_parameters() and its shape."""
 
     index: int
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Computed:
-    """Something the forward computes. As a number, only `x.shape[0]`, the number of examples, is understood."""
+    """A value that the forward computes. The only known number is `x.shape[0]`, the number of examples."""
 
     what: str
 
@@ -53,7 +53,7 @@ NO_PARAM = Param(-1, ())
 
 
 class Arguments:
-    """What a layer was built or called with, by name."""
+    """The arguments that a layer was built or called with, by name."""
 
     def __init__(self, where: str, name: str, values: Callable[[str], Any]):
         self.where = where
@@ -181,7 +181,7 @@ def _adaptive_avg_pool2d(a: Arguments) -> tuple[str, Options]:
 def _mean(a: Arguments) -> tuple[str, Options]:
     dims = a["dim"]
     if dims is None or isinstance(dims, int) or len(dims) != 2 or a["dtype"] is not None:
-        raise a.refuse("is a mean over something else than height and width, which is not fused")
+        raise a.refuse("is not a mean over height and width, so it is not fused")
     return "mean", {"dims": tuple(dims), "keepdim": bool(a["keepdim"])}
 
 
@@ -231,7 +231,7 @@ _MODULES: dict[type, Reader] = {
 
 
 def read_module(module: nn.Module, name: str, param: Callable[[Any, str], Param]) -> tuple[str, str, Options]:
-    """(kind, where, options) of a leaf module; `param` finds a tensor among the parameters. Raises Unsupported."""
+    """(kind, where, options) of a leaf module. `param` looks up a tensor among the parameters. Raises Unsupported."""
     where = f"layer '{name}' ({type(module).__name__})"
     reader = _MODULES.get(type(module))
     if reader is None:
@@ -249,7 +249,7 @@ def read_module(module: nn.Module, name: str, param: Callable[[Any, str], Param]
 
 
 class _Signature:
-    """Names and defaults of a call's arguments; the first `tensors` of them are values of the network."""
+    """Names and defaults of a call's arguments. The first `tensors` arguments are values of the network."""
 
     def __init__(self, reader: Reader, tensors: int = 1, **defaults: Any):
         self.reader = reader
@@ -369,7 +369,7 @@ def read_shape_query(node: fx.Node, where: str, of: Any) -> Computed:
 
 
 def read_function(node: fx.Node, where: str, understood: Callable[[Any], Any]) -> tuple[str, tuple[Any, ...], Options]:
-    """(kind, the tensors it reads, options) of a call; `understood` says what an argument means. Raises Unsupported."""
+    """(kind, the tensors it reads, options) of a call. `understood` interprets an argument. Raises Unsupported."""
     if node.target in ("view", "reshape") or node.target is torch.reshape:
         return _read_view(node, where, understood)
     table: dict[Any, _Signature] = _METHODS if node.op == "call_method" else _FUNCTIONS

@@ -1,4 +1,4 @@
-"""What each layer becomes once the shape of an example is known: a line of Program text and the shape of its output."""
+"""Writes each layer, for examples of a given shape: a line of Program text and the shape of its output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Writer:
         self.norms: list[tuple[str, int]] = []  # batch norms on batch statistics: name and positions per example
 
     def add(self, layer: Layer, inputs: list[Value]) -> Value:
-        """Writes a layer. Raises ValueError where its input does not fit, Unsupported where this case is not fused."""
+        """Writes a layer. Raises ValueError if its input does not fit, Unsupported if this case is not fused."""
         write = getattr(self, f"_{layer.kind}", None)
         if write is None:
             return self._same_shape(layer, inputs[0])

@@ -1,8 +1,7 @@
-"""An nn.Module becomes a Program, or the reason why not.
+"""Turns an nn.Module into a Program, or gives the reason why not.
 
-`read_network(model)` traces the forward with torch.fx and names what every node does (fused_layers.py); no shapes are
-needed for that. `Network.program(...)` walks the same list with the shape of an example and writes the text that the
-C++ side parses (program_text.py).
+`read_network(model)` traces the forward with torch.fx and names every node's layer (fused_layers.py), without shapes.
+`Network.program(...)` then takes the shape of an example and writes the text for the C++ parser (program_text.py).
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from fastmaml.problem.parameters import ParameterLayout
 
 @dataclass(frozen=True)
 class Program:
-    """The text of one Program and what a caller has to know about it."""
+    """The text of one Program, its output shape and its batch norms."""
 
     text: str
     output_shape: tuple[int, ...]
-    buffers: tuple[str, ...]  # names of the running statistics that the text refers to, in its order
+    buffers: tuple[str, ...]  # names of the running statistics in the text, in its order
     norms: tuple[tuple[str, int], ...]  # batch norms on batch statistics: name and positions per example
 
     def gather_buffers(self, model: nn.Module, like: Tensor) -> Tensor:
-        """The current running statistics as one vector [B]; empty when every batch norm uses its batch."""
+        """The current running statistics as one vector [B]. Empty if every batch norm uses batch statistics."""
         if not self.buffers:
             return like.new_zeros(0)
         named = dict(model.named_buffers())
@@ -52,8 +51,7 @@ class Network:
     def program(self, input_shape: tuple[int, ...], loss: str, smoothing: float, norm_mode: str) -> Program:
         """The Program for examples of this shape.
 
-        Raises ValueError when the examples do not fit the network, Unsupported when a layer is not fused at these
-        shapes.
+        Raises ValueError if the examples do not fit the network, Unsupported if a layer is not fused at these shapes.
         """
         writer = Writer(input_shape, norm_mode)
         values = {0: writer.input}
@@ -62,7 +60,7 @@ class Network:
         output = values[self.output]
         if loss == "cross_entropy" and len(output.shape) != 1:
             raise Unsupported(
-                f"the output {list(output.shape)} of an example is not one row of scores, as cross_entropy needs"
+                f"the output {list(output.shape)} of an example must be one row of scores for cross_entropy"
             )
         lines = ["fastmaml 1", "input " + " ".join(map(str, input_shape))]
         offset = 0
@@ -81,7 +79,7 @@ class Network:
 
 
 def read_network(model: nn.Module, layout: ParameterLayout) -> Network:
-    """Reads what the module's forward does. Raises Unsupported with one sentence that names the layer."""
+    """Reads the module's forward. Raises Unsupported with one sentence that names the layer."""
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             raise Unsupported(f"layer '{name}' ({type(module).__name__}) has a hook, which a fused network would skip")
@@ -89,7 +87,7 @@ def read_network(model: nn.Module, layout: ParameterLayout) -> Network:
         graph = _trace(model)
     with _all_training(model, False):
         if str(_trace(model)) != str(graph):
-            raise Unsupported(f"the forward of {type(model).__name__} does different things in train() and eval()")
+            raise Unsupported(f"the forward of {type(model).__name__} differs between train() and eval()")
     return _Reader(model, layout, graph).network()
 
 
@@ -123,7 +121,7 @@ _INPLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itru
 
 
 class _Reader:
-    """Walks an fx graph once and turns its nodes into Layers over numbered values."""
+    """Walks an fx graph once and turns its nodes into Layers with numbered values."""
 
     def __init__(self, model: nn.Module, layout: ParameterLayout, graph: fx.Graph):
         self.model = model
@@ -177,14 +175,14 @@ class _Reader:
         meanings = [self.meaning[v] for v in operands if isinstance(v, fx.Node)]
         numbers = tuple(n for n in meanings if isinstance(n, int))
         if not numbers or len(numbers) < len(operands):
-            raise Unsupported(f"{where} takes something else than tensors made from the input, which is not fused")
+            raise Unsupported(f"{where} takes a value that is not computed from the input, which is not fused")
         if kind == "identity":
             return numbers[0]
         self.layers.append(Layer(kind, numbers, where, options))
         return len(self.layers)
 
     def _understood(self, value: Any) -> Any:
-        """An argument as plain data: numbers stay, a node becomes what it means."""
+        """An argument as plain data: numbers stay, a node becomes its meaning."""
         if isinstance(value, (tuple, list)):
             return tuple(self._understood(v) for v in value)
         if not isinstance(value, fx.Node):
@@ -220,7 +218,7 @@ class _Reader:
         return live
 
     def _refuse_values_changed_in_place(self, live: set[fx.Node]) -> None:
-        """A value that an in-place layer overwrites must not be read again by its old name: Steps have no aliases."""
+        """A value overwritten by an in-place layer must not be read again under its old name: Steps have no aliases."""
         root: dict[fx.Node, fx.Node] = {}  # the node whose memory a node shares
         changed_by: dict[fx.Node, fx.Node] = {}
         for node in (n for n in self.nodes if n in live):

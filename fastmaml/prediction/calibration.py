@@ -1,6 +1,6 @@
-"""Measures this machine for the planner: small networks of many sizes run under the profile, once for each build and machine.
+"""Measures this machine for `fastmaml plan`: profiles small networks of many sizes, once per build and machine.
 
-machine = calibrated(threads)           from the cache folder, or in some seconds
+machine = calibrated(threads)           from the cache folder, or measured in some seconds
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LEAST_REPEATS, MOST_REPEATS, REPEAT_S = 3, 8, 0.15  # of each network
 
 
 class Machine(NamedTuple):
-    """This machine as the planner knows it, with `workers` of its threads at work at once."""
+    """The measured times of this machine, for `workers` threads at once."""
 
     workers: int
     steps: Rates
@@ -38,7 +38,7 @@ class Machine(NamedTuple):
 
 
 def calibrated(workers: int, again: bool = False) -> Machine:
-    """What was measured of this machine with this build and so many workers, or is now."""
+    """The measurements of this machine for this build and number of workers, from the cache or measured now."""
     path = cache_folder() / "rates" / f"{_identity(workers)}.json"
     if path.is_file() and not again:
         try:
@@ -57,16 +57,16 @@ def calibrated(workers: int, again: bool = False) -> Machine:
 
 
 def _identity(workers: int) -> str:
-    """Of all that the measured times depend on: the machine, the compiled module, torch and the workers."""
+    """A hash of everything that the times depend on: machine, compiled module, torch and workers."""
     of = hashlib.sha256(Path(introspection.file()).read_bytes())
     for file in (__file__, call_overhead.__file__, step_times.__file__, calibration_networks.__file__):
-        of.update(Path(str(file)).read_bytes())  # what is measured, and how it is kept
+        of.update(Path(str(file)).read_bytes())  # the code that measures and stores
     of.update(f"{machine()} {torch.__version__} {introspection.instruction_set()} {workers}".encode())
     return of.hexdigest()[:24]
 
 
 def measure(workers: int) -> Machine:
-    """Takes some seconds."""
+    """Measures this machine. Takes some seconds."""
     with threads(1):
         costs = call_overhead.measure()
     with threads(workers):
@@ -74,7 +74,7 @@ def measure(workers: int) -> Machine:
 
 
 class _Runs:
-    """All samples, on as many workers at once."""
+    """Runs all samples, each on all workers at once."""
 
     def __init__(self, workers: int):
         self.workers = workers
@@ -94,7 +94,7 @@ class _Runs:
         self._learn(lambda: learner(*batch))
 
     def _products(self, sample: Sample, examples: int) -> None:
-        """A Hessian-vector product and conjugate gradients, whose vectors have ops of their own."""
+        """A Hessian-vector product and conjugate gradients, which use their own vector ops."""
         engine = sample.make("low").engine
         x, y = sample.examples(self.workers * sample.tasks, examples, engine)
         theta = engine.flatten()
@@ -103,7 +103,7 @@ class _Runs:
         self._learn(lambda: engine.solve(theta, x, y, v, 2.0, 2, 1.0))
 
     def _learn(self, run: Callable[[], Any]) -> None:
-        """From the fastest of repeated runs of one plan: a Step's own fastest call is faster than it is in any whole run."""
+        """Takes the fastest of repeated runs of one plan. A Step's own fastest call would be faster than in any whole run."""
         run()
         plans = []
         for _ in repeats():
@@ -119,7 +119,7 @@ class _Runs:
 
 
 def repeats() -> Iterator[None]:
-    """Counted by processor time, of which other programs take nothing."""
+    """Repeats until enough processor time has passed, which other programs do not affect."""
     until = time.process_time() + REPEAT_S
     for done in range(MOST_REPEATS):
         if done < LEAST_REPEATS or time.process_time() < until:

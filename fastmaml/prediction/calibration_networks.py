@@ -1,4 +1,4 @@
-"""Small networks of many sizes, around those that people meta-train and none of a benchmark's own: what the machine is measured by."""
+"""The small networks that measure a machine: many sizes around usual ones, but none of a benchmark."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from fastmaml import inner, models
 from fastmaml.algorithms.maml import MAML
 from fastmaml.engine.engine import Engine
 
-LANES = 16  # tasks of the smallest networks for each worker, so that groups of tasks side by side are full
+LANES = 16  # tasks per worker for the smallest networks, enough to fill all lanes
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A small network with its sizes, far from any benchmark's own but around them."""
+    """A small network with its sizes: near the benchmarks' sizes, but not equal."""
 
     model: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    classes: int  # 0: mean squared error on one output as wide as the network's
+    classes: int  # 0: mean squared error on the network's outputs
     support: int
     query: int
     tasks: int = 1  # for each worker
     inner: inner.Optimizer = field(default_factory=lambda: inner.SGD(0.01))
-    products: tuple[int, ...] = ()  # numbers of examples whose Hessian products are measured too
+    products: tuple[int, ...] = ()  # also measure Hessian products of so many examples
 
     @property
     def steps(self) -> int:
-        """Two where they are cheap: what ends one step of the sweep and begins the next may be one operation."""
+        """Two if cheap: the end of one sweep step and the start of the next may be fused into one operation."""
         return 2 if self.tasks > 1 else 1
 
     @property
@@ -44,11 +44,11 @@ class Sample:
         )
 
     def batch(self, tasks: int, engine: Engine) -> tuple[Any, ...]:
-        """Support and query sets."""
+        """Support and query sets for `tasks` tasks."""
         return (*self.examples(tasks, self.support, engine, 0), *self.examples(tasks, self.query, engine, 1))
 
     def examples(self, tasks: int, count: int, engine: Engine, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random ones; targets near the network's own outputs keep a regression in range."""
+        """Random examples. Regression targets lie near the network's outputs, to keep losses in range."""
         x = torch.rand(tasks, count, *self.shape, generator=torch.Generator().manual_seed(seed))
         if self.classes:
             return x, torch.arange(count).remainder(self.classes).repeat(tasks, 1)

@@ -1,4 +1,4 @@
-"""What a call takes beside its walk: Python, arrays on their way to the engine and back, the outer optimizer."""
+"""The time of a call outside its walk: Python, conversion of arrays, the outer optimizer."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from fastmaml.prediction.engine_calls import EngineCall, engine_calls
 from fastmaml.prediction.memory import images, ordered, size
 
 REPEATS = 5  # of each network; the fastest counts
-SUMMED_KINDS = ("meta_gradient",)  # a vector over the parameters for each task is summed
-CHECKED = ("v",)  # every number is looked at: is it finite?
+SUMMED_KINDS = ("meta_gradient",)  # these sum a vector over the parameters for each task
+CHECKED = ("v",)  # inputs whose every number is checked to be finite
 
 
 class Costs(NamedTuple):
-    """Seconds beside the walks: of a call of the engine, a learner around it, and the outer optimizer (Adam)."""
+    """Seconds outside the walks: of an engine call, of the learner around it, and of the outer optimizer (Adam)."""
 
     call_s: float
     learner_s: float
     learner_tensor_s: float  # for each parameter tensor
-    image_byte_s: float  # for every byte of images that are put into the engine's order
-    order_byte_s: float  # for every byte of parameters, rates and gradients that are put into the other order
-    task_byte_s: float  # for a vector of each task that is put into another order, checked or summed, which the threads share out
-    learner_byte_s: float  # for every byte of a learner's parameters, whose gradients are scaled and handed out
+    image_byte_s: float  # per byte of images that are reordered for the engine
+    order_byte_s: float  # per byte of parameters, rates and gradients that are reordered
+    task_byte_s: float  # per byte of each task's vectors that threads reorder, check or sum
+    learner_byte_s: float  # per byte of a learner's parameters, whose gradients are scaled and handed out
     update_number_s: float
     update_tensor_s: float
 
     def around(self, call: EngineCall, tensors: int, workers: int) -> float:
-        """Of one call of the engine; tensors: of the learner's parameters, 0: there is no learner."""
+        """Seconds of one engine call. tensors: number of the learner's parameter tensors; 0: no learner."""
         work = _work(call, tensors)
         work[TASKS] /= workers
         return sum(rate * amount for rate, amount in zip(self, work))
 
     def update(self, numbers: int, tensors: int) -> float:
-        """Of the outer optimizer."""
+        """Seconds of the outer optimizer."""
         return self.update_number_s * numbers + self.update_tensor_s * tensors
 
 
@@ -53,7 +53,7 @@ class _Measured(NamedTuple):
 
 
 def measure() -> Costs:
-    """On one thread, by its processor time less that of the Steps: what other programs do does not count."""
+    """Measures on one thread: processor time minus the time of the Steps. Other programs do not count."""
     around: list[_Measured] = []
     updates: list[_Measured] = []
     for sample in SAMPLES:
@@ -69,7 +69,7 @@ def measure() -> Costs:
 
 
 def _around(learner: Any, run: Callable[[], Any], bare: bool = False) -> _Measured:
-    """bare: the engine alone runs, without the learner."""
+    """The time around the walks of `run`. bare: `run` calls the engine without the learner."""
     (call,) = engine_calls(run)
     learner.zero_grad()
     fastest = math.inf
@@ -97,7 +97,7 @@ def _update(learner: Any) -> _Measured:
 
 
 def _work(call: EngineCall, tensors: int) -> list[float]:
-    """What the seconds around a call are proportional to, in Costs' order."""
+    """The quantities that the seconds around a call are proportional to, in the order of Costs."""
     one, of_tasks = ordered(call)
     if call.kind in SUMMED_KINDS and not of_tasks:
         of_tasks = call.tasks * call.parameters
@@ -107,7 +107,7 @@ def _work(call: EngineCall, tensors: int) -> list[float]:
 
 
 def _fit(measured: Sequence[_Measured]) -> list[float]:
-    """The rates, none negative, that explain the measured seconds by least squares of relative errors."""
+    """Nonnegative rates that fit the measured seconds, by least squares of relative errors."""
     seconds, rows = np.array([m.seconds for m in measured]), np.array([m.work for m in measured])
     rows = rows / seconds[:, None]
     solution, used = np.zeros(rows.shape[1]), list(range(rows.shape[1]))
@@ -116,5 +116,5 @@ def _fit(measured: Sequence[_Measured]) -> list[float]:
         if min(of_used) >= 0:
             solution[used] = of_used
             break
-        del used[int(np.argmin(of_used))]  # it explains nothing
+        del used[int(np.argmin(of_used))]  # a negative rate explains nothing
     return [float(rate) for rate in solution]

@@ -1,4 +1,4 @@
-"""What an outer step asks of the engine, found out without computing it: the step runs, and operators return made-up numbers.
+"""The engine calls of an outer step, found without computing: the step runs, and operators return made-up numbers.
 
 calls = engine_calls(lambda: learner(*batch))            batch may be views of a single number (zeros().expand())
 """
@@ -20,7 +20,7 @@ from fastmaml.engine.engine import Engine
 class EngineCall(NamedTuple):
     """One call of a compiled operator, by its sizes."""
 
-    kind: str  # as introspection.costs has it: "meta_gradient", "hvp", ...
+    kind: str  # as in introspection.costs: "meta_gradient", "hvp", ...
     program: str
     backend: str
     real_bytes: int
@@ -31,16 +31,16 @@ class EngineCall(NamedTuple):
     loop: str
     memory: str
     solve_steps: int
-    uniform_rate: bool  # one for all parameters, which the engine knows
+    uniform_rate: bool  # whether all parameters share one rate, which the engine exploits
     inputs: tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes of the tensors
     results: tuple[tuple[int, ...], ...]
 
     @property
-    def callers_loss(self) -> bool:
+    def python_loss(self) -> bool:
         return "\nloss caller" in self.program
 
     def costs(self, memory: str | None = None) -> dict[str, Any]:
-        """introspection.costs of its plan, with another memory mode where given."""
+        """introspection.costs of the call's plan. memory: another memory mode."""
         return introspection.costs(
             self.program, self.kind, backend=self.backend, real_bytes=self.real_bytes, support_examples=self.support,
             query_examples=self.query, loop=self.loop, memory=memory or self.memory, solve_steps=self.solve_steps,
@@ -68,7 +68,7 @@ class _Recorder(TorchDispatchMode):
         if func.namespace != "fastmaml" or func is torch.ops.fastmaml.scaled_parts.default:
             return func(*args, **(kwargs or {}))
         shapes = pytree.tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), args)
-        results = func(*shapes)  # on meta tensors an operator computes shapes alone
+        results = func(*shapes)  # on meta tensors an operator computes only shapes
         names = [argument.name for argument in func._schema.arguments]
         tensors = [results] if isinstance(results, Tensor) else results
         rates = dict(zip(names, args)).get("rates")
@@ -78,7 +78,7 @@ class _Recorder(TorchDispatchMode):
         return pytree.tree_map_only(Tensor, self._made_up, results)
 
     def _made_up(self, result: Tensor) -> Tensor:
-        """Positive and unequal, so that conjugate gradients go on; the same for every task, so that they take little memory."""
+        """Made-up numbers: positive and unequal, so conjugate gradients continue; equal for all tasks, to save memory."""
         row = torch.rand(result.shape[-1:], generator=self.random, dtype=result.dtype)
         return (row + 0.5).expand(result.shape)
 
@@ -88,7 +88,7 @@ def _repeats_itself(x: Tensor) -> bool:
 
 
 def _with_vectors(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of plain_meta_gradient as those of meta_gradient, which it calls."""
+    """The arguments of plain_meta_gradient as arguments of meta_gradient, which it calls."""
     if "rate" not in given:
         return given
     theta = given["theta"]
@@ -133,9 +133,9 @@ def empty_batch(
     ways: int | None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, ...]:
-    """A batch of the right shapes that takes no memory: one number stands for all, and one row of labels for all tasks.
+    """A batch of the right shapes that takes no memory: a view of one number, and of one row of labels.
 
-    ways: that many classes in turn; None: real targets of the shape `targets`.
+    ways: number of classes, which take turns; None: real targets of the shape `targets`.
     """  # fmt: skip
 
     def examples(count: int) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def empty_batch(
 
 
 def require_compiled(engine: Engine) -> None:
-    """Raises ValueError where the engine is not one whose plans are known."""
+    """Raises ValueError unless the engine's plans are known."""
     if engine.backend != "cpu":
         reason = f": {engine.why}" if engine.why else ""
-        raise ValueError(f"only the cpu backend is planned, and the model runs on {engine.backend}{reason}")
+        raise ValueError(f"only the cpu backend is planned, but the model runs on {engine.backend}{reason}")

@@ -1,4 +1,4 @@
-"""Bytes of memory that an outer step takes, part by part: exact where the engine plans it, counted by shapes elsewhere."""
+"""The memory of an outer step in bytes, part by part: from the engine's plan, elsewhere counted from shapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmaml.prediction.engine_calls import EngineCall
 
-# Of a plan in the engine: a Step with its sizes and slots, in vectors that grow by doubling, planned for each mode that is tried.
+# A plan's bytes for each Step: its sizes and slots, in vectors that grow by doubling, for each memory mode that is tried.
 STEP_BYTES = 2_000
 REORDERED = (
     "theta",
@@ -18,33 +18,33 @@ REORDERED = (
     "step_rows",
     "state",
     "mask",
-)  # copied to the engine's order of parameters
-REDUCED = (1, 4, 5)  # of meta_gradient's results: summed over the tasks
+)  # copied into the engine's order of parameters
+REDUCED = (1, 4, 5)  # the results of meta_gradient that are summed over tasks
 
 
 def arenas(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
-    """Of all workers of a call."""
+    """Bytes of the arenas of all workers of a call."""
     return workers(call, costs, threads) * int(costs["arena_bytes"])
 
 
 def workers(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
-    """How many threads walk at once: a group of tasks is one's work."""
+    """The number of threads that walk at once. Each takes one group of tasks at a time."""
     return max(1, min(threads, math.ceil(call.tasks / costs["lanes"])))
 
 
 def summed_at_once(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
-    """How many tasks have a place for what is summed.
+    """The number of tasks with space for their summands.
 
-    Of the groups that are walked, of each other worker's one that waits for its neighbour, and a partial sum for each level.
+    These are the groups being walked, one waiting group per other worker, and a partial sum for each level of the tree.
     """
     groups = math.ceil(call.tasks / costs["lanes"])
-    if call.callers_loss:  # which sees all tasks at once
+    if call.python_loss:  # a loss written in Python sees all tasks at once
         return call.tasks
     return int(costs["lanes"]) * min(groups, math.ceil(math.log2(groups)) + 2 * workers(call, costs, threads) - 1)
 
 
 def arrays(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
-    """Arguments in the engine's order, results of every task or their sums, and the tensors they are handed over as."""
+    """Bytes of a call: arguments in the engine's order, results per task or summed, and the returned tensors."""
     results = [size(shape) for shape in call.results]
     reduces = call.kind == "meta_gradient" and "per_task=1" not in call.loop
     reordered = sum(_of_parameters(call, costs))
@@ -58,7 +58,7 @@ def arrays(call: EngineCall, costs: Mapping[str, Any], threads: int) -> int:
 
 
 def ordered(call: EngineCall) -> tuple[int, int]:
-    """Numbers that are put from torch's order of parameters into the engine's or back: of vectors of all tasks, of each task."""
+    """Numbers reordered between torch's and the engine's order of parameters: (for all tasks together, per task)."""
     if call.costs()["as_torch"]:
         return 0, 0
     vectors = [
@@ -81,15 +81,15 @@ def _of_parameters(call: EngineCall, costs: Mapping[str, Any]) -> list[int]:
 
 
 def images(call: EngineCall) -> int:
-    """Numbers of the images that are put into the engine's order, channels last."""
+    """Numbers of images that are reordered to channels last for the engine."""
     return sum(size(shape) for _, shape in call.inputs if len(shape) == 5 and shape[2] > 1 and shape[3] * shape[4] > 1)
 
 
 def plans(costs: Mapping[str, Any]) -> int:
-    """Of the Schedule itself, which stays for the next call."""
+    """Bytes of the Schedule, which is kept for the next call."""
     return STEP_BYTES * len(costs["steps"])
 
 
 def size(shape: tuple[int, ...]) -> int:
-    """Numbers of a shape."""
+    """The product of a shape."""
     return math.prod(shape)

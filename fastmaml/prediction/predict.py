@@ -1,6 +1,6 @@
-"""The prediction: time and peak memory of an outer step, by phases and parts, and what the engine would choose.
+"""The prediction: time by phase and peak memory by part of an outer step, and the memory mode that the engine chooses.
 
-found = predict(learner, batch, threads)            batch: real tasks, or work.empty_batch()
+found = predict(learner, batch, threads, calibrated)    batch: real tasks, or engine_calls.empty_batch()
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODEL, GRADIENTS, OPTIMIZER_STATE, BATCH = "network", "gradients", "outer optimi
 
 
 class Mode(NamedTuple):
-    """A memory mode of the engine: what the meta-gradient would take in it."""
+    """A memory mode of the engine, and the meta-gradient's cost in this mode."""
 
     name: str
     seconds: float
@@ -34,15 +34,15 @@ class Mode(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """An outer step, predicted."""
+    """The prediction of one outer step."""
 
     tasks: int
-    phases: dict[str, float]  # seconds by phase of the meta-gradient, OUTSIDE and OPTIMIZER included
+    phases: dict[str, float]  # seconds by phase of the meta-gradient, including OUTSIDE and OPTIMIZER
     parts: dict[str, int]  # bytes of memory at the peak
-    modes: tuple[Mode, ...]  # of the sweep, where there is a choice
-    chosen: str  # "stash" or "low"; "" where there is no sweep
+    modes: tuple[Mode, ...]  # of the sweep, if there is a choice
+    chosen: str  # "stash" or "low"; "" without a sweep
     why: str
-    unknown: tuple[str, ...]  # ops that no calibration knows; their times are those of their neighbours
+    unknown: tuple[str, ...]  # ops without a measurement; their times come from similar ops
 
     @property
     def step_s(self) -> float:
@@ -75,12 +75,13 @@ class Prediction:
 
 
 def predict(learner: Any, batch: Sequence[Tensor], threads: int, machine_of: Callable[[int], Machine]) -> Prediction:
-    """Of one step of the learner with its outer optimizer. machine_of: calibration.calibrated, or a Machine by its workers.
+    """Predicts one step of the learner and its outer optimizer.
 
-    Raises ValueError where the learner's engine is not planned.
+    machine_of: calibration.calibrated, or another function from a number of workers to a Machine.
+    Raises ValueError if the learner's engine has no plan.
     """
     require_compiled(learner.engine)
-    learner = copy.deepcopy(learner)  # some carry numbers on from step to step
+    learner = copy.deepcopy(learner)  # some learners keep state from step to step
 
     def step() -> None:
         learner.zero_grad(set_to_none=True)
@@ -89,7 +90,7 @@ def predict(learner: Any, batch: Sequence[Tensor], threads: int, machine_of: Cal
     learner.at_step(0)
     calls = engine_calls(step)
     if not calls:
-        raise ValueError(f"{type(learner).__name__} asks nothing of the engine; there is nothing to predict")
+        raise ValueError(f"{type(learner).__name__} does not call the engine, so there is nothing to predict")
     learner.zero_grad(set_to_none=True)
     parameters = [p for p in learner.parameters() if p.requires_grad]
     plans = [call.costs() for call in calls]
@@ -110,7 +111,7 @@ def predict(learner: Any, batch: Sequence[Tensor], threads: int, machine_of: Cal
 
 
 def predict_call(run: Callable[[], Any], threads: int, machine_of: Callable[[int], Machine]) -> float:
-    """Seconds of what `run` asks of the engine alone, such as Engine.hvp, without a learner around it."""
+    """Seconds of a `run` that calls the engine without a learner, such as Engine.hvp."""
     total = 0.0
     for call in engine_calls(run):
         costs = call.costs()
@@ -120,11 +121,11 @@ def predict_call(run: Callable[[], Any], threads: int, machine_of: Callable[[int
 
 
 def _walk(call: EngineCall, costs: dict[str, Any], machine: Machine) -> dict[str, float]:
-    """Seconds by phase: each worker takes one group of tasks after the other."""
+    """Seconds by phase. Each worker takes one group of tasks after the other."""
     lanes = costs["lanes"]
     rounds = math.ceil(math.ceil(call.tasks / lanes) / machine.workers)
     phases: dict[str, float] = {}
-    known: dict[tuple[Any, ...], float] = {}  # a hundred inner steps have the same few Steps
+    known: dict[tuple[Any, ...], float] = {}  # even a hundred inner steps repeat the same few Steps
     for step in costs["steps"]:
         same = (step["op"], step["layer"], step["examples"], step["products"], step["bytes"])
         if same not in known:
@@ -136,7 +137,7 @@ def _walk(call: EngineCall, costs: dict[str, Any], machine: Machine) -> dict[str
 def _parts(
     learner: Any, batch: Sequence[Tensor], calls: list[EngineCall], plans: list[dict[str, Any]], threads: int
 ) -> dict[str, int]:
-    """Arenas and blocks are kept from call to call and serve the largest; the tensors of a call end with it."""
+    """Bytes by part. Arenas and blocks are kept, at the size of the largest call; a call's tensors end with it."""
     parameters = [p for p in learner.parameters() if p.requires_grad]
     trained = sum(p.numel() * p.element_size() for p in parameters)
     largest = max((p.numel() * p.element_size() for p in parameters), default=0)
@@ -147,15 +148,15 @@ def _parts(
         ARRAYS: max(memory.arrays(call, costs, threads) for call, costs in zip(calls, plans)),
         PLANS: sum({call: memory.plans(costs) for call, costs in zip(calls, plans)}.values()),
         GRADIENTS: (2 if all(call.uniform_rate for call in calls) else 3)
-        * trained,  # the start as one vector, .grad, the rates
-        OPTIMIZER_STATE: 2 * trained + 2 * largest,  # Adam's two moments, and its temporary numbers
+        * trained,  # the flat parameters, .grad, the rates
+        OPTIMIZER_STATE: 2 * trained + 2 * largest,  # Adam's two moments, and its temporaries
     }
 
 
 def _choice(
     calls: list[EngineCall], plans: list[dict[str, Any]], machines: list[Machine]
 ) -> tuple[tuple[Mode, ...], str, str]:
-    """The modes of the meta-gradient that takes longest, and the one the engine takes."""
+    """The memory modes of the slowest meta-gradient, the engine's choice, and the reason."""
     found: list[tuple[float, EngineCall, dict[str, Any], list[Mode]]] = []
     for call, costs, machine in zip(calls, plans, machines):
         if call.kind != "meta_gradient" or not any(step["phase"] == "sweep" for step in costs["steps"]):
@@ -166,22 +167,22 @@ def _choice(
             modes.append(Mode(name, sum(_walk(call, other, machine).values()), int(other["arena_bytes"])))
         found.append((max(mode.seconds for mode in modes), call, costs, modes))
     if not found:
-        return (), "", "no adjoint sweep: there is nothing to keep or to compute again"
+        return (), "", "no adjoint sweep, so there are no activations to keep or recompute"
     _, call, costs, modes = max(found, key=lambda of: of[0])
     return tuple(modes), costs["memory"], _why(call, costs["memory"], modes[0], modes[1])
 
 
 def _why(call: EngineCall, chosen: str, stash: Mode, low: Mode) -> str:
     if stash.arena_bytes == low.arena_bytes:
-        return "both modes are the same here: the sweep has no Hessian term"
+        return "both modes are equal here, because the sweep has no Hessian term"
     if call.memory != "auto":
-        return f"memory={call.memory!r} was asked for"
-    budget = introspection.stash_budget(call.backend, call.callers_loss)
+        return f"memory={call.memory!r} was given"
+    budget = introspection.stash_budget(call.backend, call.python_loss)
     least = _mib(stash.arena_bytes)
-    room = f"the {_mib(budget)} MiB that auto gives an arena here"
+    room = f"auto's limit of {_mib(budget)} MiB"
     if chosen == "stash":
-        return f"a worker's arena with the kept activations is {least} MiB, within {room}"
-    return f"a worker's arena with the kept activations would be {least} MiB, more than {room}"
+        return f"a worker's arena with the kept activations takes {least} MiB, within {room}"
+    return f"a worker's arena with the kept activations would take {least} MiB, above {room}"
 
 
 def _mib(count: int) -> str:

@@ -1,4 +1,4 @@
-"""From what one asks `fastmaml plan` to a learner and a batch of the right shapes, which takes no memory."""
+"""From the arguments of `fastmaml plan` to a learner, and a batch of the right shapes that takes no memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastmaml.training.run_config import RunConfig
 
 
 class Sizes(NamedTuple):
-    """What may be asked for in the place of a preset's or a file's own sizes; None: as there."""
+    """Sizes that replace those of a preset or a file. None: unchanged."""
 
     tasks: int | None = None
     ways: int | None = None
-    shots: int | None = None  # per class, or per task of a regression or of a file
+    shots: int | None = None  # per class, or per task for a regression or a file
     query_shots: int | None = None
     inner_steps: int | None = None
 
@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A learner with its tasks, and both in a line."""
+    """A learner with its tasks, and a title for both."""
 
     learner: Any
     batch: tuple[Any, ...]
@@ -43,7 +43,7 @@ class Request(NamedTuple):
 def of_dataset(
     name: str, algorithm: str, sizes: Sizes, memory: str, double: bool, filters: int | None, seed: int = 0
 ) -> Request:
-    """The network and settings that `fastmaml train` would take. Raises ValueError for what does not fit."""
+    """The network and settings of `fastmaml train`. Raises ValueError for sizes that do not fit."""
     sizes.check()
     config = preset(
         name, algorithm=algorithm, memory=memory, backend="cpu", filters=filters, meta_batch=sizes.tasks, ways=sizes.ways,
@@ -62,15 +62,15 @@ def of_dataset(
 
 
 def of_file(target: str, algorithm: str, sizes: Sizes, memory: str, double: bool, seed: int = 0) -> Request:
-    """The user's own model (FILE.py:FUNCTION) with an algorithm that needs no more than it."""
+    """The user's own model (FILE.py:FUNCTION) with an algorithm that needs only a model."""
     sizes.check()
     if sizes.ways is not None:
-        raise ValueError(f"--ways {sizes.ways}: the classes of {target} are what its model's outputs say")
+        raise ValueError(f"--ways {sizes.ways}: the model of {target} fixes the number of classes")
     given = own_model.problem_of(target, seed)
     case, loss = given.case, given.case.loss
     learners: dict[str, Any] = {"maml": algorithms.MAML, "fomaml": algorithms.FOMAML}
     if algorithm not in learners:
-        raise ValueError(f"--algorithm {algorithm}: for a file's own model {' and '.join(learners)} are planned")
+        raise ValueError(f"--algorithm {algorithm}: your own model can be planned with {' and '.join(learners)}")
     steps = case.inner_steps if sizes.inner_steps is None else sizes.inner_steps
     model: nn.Module = given.model.double() if double else given.model
     learner = learners[algorithm](

@@ -1,7 +1,7 @@
-"""How long a Step takes on this machine, from Steps of other sizes: the same op's nearest measured neighbours.
+"""Predicts the time of a Step on this machine from measured Steps of the same op with similar sizes.
 
-A Step of s seconds is measured against a yardstick of arithmetic and bytes at round rates; the ratio varies slowly with sizes,
-so that of a Step never seen is a weighted mean of its neighbours' in the logarithms of its sizes.
+Each measured time is divided by a yardstick: the time of its arithmetic and bytes at fixed round rates. This ratio varies
+slowly with the sizes. A new Step gets a weighted mean of its neighbours' ratios; distances are between log sizes.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from typing import Any
 
 import numpy as np
 
-STEP_S, FLOPS, OTHER_FLOPS, BYTES = 5e-8, 5e10, 1e10, 2e10  # the yardstick; any numbers of the right order do
+STEP_S, FLOPS, OTHER_FLOPS, BYTES = 5e-8, 5e10, 1e10, 2e10  # the yardstick; only the order of magnitude matters
 NEIGHBOURS = 5
-MATRIX_SIZES = 4  # rows, depth, columns, width; other ops have how often and how long (introspection.costs)
+MATRIX_SIZES = 4  # rows, depth, columns, width; other ops have a count and a length (introspection.costs)
 
-Step = Mapping[str, Any]  # as introspection.costs describes one
+Step = Mapping[str, Any]  # a Step as introspection.costs describes it
 
 
 def yardstick(step: Step, lanes: int) -> float:
-    """Seconds at the round rates, of a walk's call of it (all tasks that lie side by side)."""
+    """Seconds of one call of the Step at the round rates, for all tasks in its lanes."""
     work = step["products"] / FLOPS + step["other"] / OTHER_FLOPS + step["bytes"] / BYTES
     return STEP_S + lanes * work
 
 
 def key(step: Step, lanes: int) -> str:
-    """What Steps are compared by: the op, a pointwise function's own name, and the layout."""
+    """Only Steps of equal key are compared: the op, a pointwise function's name, and the layout."""
     own = " " + step["layer"].split(" ")[0] if step["op"].startswith("pointwise") else ""
     return f"{step['op']}{own}{' in lanes' if lanes > 1 else ''}"
 
 
 def features(step: Step) -> list[float]:
-    """Logarithms to the base of 2."""
+    """The base-2 logarithms of a Step's sizes."""
     sizes = [max(float(size), 1.0) for size in step["sizes"]]
     sizes += [1.0] * (MATRIX_SIZES - len(sizes))
     terms = step["products"] / max(2.0 * sizes[0] * sizes[1] * sizes[2], 1.0)
@@ -40,7 +40,7 @@ def features(step: Step) -> list[float]:
 
 
 class Rates:
-    """Measured Steps of one number of workers at once, and the times that Steps of other sizes take."""
+    """Predicts Step times from measured Steps, for one number of workers at once."""
 
     def __init__(self, measured: Iterable[tuple[str, list[float], float]]):
         """measured: (key, features, seconds over the yardstick)."""
@@ -54,11 +54,11 @@ class Rates:
             raise ValueError("no Step has been measured")
 
     def seconds(self, step: Step, lanes: int) -> float:
-        """Of one call of the Step in a walk, by one worker."""
+        """Seconds of one call of the Step in a walk, by one worker."""
         name = key(step, lanes)
         at = np.array(features(step))
         found = self._at.get(name)
-        if found is None:  # an op that no calibration has: as others with products, or as others without
+        if found is None:  # an op without a measurement: use all ops with products, or all without
             matrix = step["products"] > 0
             alike = [v for k, v in self._at.items() if k.startswith(("linear", "conv2d")) == matrix] or list(
                 self._at.values()

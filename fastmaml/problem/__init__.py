@@ -1,4 +1,4 @@
-"""What is asked, as plain data: parameters, rates, examples, losses, inner loops and the checks of them.
+"""The problem as plain data: parameters, rates, examples, losses and inner loops, with their checks.
 
 Knows no backend, no engine and no algorithm.
 """

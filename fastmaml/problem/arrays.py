@@ -1,6 +1,6 @@
-"""numpy and cupy arrays in place of tensors: taken and returned without copies.
+"""numpy and cupy arrays instead of tensors, without copies.
 
-A method wrapped in `any_arrays` takes arrays wherever it takes tensors, and returns the kind of its first argument.
+A method wrapped in `any_arrays` takes arrays wherever it takes tensors. It returns the array type of its first argument.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def any_arrays(method: Method) -> Method:
-    """Lets a method of tensors take numpy and cupy arrays too, also within tuples, lists and dicts."""
+    """Lets a method of tensors also take numpy and cupy arrays, even inside tuples, lists and dicts."""
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -33,12 +33,12 @@ def any_arrays(method: Method) -> Method:
 
 
 def _is_cupy(x: Any) -> bool:
-    cupy = sys.modules.get("cupy")  # whoever has an array of it has imported it
+    cupy = sys.modules.get("cupy")  # anyone with a cupy array has imported cupy
     return cupy is not None and isinstance(x, cupy.ndarray)
 
 
 def _hold_array(parts: Iterable[Any]) -> bool:
-    """Whether one of the parts is or holds an array. What most calls consist of is passed by first."""
+    """Whether one of the parts is or holds an array. Skips the most frequent types first."""
     for part in parts:
         if isinstance(part, (Tensor, float, int, str, type(None))):
             continue
@@ -54,7 +54,7 @@ def _hold_array(parts: Iterable[Any]) -> bool:
 
 
 def _over(function: Callable[[Any], Any], x: Any) -> Any:
-    """The same structure with `function` applied to what is in it."""
+    """The same structure with `function` applied to its leaves."""
     if isinstance(x, tuple) and hasattr(x, "_fields"):
         return type(x)(*(_over(function, part) for part in x))
     if isinstance(x, (tuple, list)):
@@ -67,8 +67,10 @@ def _over(function: Callable[[Any], Any], x: Any) -> Any:
 def _to_tensor(x: Any) -> Any:
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "fiub" or x.dtype.byteorder == (">" if sys.byteorder == "little" else "<"):
-            raise TypeError(f"an array of {x.dtype} cannot be taken; give floats, integers or bools of this machine")
-        # torch has neither negative steps nor memory that must not be written
+            raise TypeError(
+                f"arrays of {x.dtype} are not supported; give floats, integers or bools in native byte order"
+            )
+        # torch supports neither negative strides nor read-only memory
         shared = x if x.flags.writeable and all(s >= 0 for s in x.strides) else x.copy()
         return torch.from_numpy(shared)
     return torch.from_dlpack(x) if _is_cupy(x) else x

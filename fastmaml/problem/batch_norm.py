@@ -1,8 +1,8 @@
-"""The named modes of batch norm, imposed on an ordinary module without touching its running buffers.
+"""The modes of batch norm, applied to an ordinary module without changing its running buffers.
 
-transductive   statistics of the batch at hand everywhere, also for the query set (MAML)
-support        the query set is normalised with the statistics of the support set at the adapted parameters
-frozen         the running statistics, as constants
+transductive   each batch uses its own statistics, also the query set (MAML).
+support        the query set uses the support set's statistics, at the adapted parameters.
+frozen         all batches use the running statistics, as constants.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MODES = ("transductive", "support", "frozen")
 
 
 def check_mode(model: nn.Module, mode: str) -> None:
-    """Raises ValueError when the mode is unknown or the model lacks the running statistics that 'frozen' needs."""
+    """Raises ValueError if the mode is unknown, or if 'frozen' lacks running statistics."""
     if mode == "per_step":
         raise ValueError("batch_norm='per_step' belongs to MAML++: use MAMLPlusPlus(bn_stats='running_per_step')")
     if mode not in MODES:
@@ -34,16 +34,16 @@ def check_mode(model: nn.Module, mode: str) -> None:
 
 @contextmanager
 def statistics(model: nn.Module, mode: str, support_rows: int | None = None) -> Iterator[None]:
-    """Within the block every batch norm of the model follows the mode and leaves its buffers alone.
+    """Within the block every batch norm of the model follows the mode and keeps its buffers.
 
-    support_rows: in mode 'support', how many leading rows of a batch are the support set whose statistics are used.
+    support_rows: in mode 'support', the number of leading rows of a batch whose statistics are used.
     """
     undo = []
     for module in model.modules():
         if not isinstance(module, _NormBase):
             continue
         undo.append((module, module.training, module.track_running_stats, module.__dict__.get("forward")))
-        if not isinstance(module, _BatchNorm):  # instance norm: its statistics are per example; only keep its buffers
+        if not isinstance(module, _BatchNorm):  # instance norm has statistics per example: only protect its buffers
             module.track_running_stats = module.track_running_stats and not module.training
         elif mode == "frozen":
             module.training = False
@@ -78,9 +78,9 @@ def _normalise_by_support(module: _BatchNorm, support_rows: int, x: Tensor) -> T
 
 
 def settle(model: nn.Module, mode: str, support_x: Tensor) -> None:
-    """Makes the batch norms of a module follow the mode by themselves, and puts the module in eval mode.
+    """Makes the batch norms of a module follow the mode permanently, and puts the module in eval mode.
 
-    The parameters must be the adapted ones: in mode 'support' the support set's statistics become the running ones.
+    The module must hold the adapted parameters. In mode 'support' the support set's statistics become the running ones.
     """
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]

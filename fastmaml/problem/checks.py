@@ -1,4 +1,4 @@
-"""What the Engine refuses before it computes: one sentence each, with the shapes or values in it."""
+"""Checks of the Engine's inputs. Each error is one sentence with the shapes or values."""
 
 from __future__ import annotations
 
@@ -14,27 +14,25 @@ def shape(tensor: Tensor) -> str:
 
 
 def vector(name: str, value: Any, size: int) -> None:
-    """`value` is a floating point vector [P], or one for each task [T, P]."""
+    """Checks that `value` is a floating point vector [P], or one for each task [T, P]."""
     _floating(name, value)
     fits = value.dim() in (1, 2) and value.shape[-1] == size
     if not fits:
-        raise ValueError(
-            f"{name} {shape(value)} is neither [{size}] nor [tasks, {size}] as the model's parameters need"
-        )
+        raise ValueError(f"{name} {shape(value)} must be [{size}] or [tasks, {size}], like the model's parameters")
 
 
 def tasks_of(name: str, params: Tensor, x: Tensor) -> None:
     if params.dim() == 2 and params.shape[0] != x.shape[0]:
         raise ValueError(
-            f"{name} {shape(params)} holds {params.shape[0]} tasks but the examples {shape(x)} {x.shape[0]}"
+            f"{name} {shape(params)} holds {params.shape[0]} tasks but the examples {shape(x)} hold {x.shape[0]}"
         )
 
 
 def examples(name: str, x: Any, like: Tensor) -> None:
-    """`x` [T, N, ...] holds at least one task and one example of finite numbers, in the parameters' type and place."""
+    """Checks that `x` [T, N, ...] has tasks and examples, finite numbers, and the parameters' type and device."""
     _floating(name, x)
     if x.dim() < 2:
-        raise ValueError(f"{name} {shape(x)} has no [tasks, examples] in front")
+        raise ValueError(f"{name} {shape(x)} does not begin with [tasks, examples]")
     if x.shape[0] == 0:
         raise ValueError(f"{name} {shape(x)} holds no tasks")
     if x.shape[1] == 0:
@@ -51,7 +49,7 @@ def same_place(name: str, x: Tensor, like: Tensor) -> None:
 
 
 def finite(name: str, x: Tensor) -> None:
-    if math.isfinite(x.sum().item()):  # one pass; a sum of finite numbers that overflows is looked at again
+    if math.isfinite(x.sum().item()):  # one pass; if a sum of finite numbers overflows, the entries are checked below
         return
     bad = ~torch.isfinite(x)
     if bool(bad.any()):
@@ -60,7 +58,7 @@ def finite(name: str, x: Tensor) -> None:
 
 
 def labels(name: str, y: Any, x_name: str, x: Tensor, classes: int) -> None:
-    """`y` [T, N] holds integer labels in [0, classes)."""
+    """Checks that `y` [T, N] holds integer labels in [0, classes)."""
     if not isinstance(y, Tensor):
         raise TypeError(f"{name} must be a tensor of labels, not {type(y).__name__}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
@@ -77,7 +75,7 @@ def labels(name: str, y: Any, x_name: str, x: Tensor, classes: int) -> None:
 
 
 def targets(name: str, y: Any, x_name: str, x: Tensor, output_shape: tuple[int, ...]) -> None:
-    """`y` [T, N, *output] holds finite numbers."""
+    """Checks that `y` [T, N, *output] fits the network's output and holds finite numbers."""
     _floating(name, y)
     if y.shape[:2] != x.shape[:2] or y.shape[2:] != output_shape:
         raise ValueError(f"{name} {shape(y)} does not fit the network's output {[*x.shape[:2], *output_shape]}")
@@ -86,7 +84,7 @@ def targets(name: str, y: Any, x_name: str, x: Tensor, output_shape: tuple[int, 
 
 
 def any_target(name: str, y: Any, x_name: str, x: Tensor) -> None:
-    """`y` [T, N, ...] of any type, for a caller's own loss."""
+    """Checks `y` [T, N, ...] of any type, for a loss written in Python."""
     if not isinstance(y, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(y).__name__}")
     if y.shape[:2] != x.shape[:2]:
@@ -98,7 +96,7 @@ def any_target(name: str, y: Any, x_name: str, x: Tensor) -> None:
 
 
 def weights(name: str, w: Any, expected: tuple[int, ...], like: Tensor) -> Tensor:
-    """Weights of exactly this shape, finite, in the parameters' type and place."""
+    """Checks that `w` has this shape, finite numbers, and the parameters' type and device. Returns it contiguous."""
     _floating(name, w)
     if w.shape != expected:
         raise ValueError(f"{name} {shape(w)} must be {list(expected)}")

@@ -1,6 +1,6 @@
-"""An inner loop as plain data: the optimizer, the number of steps, and which terms its adjoint sweep has.
+"""An inner loop as plain data: the optimizer, the number of steps, and the terms of its adjoint sweep.
 
-`InnerLoop.text()` is what the compiled engine parses (csrc/meta); update_rules.py and adjoint_sweep.py read the fields.
+The compiled engine parses `InnerLoop.text()` (csrc/meta). update_rules.py and adjoint_sweep.py read the fields.
 """
 
 from __future__ import annotations
@@ -11,35 +11,35 @@ from fastmaml.inner import SGD, Optimizer
 
 
 class InnerLoop(NamedTuple):
-    """K inner steps and how they are differentiated (ALGORITHMS 1.1 to 1.4). Tensors travel beside it."""
+    """K inner steps and how to differentiate them (ALGORITHMS 1.1 to 1.4). LoopTensors holds the tensors."""
 
     optimizer: Optimizer
     steps: int
     order: int | None = None  # Hessian terms for the last `order` steps only; 0: first order; None: all
     minibatch: int | None = None  # step k sees the support rows k B .. k B + B - 1
-    queries: tuple[int, ...] = ()  # the query loss at these phi[k]; (): at phi[K]
-    rows: tuple[int, ...] = ()  # indices of parameters that take a row of their own at every step
+    queries: tuple[int, ...] = ()  # the query loss is taken at these phi[k]; (): at phi[K]
+    rows: tuple[int, ...] = ()  # indices of parameters with their own values at every step
     proximal: bool = False  # + lam (phi - theta) to every step's gradient
     per_task: bool = False  # gradients of each task instead of their mean
     rate_grad: bool = False
 
     @property
     def query_steps(self) -> tuple[int, ...]:
-        """The k at whose phi[k] the query loss is taken; the last is K."""
+        """The steps k at whose phi[k] the query loss is taken. The last is K."""
         return self.queries or (self.steps,)
 
     @property
     def hessian_from(self) -> int:
-        """The first step whose Hessian term is part of the sweep."""
+        """The first step with a Hessian term in the sweep."""
         return 0 if self.order is None else max(self.steps - self.order, 0)
 
     @property
     def sweep_from(self) -> int:
-        """The step at which the sweep ends: before it the adjoint passes through unchanged (truncation)."""
+        """The step at which the sweep ends. The adjoint passes through earlier steps unchanged (truncation)."""
         return 0 if self.order == 0 else self.hessian_from
 
     def text(self) -> str:
-        """One line of words that the compiled engine parses; defaults are left out."""
+        """One line of words for the compiled engine's parser, without defaults."""
         o = self.optimizer
         words = [f"steps={self.steps}"]
         if isinstance(o, SGD):

@@ -1,4 +1,4 @@
-"""Inner learning rates in the layout of the flat parameter vector [P]: expanded for the engine, their gradients collapsed."""
+"""Inner learning rates in the layout of the flat vector [P]: expands rates for the engine, collapses their gradients."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from fastmaml.problem.parameters import ParameterLayout
 def expand_rates(
     inner_lr: InnerLr, layout: ParameterLayout, mask: Tensor | None, like: Tensor, steps: int = 1
 ) -> Tensor:
-    """Inner learning rates as one row [1, P] for all steps, or a row for each [steps, P]; masked entries get 0.
+    """Inner learning rates as one row [1, P] for all steps, or a row per step [steps, P]. Masked entries get 0.
 
-    inner_lr is a number, a tensor [] or [1] (one rate), [P] (one per entry), [K, 1] or [K, P] (a row per step), or a
-    dict from each parameter's name to a number, a tensor [] or of the parameter's shape, or one with a dimension for
-    the steps in front: [K, *shape] or [K, 1, ..., 1]. Steps beyond the rows reuse the last row. One rate for all
-    parameters comes as a view that repeats it, by which the engine knows it.
+    inner_lr is one of:
+        a number, or a tensor [] or [1]: one rate
+        a tensor [P]: a rate per entry
+        a tensor [K, 1] or [K, P]: a row per step
+        a dict from each parameter's name to a number or a tensor: [], the parameter's shape, or per step [K, *shape] or
+        [K, 1, ..., 1]
+
+    Steps beyond the last row reuse the last row. One rate for all parameters is returned as an expanded view, which the
+    engine recognises.
     """
     if isinstance(inner_lr, (int, float)) and mask is None:
         return like.new_full((1, 1), _number_rate("inner_lr", inner_lr)).expand(1, layout.size)
@@ -30,7 +35,7 @@ def expand_rates(
 
 
 def collapse_rates(grad: Tensor, inner_lr: InnerLr, layout: ParameterLayout, mask: Tensor | None, like: Tensor) -> Any:
-    """The gradient of expanded rates [1 or steps, P] as that of inner_lr: summed over whatever each rate is shared by."""
+    """The gradient by inner_lr from the gradient by expanded rates [1 or steps, P]: sums over all uses of each rate."""
     if mask is not None:
         grad = grad * mask
     if isinstance(inner_lr, (int, float)):
@@ -48,7 +53,7 @@ def collapse_rates(grad: Tensor, inner_lr: InnerLr, layout: ParameterLayout, mas
 
 
 def _collapsed(grad: Tensor, rate: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A gradient [steps, *shape] by a rate that stood for all of it, or that had a row for each step."""
+    """Sums a gradient [steps, *shape] to the shape of its rate, which may have a row per step."""
     if rate.dim() == len(shape) + 1:
         rows = grad.new_zeros((len(rate), *shape))
         return rows.index_add(0, _row_of_step(rate, len(grad)), grad).sum_to_size(rate.shape)
@@ -58,7 +63,7 @@ def _collapsed(grad: Tensor, rate: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _checked_rates(
     inner_lr: InnerLr, layout: ParameterLayout, mask: Tensor | None, like: Tensor
 ) -> dict[str | None, Tensor]:
-    """The rates as tensors without a graph, by parameter name; None is the name of one rate tensor for all."""
+    """The rates as tensors without a graph, by parameter name. The name None means one tensor for all parameters."""
     if isinstance(inner_lr, Mapping):
         return _checked_dict(inner_lr, layout, mask, like)
     if not isinstance(inner_lr, Tensor):
@@ -67,8 +72,8 @@ def _checked_rates(
     one_row = rates.dim() <= 1 and rates.numel() in (1, layout.size)
     if not one_row and not (rates.dim() == 2 and len(rates) > 0 and rates.shape[1] in (1, layout.size)):
         raise ValueError(
-            f"inner_lr {list(inner_lr.shape)} is neither one rate [] nor one per parameter entry [{layout.size}] nor "
-            f"a row of them per step [steps, 1] or [steps, {layout.size}]"
+            f"inner_lr {list(inner_lr.shape)} must be one rate [], a rate per parameter entry [{layout.size}], or a row "
+            f"per step: [steps, 1] or [steps, {layout.size}]"
         )
     return {None: rates}
 
@@ -88,7 +93,7 @@ def _checked_dict(
     for name, shape in zip(layout.names, layout.shapes):
         if name not in inner_lr:
             if not still[name]:
-                raise ValueError(f"inner_lr has no rate for parameter '{name}'; give it 0.0 to leave it as it is")
+                raise ValueError(f"inner_lr has no rate for parameter '{name}'; give 0.0 to keep the parameter fixed")
             continue
         rate = inner_lr[name]
         if not isinstance(rate, Tensor):
@@ -98,15 +103,15 @@ def _checked_dict(
         per_step = value.dim() == len(shape) + 1 and tuple(value.shape[1:]) in (shape, (1,) * len(shape))
         if value.dim() > 0 and tuple(value.shape) != shape and not per_step:
             raise ValueError(
-                f"inner_lr['{name}'] {list(value.shape)} fits neither one rate [] nor the parameter {list(shape)} nor "
-                f"a row of either per step {['steps', *shape]}"
+                f"inner_lr['{name}'] {list(value.shape)} must be one rate [], the parameter's shape {list(shape)}, or "
+                f"a row per step {['steps', *shape]}"
             )
         rates[name] = value
     return rates
 
 
 def _rows(rates: dict[str | None, Tensor], layout: ParameterLayout, steps: int, like: Tensor) -> Tensor:
-    """[1, P], or [steps, P] where a rate has a row per step."""
+    """[1, P], or [steps, P] if a rate has a row per step."""
     if None in rates:
         rate = rates[None]
         return _step_rows(rate, steps).expand(-1, layout.size) if rate.dim() == 2 else rate.expand(1, layout.size)
@@ -129,7 +134,7 @@ def _step_rows(rate: Tensor, steps: int) -> Tensor:
 
 
 def _row_of_step(rate: Tensor, steps: int) -> Tensor:
-    """Which row of a rate each step uses; the last one serves all steps beyond."""
+    """The row of a rate that each step uses. Steps beyond the last row use the last row."""
     return torch.arange(steps, device=rate.device).clamp(max=len(rate) - 1)
 
 

@@ -1,6 +1,6 @@
 """Losses per example: a function (output, target) -> [examples], for one task at a time.
 
-Written out of elementary operations: torch.func.jvp of the gradient of F.mse_loss raises on torch 2.13.
+Built from elementary operations, because torch.func.jvp of the gradient of F.mse_loss raises on torch 2.13.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LOSSES = ("cross_entropy", "mse")
 
 
 class CrossEntropy:
-    """Softmax cross-entropy of scores [N, C] and labels [N]; smoothing e gives the target (1 - e) onehot + e / C."""
+    """Softmax cross-entropy of scores [N, C] and labels [N]. With smoothing e the target is (1 - e) onehot + e / C."""
 
     def __init__(self, smoothing: float = 0.0):
         self.smoothing = smoothing
@@ -37,14 +37,14 @@ class SquaredError:
 
 
 def per_example(loss: Loss, label_smoothing: float = 0.0) -> LossFunction:
-    """The function behind a loss's name, or the caller's own function.
+    """The function for a loss's name. A loss written in Python is returned unchanged.
 
-    Raises ValueError for an unknown name or for smoothing outside [0, 1] or with another loss than cross_entropy.
+    Raises ValueError for an unknown name, smoothing outside [0, 1], or smoothing without cross_entropy.
     """
     if not isinstance(label_smoothing, (int, float)) or not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing!r}; it must lie between 0 and 1")
     if label_smoothing and loss != "cross_entropy":
-        raise ValueError(f"label_smoothing={label_smoothing} belongs to loss='cross_entropy', not to {loss!r}")
+        raise ValueError(f"label_smoothing={label_smoothing} works only with loss='cross_entropy', not with {loss!r}")
     if loss == "cross_entropy":
         return CrossEntropy(float(label_smoothing))
     if loss == "mse":
@@ -55,7 +55,7 @@ def per_example(loss: Loss, label_smoothing: float = 0.0) -> LossFunction:
 
 
 def weighted(loss: LossFunction, output: Tensor, target: Tensor, w: Tensor) -> Tensor:
-    """sum_i w_i l_i of one task. Raises ValueError when the loss is not one number for each of the examples w [N]."""
+    """sum_i w_i l_i over the examples of one task, w [N]. Raises ValueError unless the loss returns [N]."""
     losses = loss(output, target)
     if losses.shape != w.shape:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Several inputs or outputs of a module, and integer inputs, as one floating point tensor and back.
+"""Packs several inputs or outputs of a module, and integer inputs, into one floating point tensor and back.
 
-The engine moves one tensor [T, N, ...] of examples; a module that takes (tokens, mask) or returns two heads runs on
-autodiff with its tensors side by side in one.
+The engine takes one tensor [T, N, ...] of examples. A module that takes (tokens, mask) or returns two heads runs on
+autodiff, with its tensors packed into one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class Packing:
-    """The structure of examples: how tensors [N, *shape] of any types lie side by side in one tensor [N, F]."""
+    """The structure of examples: how tensors [N, *shape] of any type are packed into one tensor [N, F]."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
@@ -31,7 +31,7 @@ class Packing:
 
     def pack(self, values: Any, lead: int, dtype: torch.dtype) -> Tensor:
         leaves = [leaf.to(dtype) for leaf in pytree.tree_leaves(values)]
-        if len(leaves) == 1:  # keeps its shape, which errors quote
+        if len(leaves) == 1:  # keeps its shape, for error messages
             return leaves[0]
         return torch.cat([leaf.reshape(*leaf.shape[:lead], -1) for leaf in leaves], dim=lead)
 
@@ -39,7 +39,7 @@ class Packing:
         sizes = [torch.Size(shape).numel() for shape in self.shapes]
         pieces = packed.split(sizes, dim=lead) if len(sizes) > 1 else (packed,)
         leaves = [
-            # Floating point inputs follow the parameters' type, as a single input does.
+            # Floating point inputs get the parameters' type, like a single input.
             piece.reshape(*packed.shape[:lead], *shape).to(packed.dtype if dtype.is_floating_point else dtype)
             for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes)
         ]
@@ -47,19 +47,19 @@ class Packing:
 
 
 def is_one_tensor(values: Any) -> bool:
-    """Whether nothing has to be packed."""
+    """Whether the values are one tensor already, so no packing is needed."""
     return isinstance(values, Tensor) and values.is_floating_point()
 
 
 def check_inputs(name: str, values: Any, dtype: torch.dtype) -> None:
-    """Raises TypeError or ValueError for inputs that cannot be packed: one sentence with what is wrong."""
+    """Raises TypeError or ValueError, in one sentence, for inputs that cannot be packed."""
     leaves = pytree.tree_leaves(values)
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         raise TypeError(f"{name} must be a tensor, not {type(values).__name__}")
     leads = {tuple(leaf.shape[:2]) for leaf in leaves}
     if len(leads) != 1 or any(leaf.dim() < 2 for leaf in leaves):
         shapes = ", ".join(str(list(leaf.shape)) for leaf in leaves)
-        raise ValueError(f"the inputs of {name} ({shapes}) do not share their [tasks, examples] in front")
+        raise ValueError(f"the inputs of {name} ({shapes}) must begin with the same [tasks, examples]")
     exact = 2 / torch.finfo(dtype).eps
     for leaf in leaves:
         if (
@@ -67,4 +67,4 @@ def check_inputs(name: str, values: Any, dtype: torch.dtype) -> None:
             and leaf.numel()
             and int(leaf.abs().max() if leaf.dtype != torch.bool else 1) > exact
         ):
-            raise ValueError(f"{name} holds integers beyond {int(exact)}, which {dtype} parameters cannot carry along")
+            raise ValueError(f"{name} holds integers beyond {int(exact)}, which {dtype} cannot represent exactly")

@@ -1,4 +1,4 @@
-"""What the methods of an Engine return."""
+"""What comes back: a meta-gradient, adapted parameters, the solution of a linear system."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from torch import Tensor
 
 
 class MetaGradient(NamedTuple):
-    """What Engine.meta_gradient returns. No field carries a graph."""
+    """A meta-gradient and what was computed on the way. No field carries a graph.
+
+    Engine.meta_gradient returns it as written here. The backends below it leave the two gradients marked with * in rows
+    of the flat vector, and `autodiff` has not yet summed over tasks: the engine brings them into this form.
+    """
 
     loss: Tensor  # [T] query losses after the inner steps, weighted by loss_weights where given
     grad: Tensor  # [P] gradient of the weighted sum of the losses, by default their mean; [T, P] with per_task
     query_output: Tensor  # [T, N, ...]
-    inner_lr_grad: Any  # as the rates (a 0-d tensor for a number); None if not asked for
+    inner_lr_grad: Any  # * as the rates (a 0-d tensor for a number), None if not asked for; below [1 or K, P]
     support_losses: Tensor  # [T, K] before each inner step
-    step_rows_grad: dict[str, Tensor] | None = None  # as step_rows
+    step_rows_grad: Any = None  # * {name: as step_rows}; below [K, R]
     query_losses: Tensor | None = None  # [T, n] at every phi[k] with a weight, by default at phi[K] alone
     total_loss: Tensor | None = None  # scalar: the weighted sum of the losses, where it costs nothing
 

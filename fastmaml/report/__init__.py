@@ -1,4 +1,4 @@
-"""Reports of runs, finished or not: reads a run folder from disk, never trains, needs matplotlib (`[report]`)."""
+"""Reports of runs, finished or not. Reads a run folder from disk and never trains. Needs matplotlib (`[report]`)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["hero", "write"]
 def write(run_dir: str | Path) -> Path:
     """Writes `report.html` into the run folder and returns its path.
 
-    The page is one self-contained file. A folder without evaluation.json or examples.npz gives a page that says so;
-    without config.json or metrics.jsonl it raises ValueError, without matplotlib ImportError, each with one sentence.
+    The page is one self-contained file. If evaluation.json or examples.npz is missing, the page says so. Raises
+    ValueError if config.json or metrics.jsonl is missing, ImportError without matplotlib, each in one sentence.
     """
     from . import page, run_folder
 
@@ -26,9 +26,9 @@ def write(run_dir: str | Path) -> Path:
 
 
 def hero(run_dir: str | Path, path: str | Path, theme: str = "light") -> Path:
-    """Writes one picture of the result to `path` (.png or .svg): a task and its answers, beside the evaluation.
+    """Writes one picture of the result to `path` (.png or .svg): a task with its answers, and the evaluation.
 
-    `theme` is "light" or "dark". Needs evaluation.json and examples.npz; ValueError names what is missing.
+    `theme` is "light" or "dark". Needs evaluation.json and examples.npz; raises ValueError that names a missing file.
     """
     from . import picture, run_folder
 

@@ -1,4 +1,4 @@
-# A few image tasks as HTML: for each class its support pictures, below them queries and the network's answers.
+# A few image tasks as HTML: for each class its support pictures, then queries with the network's answers.
 from __future__ import annotations
 
 import base64
@@ -15,13 +15,13 @@ from .run_folder import Columns
 
 @dataclass(frozen=True)
 class Answer:
-    """One query of a task: its picture [C, H, W], its class, the answers before and after, how sure the latter is."""
+    """One query of a task: its picture [C, H, W], its class, and the answers before and after adaptation."""
 
     picture: np.ndarray
     label: int
     before: int
     after: int
-    probability: float  # of the answer; nan if the run folder does not say
+    probability: float  # of the answer after adaptation; nan if unknown
 
     @property
     def right(self) -> bool:
@@ -34,17 +34,17 @@ class Task:
     answers: list[Answer]
 
     def accuracy(self, when: str) -> tuple[int, int]:
-        """(right answers, queries), `when` being "before" or "after"."""
+        """(right answers, queries). `when` is "before" or "after"."""
         return sum(getattr(a, when) == a.label for a in self.answers), len(self.answers)
 
 
 def class_name(label: int) -> str:
-    """A to Z, then numbers: letters keep apart from counts and probabilities."""
+    """A to Z, then numbers. Letters cannot be confused with counts and probabilities."""
     return chr(ord("A") + label) if 0 <= label < 26 else str(label)
 
 
 def tasks(examples: Columns) -> list[Task]:
-    """The image tasks of examples.npz. `probabilities_after` may be [E, Q, ways], or [E, Q] for the answer alone."""
+    """The image tasks of examples.npz. `probabilities_after` is [E, Q, ways], or [E, Q] for the answer alone."""
     found = []
     for e in range(len(examples["support_x"])):
         labels, pictures = examples["support_y"][e].reshape(-1).astype(int), examples["support_x"][e]
@@ -69,7 +69,7 @@ def _probabilities(examples: Columns, e: int, after: np.ndarray) -> np.ndarray:
 
 
 def png(picture: np.ndarray) -> bytes:
-    """[1, H, W] ink in 0..1 becomes black on transparent, [3, H, W] RGB. Values outside 0..1 are stretched to fit."""
+    """A PNG: [1, H, W] ink becomes black on transparent, [3, H, W] RGB. Values outside 0 to 1 are rescaled."""
     from PIL import Image
 
     picture = np.nan_to_num(np.asarray(picture, dtype=np.float64))
@@ -99,7 +99,7 @@ def _sure(answer: Answer) -> str:
 
 
 def task_html(task: Task, number: int, queries_per_class: int) -> str:
-    """One task: a column for every class, its support on top and its first queries below."""
+    """One task: a column per class, its support on top, its first queries below."""
     columns = []
     for label, pictures in task.support.items():
         name = class_name(label)
@@ -127,8 +127,10 @@ def _query_html(answer: Answer) -> str:
 
 
 def mistakes_html(found: list[Task], most: int = 12) -> str:
-    """The wrong answers of all saved tasks, the most confident first, each beside a support picture of the class
-    answered and one of the true class. Empty if there are none."""
+    """The wrong answers of all saved tasks, most confident first. Empty if there are none.
+
+    Each query is shown with a support picture of the answered class and one of the true class.
+    """
     wrong = [
         (a, task)
         for task in found

@@ -1,5 +1,5 @@
-# Puts one report together: what the run found first, then examples, learning, time and how to get it again.
-# The page is one file: style, plots and pictures are inline, nothing is fetched, the one script moves a slider.
+# Assembles a report: the result first, then examples, learning, time and the commands to repeat the run.
+# The page is one file: style, plots and pictures are inline, and nothing is fetched. The only script moves a slider.
 from __future__ import annotations
 
 import json
@@ -25,7 +25,7 @@ _DATA_NAMES = {"omniglot": "Omniglot", "glyphs": "Glyphs", "sinusoid": "sinusoid
 
 
 def html(run: Run) -> str:
-    """The whole page. Parts whose file is not there are left out, and the page says what is missing."""
+    """The whole page. Parts without a file are left out, and the page names the missing files."""
     notes = "".join(f"<p>{_prose(note)}</p>" for note in _unfinished(run) + run.notes)
     sections = [_result(run), _examples(run), _learning(run), _comparisons(run), _time(run), _setup(run)]
     return (
@@ -49,7 +49,7 @@ def _prose(text: str) -> str:
 
 
 def title(run: Run) -> str:
-    """MAML on Glyphs, 5-way 1-shot"""
+    """A title such as "MAML on Glyphs, 5-way 1-shot"."""
     config = run.config
     algorithm = str(config.get("algorithm", "meta-learning"))
     algorithm = ALGORITHMS.get(algorithm.lower(), algorithm)
@@ -68,7 +68,7 @@ def _ways(run: Run) -> int | None:
 
 
 def headline(run: Run) -> str:
-    """The result in one sentence of HTML: at the number of inner steps that was trained, beside every baseline."""
+    """The result in one sentence of HTML: at the trained number of inner steps, against every other row."""
     if run.evaluation is None:
         return _headline_of_training(run)
     evaluation, table = run.evaluation, main_table(run, run.evaluation)
@@ -127,7 +127,7 @@ def _tasks_seen(evaluation: Evaluation) -> str:
 
 
 def _short(metric: str, row: Row, index: int) -> str:
-    """The value alone, for running text; its interval stands in the table."""
+    """The value without its interval, for running text."""
     mean, half = row.at(index)
     if metric == "accuracy" and math.isfinite(mean):
         return f"{100 * mean:.1f}{tables.NBSP}%"
@@ -143,20 +143,20 @@ def _count(n: int | None, thing: str) -> str:
 
 
 def main_table(run: Run, evaluation: Evaluation) -> Table:
-    """The table of the shots that was trained, else the first."""
+    """The table for the trained number of shots, else the first table."""
     wanted = run.config.get("shots")
     usable = [table for table in evaluation.tables if table.rows]
     return next((table for table in usable if table.shots == wanted), usable[0])
 
 
 def trained_index(run: Run, evaluation: Evaluation) -> int:
-    """Where in `inner_steps` the quoted number of steps stands; the last place if it was not evaluated."""
+    """The index of the headline's number of steps in `inner_steps`. The last index if it was not evaluated."""
     wanted = _quoted_steps(run, evaluation)
     return evaluation.inner_steps.index(wanted) if wanted in evaluation.inner_steps else len(evaluation.inner_steps) - 1
 
 
 def _quoted_steps(run: Run, evaluation: Evaluation) -> Any:
-    """The number of inner steps that a result is quoted at: what the algorithm takes at test, else what was trained."""
+    """The number of inner steps of the headline: the algorithm's number at test, else the trained number."""
     return evaluation.facts.get("quoted_steps", run.config.get("inner_steps"))
 
 
@@ -196,8 +196,8 @@ def _unfinished(run: Run) -> list[str]:
         parts = {"evaluation.json": "the evaluation", "examples.npz": "the example tasks"}
         what = _and([parts[name] for name in missing])
         notes.append(
-            f"This page is without {what}: the run folder has no {_and(missing)} yet. "
-            f"`fastmaml evaluate {run.place}` writes it."
+            f"This page lacks {what}: the run folder has no {_and(missing)} yet. "
+            f"Write the missing files with `fastmaml evaluate {run.place}`."
         )
     return notes
 
@@ -215,7 +215,7 @@ def _figure(svg: str, marks: list[plots.Mark] | None = None, caption: str = "") 
 
 
 def _beside(svg: str, marks: list[plots.Mark], caption: str = "") -> str:
-    """One plot with its legend at the right where there is room."""
+    """One plot, with its legend at the right if there is room."""
     text = f"<figcaption>{caption}</figcaption>" if caption else ""
     return f"<figure class='beside'>{svg}<div>{plots.legend(marks)}{text}</div></figure>"
 
@@ -242,7 +242,7 @@ def _result(run: Run) -> str:
     tint = f" The tinted column is the number of inner steps used {where}, {quoted}." if quoted in shown else ""
     text = (
         f"Every learner gets the same {_tasks_seen(evaluation)}, adapts on the support set and is judged on the query "
-        f"set; bands and ± are 95 % intervals.{tint}{origin}{cost}"
+        f"set. Bands and ± are 95 % intervals.{tint}{origin}{cost}"
     )
     details = f"<details><summary>All inner steps, means and medians</summary>{every}{middle}</details>"
     name = "Accuracy" if evaluation.metric == "accuracy" else "Error"
@@ -250,16 +250,16 @@ def _result(run: Run) -> str:
 
 
 def _origin(facts: dict[str, Any]) -> str:
-    """Which parameters were evaluated."""
+    """A sentence about the evaluated checkpoint."""
     members = facts.get("ensemble")
     if isinstance(members, list):
         steps = _and([plots.grouped(step) for step in sorted(members)])
-        return f" Evaluated is the mean output of the best checkpoints by validation, outer steps {steps}."
+        return f" The evaluation uses the mean output of the best checkpoints by validation, outer steps {steps}."
     name = {"best": "the best checkpoint by validation", "last": "the last checkpoint"}.get(
         str(facts.get("checkpoint"))
     )
     step = facts.get("step")
-    return f" Evaluated is {name}, outer step {plots.grouped(step)}." if name and isinstance(step, int) else ""
+    return f" The evaluation uses {name}, outer step {plots.grouped(step)}." if name and isinstance(step, int) else ""
 
 
 def _examples(run: Run) -> str:
@@ -276,9 +276,7 @@ def _fits(examples: dict[str, np.ndarray]) -> str:
         "<div class='player'><button type='button'>Play</button>"
         f"<input type='range' min='0' max='{last}' value='{last}' aria-label='inner steps'><output></output></div>"
     )
-    text = (
-        "Unseen tasks, the first ones drawn. The network sees the support points only and takes gradient steps on them."
-    )
+    text = "The first unseen tasks drawn. The network sees only the support points and takes gradient steps on them."
     body = f"{plots.legend(marks)}{player}<div class='figures three'>{figures}</div>"
     return f"<div id='fits'>{_section('Fitted curves', text, body)}</div><script>{_SLIDER}</script>"
 
@@ -318,15 +316,16 @@ def _pictures(run: Run) -> str:
         image_tasks.task_html(task, i, QUERIES_SHOWN) for i, task in enumerate(found[:TASKS_SHOWN], start=1)
     )
     text = (
-        f"The first tasks drawn, the first {QUERIES_SHOWN} queries of each class, none selected. A column is a class: "
-        "its support on top, queries below, with the probability of the answer. ✓ is right; ✗ names the class answered."
+        f"The first tasks drawn and the first {QUERIES_SHOWN} queries of each class; none are selected. A column is a "
+        "class: its support on top, its queries below, with the probability of the answer. ✓ is right; ✗ names the class "
+        "answered."
     )
     mistakes = image_tasks.mistakes_html(found)
     total = sum(len(task.answers) for task in found)
     wrong = total - sum(task.accuracy("after")[0] for task in found)
     saved = _count(len(found), "saved task")
-    caption = f"<p class=quiet>{wrong} of {total} answers in {saved} are wrong; the most confident ones first.</p>"
-    below = f"<div class='task'><header><h3>Where it errs</h3></header>{caption}{mistakes}</div>" if mistakes else ""
+    caption = f"<p class=quiet>{wrong} of {total} answers in {saved} are wrong. The most confident come first.</p>"
+    below = f"<div class='task'><header><h3>Wrong answers</h3></header>{caption}{mistakes}</div>" if mistakes else ""
     return _section("A few tasks", text, shown + below)
 
 
@@ -344,7 +343,7 @@ def _learning(run: Run) -> str:
         body = f"<div class='figures'>{_figure(loss, loss_marks)}{_figure(metric, marks, _best(run))}</div>"
     window = plots.smoothed(train["step"], train.get("loss", np.zeros(len(train["step"])))).window
     text = (
-        f"Lines are moving averages over {_count(window, 'logged row')}; the rows themselves stand faintly behind them."
+        f"Lines are moving averages over {_count(window, 'logged row')}. The rows themselves are drawn faintly behind."
         if window > 1
         else ""
     )
@@ -352,7 +351,7 @@ def _learning(run: Run) -> str:
 
 
 def _loss_is_metric(run: Run) -> bool:
-    """Regression by MSE: both curves would be the same picture."""
+    """Whether loss and metric are equal (regression by MSE), so one plot is enough."""
     loss, metric = run.train.get("loss"), run.train.get("metric_after")
     return loss is not None and metric is not None and np.allclose(loss, metric, rtol=1e-3, equal_nan=True)
 
@@ -379,7 +378,7 @@ def _comparisons(run: Run) -> str:
 
 
 def _identical(block: Any) -> str:
-    """What the difference plot cannot show: points that are equal to the last bit."""
+    """A sentence about points that are equal to the last bit, which the difference plot cannot show."""
     parts = []
     for series in block.series[1:]:
         x, apart = plots.distance(block.series[0], series)
@@ -387,7 +386,7 @@ def _identical(block: Any) -> str:
         if equal:
             every = "all" if equal == len(x) else f"{equal} of"
             parts.append(f"{escape(series.name)} equals {escape(block.series[0].name)} in {every} {len(x)} points")
-    return f"On the logarithmic scale equal points have no place: {_and(parts)}." if parts else ""
+    return f"The logarithmic scale cannot show equal points: {_and(parts)}." if parts else ""
 
 
 def _time(run: Run) -> str:
@@ -413,7 +412,7 @@ def _time(run: Run) -> str:
 
 
 def _engine(config: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What computed the gradients: the backend that "auto" became, whether fused, and the reason where it is not."""
+    """The engine of the gradients: its backend, whether the network is fused, and why if not."""
     engine = config.get("engine")
     if not isinstance(engine, dict):
         return [("backend", config.get("backend"))]
@@ -438,7 +437,7 @@ def _setup(run: Run) -> str:
     return _section("Setup", "", tables.config_cards(run.config) + again + whole)
 
 
-# Settings in config.json that are options of `fastmaml train`. `root` is left out: it is a place on one machine.
+# Settings in config.json that are options of `fastmaml train`. `root` is left out, because it belongs to one machine.
 _TASK = ("ways", "shots", "train_shots", "query_shots")
 _INNER = ("algorithm", "inner_steps", "inner_lr", "filters", "batch_norm")
 _OUTER = ("meta_batch", "outer_lr", "schedule", "outer_lr_min", "clip_grad")
@@ -447,7 +446,7 @@ _OPTIONS = _TASK + _INNER + _OUTER + _RUN
 
 
 def command(run: Run, width: int = 96) -> str:
-    """The command that trains this run again, from config.json, with every setting written out."""
+    """The command that repeats this run, with every setting from config.json."""
     model = run.config.get("model")
     settings = {**run.config, **({"filters": model.get("filters")} if isinstance(model, dict) else {})}
     words = [f"fastmaml train {settings.get('dataset', 'DATASET')}"]

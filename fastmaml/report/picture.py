@@ -1,4 +1,4 @@
-# One picture of a result for a README: a task at the left (support, then answers or curves), all tasks at the right.
+# One picture of a result for a README. Left: a task (support, then answers or curves). Right: all tasks.
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,16 +15,16 @@ SIZE = (10.4, 4.0)  # inches
 
 
 def write(run: Run, path: Path, theme: str = "light") -> Path:
-    """Draws the picture; the suffix chooses PNG (at 2x) or SVG. ValueError if the run folder lacks what it shows."""
+    """Draws the picture. The suffix chooses PNG (at 2x) or SVG. Raises ValueError if the run folder lacks the data."""
     if theme not in ("light", "dark"):
         raise ValueError(f"theme {theme!r} is not 'light' or 'dark'")
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"a picture is written as .png or .svg, not as {path.name!r}")
     if run.evaluation is None or run.examples is None:
         missing = "evaluation.json" if run.evaluation is None else "examples.npz"
-        raise ValueError(f"{run.path} has no usable {missing}, which the picture shows: run `fastmaml evaluate` first")
+        raise ValueError(f"{run.path} has no usable {missing}, which the picture needs; run `fastmaml evaluate` first")
     colours = dict(LIGHT if theme == "light" else DARK)
-    # Text as paths in the SVG: a README's viewer may have none of the page's fonts.
+    # Text as paths in the SVG, because a README's viewer may lack the fonts.
     with plots.drawing(colours, font_size=10.0, **{"svg.fonttype": "path"}) as Figure:
         figure = Figure(figsize=SIZE, facecolor=colours["paper"])
         _right(figure, run, run.evaluation, colours)
@@ -66,7 +66,7 @@ def _right(figure: Any, run: Run, evaluation: Evaluation, colours: plots.Colours
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
-    """The heights moved apart to at least `gap`, in the same order, as little as it takes from below."""
+    """The heights, moved up as little as needed for a distance of at least `gap`, in the same order."""
     order = np.argsort(heights)
     placed = np.array(heights, dtype=float)
     for _ in range(200):
@@ -116,7 +116,7 @@ def _left_curves(figure: Any, examples: dict[str, np.ndarray], colours: plots.Co
 
 
 def _left_pictures(figure: Any, run: Run, evaluation: Evaluation, colours: plots.Colours) -> None:
-    """The support pictures of the first task in a row, an arrow, and the first queries of each class with answers."""
+    """The first task: its support pictures in a row, an arrow, and the first queries of each class with answers."""
     assert run.examples is not None
     task = image_tasks.tasks(run.examples)[0]
     labels = list(task.support)[:6]

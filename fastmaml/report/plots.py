@@ -1,5 +1,5 @@
-# The plots of a report, each an inline SVG whose text is the page's text and whose colours are CSS variables:
-# one picture for light, dark and print. The draw_* functions take plain colours too, for picture.py.
+# The plots of a report as inline SVGs. They use the page's fonts and CSS variables as colours, so one picture serves
+# light, dark and print. The draw_* functions also take plain colours, for picture.py.
 from __future__ import annotations
 
 import hashlib
@@ -18,12 +18,12 @@ from .run_folder import Columns, Comparison, Evaluation, Row, Table
 from .style import THEMED
 
 Colours = dict[str, str]
-POINTS_DRAWN = 400  # longer series are drawn as this many bins: the mean as a line, the range behind it
+POINTS_DRAWN = 400  # longer series are drawn in so many bins: the mean as a line, the range behind
 
 
 @dataclass(frozen=True)
 class Mark:
-    """How one thing is drawn, in the plot and in its legend: a role of style.py, a dash pattern, a marker."""
+    """The look of one series in the plot and the legend: a role of style.py, a dash pattern, a marker."""
 
     label: str
     role: str
@@ -48,7 +48,7 @@ _SERIES_MARKS = (("learner", "-"), ("random", "--"), ("plain", "-."), ("early", 
 
 @contextmanager
 def drawing(colours: Colours, font_size: float = 10.0, **more: Any) -> Iterator[Any]:
-    """matplotlib's Figure class, under this report's settings. ImportError names the extra if matplotlib is missing."""
+    """matplotlib's Figure class, with this report's settings. Raises ImportError, with advice, without matplotlib."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -97,7 +97,7 @@ def drawing(colours: Colours, font_size: float = 10.0, **more: Any) -> Iterator[
 
 
 def inline_svg(figure: Any, label: str) -> str:
-    """The figure as an <svg> element for the page: fluid width, theme colours, ids that no other figure shares."""
+    """The figure as an <svg> element for the page, with fluid width, theme colours and unique ids."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
@@ -118,7 +118,7 @@ def inline_svg(figure: Any, label: str) -> str:
 
 
 def swatch(mark: Mark) -> str:
-    """The 28 x 12 sample of a mark that stands in a legend."""
+    """The 28 x 12 sample of a mark for a legend."""
     colour = f"var(--{mark.role})"
     dash = {"--": "6 3.5", "-.": "7 3 1.5 3", ":": "1.5 3.5"}.get(mark.dashes, "")
     parts = []
@@ -138,12 +138,12 @@ def swatch(mark: Mark) -> str:
 
 
 def grouped(value: float) -> str:
-    """12 000 with a thin space."""
+    """A number with thin spaces between thousands: 12 000."""
     return f"{value:,.0f}".replace(",", "\u2009")
 
 
 def decade(value: float, _position: Any = None) -> str:
-    """A label for a logarithmic axis in plain text: 0.01, 1, 10⁻⁷."""
+    """A label of a logarithmic axis as plain text: 0.01, 1, 10⁻⁷."""
     if value <= 0:
         return ""
     exponent = math.log10(value)
@@ -185,7 +185,7 @@ def _percent(axes: Any, top: float = 103.0) -> None:
 
 @dataclass(frozen=True)
 class Smoothed:
-    """A noisy series made drawable: at most POINTS_DRAWN places x with the moving average and the raw range there."""
+    """A noisy series for drawing: at most POINTS_DRAWN places x, with the moving average and the raw range."""
 
     x: np.ndarray
     mean: np.ndarray
@@ -195,13 +195,13 @@ class Smoothed:
 
 
 def smoothed(x: np.ndarray, y: np.ndarray, share: float = 0.03) -> Smoothed:
-    """Centred moving average of y [n] over `share` of it (at least 5 points if there are 15), narrower at the ends."""
+    """Centred moving average of y [n] over `share` of its length (at least 5 points if n >= 15), narrower at the ends."""
     keep = np.isfinite(y)
     x, y = np.asarray(x)[keep].astype(float), np.asarray(y)[keep].astype(float)
     n = len(y)
     half = 0 if n < 15 else max(2, round(share * n / 2))
     index = np.arange(n)
-    # Towards the ends symmetric and narrower, so that they do not lag, but not under a quarter: that would be noise.
+    # Near the ends the window stays symmetric, so the curve does not lag. It shrinks to a quarter, to avoid noise.
     reach = np.maximum(np.minimum(half, np.minimum(index, n - 1 - index)), half // 4)
     first, last = np.maximum(index - reach, 0), np.minimum(index + reach + 1, n)
     total = np.concatenate([[0.0], np.cumsum(y)])
@@ -229,7 +229,7 @@ def draw_smoothed(axes: Any, colours: Colours, mark: Mark, x: np.ndarray, y: np.
 
 
 def best_index(validation: Columns, lower_is_better: bool) -> int | None:
-    """The row of the best checkpoint: the last one marked as best when it was written, else the best value."""
+    """The row of the best checkpoint: the last row marked as best, else the row with the best value."""
     values = validation.get("metric_after")
     if values is None or not np.isfinite(values).any():
         return None
@@ -240,8 +240,10 @@ def best_index(validation: Columns, lower_is_better: bool) -> int | None:
 
 
 def loss_curves(train: Columns, validation: Columns, loss: str, inner_steps: int | None) -> tuple[str, list[Mark]]:
-    """Query loss after adaptation and support loss (which the last inner step starts from) against the outer step, with
-    the validation loss as points."""
+    """Query loss after adaptation and support loss at the last inner step, against the outer step.
+
+    The validation loss is drawn as points.
+    """
     marks: list[Mark] = []
     when = "before adaptation" if inner_steps == 1 else "before the last inner step"
     with drawing(THEMED) as Figure:
@@ -265,7 +267,7 @@ _LOSS_LABELS = {"mse": "MSE per example, log scale", "cross_entropy": "cross-ent
 
 
 def metric_curves(train: Columns, validation: Columns, metric: str) -> tuple[str, list[Mark]]:
-    """The metric on query examples before and after adaptation against the outer step, the validation points on top."""
+    """The metric on query examples before and after adaptation, against the outer step, with validation as points."""
     marks: list[Mark] = []
     scale = 100.0 if metric == "accuracy" else 1.0
     with drawing(THEMED) as Figure:
@@ -278,7 +280,7 @@ def metric_curves(train: Columns, validation: Columns, metric: str) -> tuple[str
             x, y = validation["step"], scale * validation["metric_after"]
             error = scale * np.nan_to_num(validation.get("ci95", np.zeros(len(y))))
             if metric != "accuracy":
-                error = np.minimum(error, 0.95 * y)  # a log axis has no place for an interval that reaches zero
+                error = np.minimum(error, 0.95 * y)  # a log axis cannot show an interval that reaches zero
             ink = THEMED["ink"]
             axes.errorbar(x, y, error, fmt="o", color=ink, markersize=3.6, elinewidth=1.1, capsize=0, zorder=4)
             axes.plot(x[best], y[best], "*", color=THEMED["random"], markersize=12, zorder=5, markeredgewidth=0)
@@ -297,7 +299,7 @@ def metric_label(metric: str) -> str:
 
 
 def speed_curve(train: Columns) -> str:
-    """Outer steps per second over the run."""
+    """Outer steps per second during the run."""
     with drawing(THEMED) as Figure:
         figure, axes = _figure(Figure, (5.0, 2.1), "outer steps per second")
         draw_smoothed(axes, THEMED, AFTER, train["step"], train["steps_per_second"])
@@ -318,7 +320,7 @@ def _figure(Figure: Any, size: tuple[float, float], title: str) -> tuple[Any, An
 
 
 def row_marks(table: Table) -> list[tuple[Row, Mark]]:
-    """Each row of the table with its look: the learner first, then a baseline that adapts, then one that does not."""
+    """Each row of the table with its look: the learner, then other rows that adapt, then rows that do not."""
     looks: list[tuple[Row, Mark]] = []
     adapting = [("random", "--", "s"), ("early", ":", "D")]
     for row in sorted(table.rows, key=lambda r: (r.kind != "learner", not r.adapts)):
@@ -333,7 +335,7 @@ def row_marks(table: Table) -> list[tuple[Row, Mark]]:
 
 
 def draw_inner_steps(axes: Any, colours: Colours, evaluation: Evaluation, table: Table, chance: float | None) -> None:
-    """Every row of the table against the number of inner steps, with its 95 % band."""
+    """Draws every row of the table against the number of inner steps, with its 95 % band."""
     scale = 100.0 if evaluation.metric == "accuracy" else 1.0
     steps = np.array(evaluation.inner_steps, dtype=float)
     ends = np.array([steps[0], steps[-1]])
@@ -362,7 +364,7 @@ def draw_inner_steps(axes: Any, colours: Colours, evaluation: Evaluation, table:
 
 
 def inner_steps_plots(evaluation: Evaluation, chance: float | None) -> tuple[list[str], list[Mark]]:
-    """One plot for every table (number of shots), all with the same y axis."""
+    """One plot per table (number of shots), all with the same y axis."""
     several = len(evaluation.tables) > 1
     plots = []
     limits = _metric_limits(evaluation)
@@ -396,7 +398,7 @@ def _metric_limits(evaluation: Evaluation) -> tuple[float, float]:
 
 
 def curve_steps(curves: np.ndarray) -> list[int]:
-    """The inner step counts drawn at once: 0, 1 and the last, of curves [tasks, steps + 1, grid]."""
+    """The numbers of inner steps drawn together, 0, 1 and the last, for curves [tasks, steps + 1, grid]."""
     return sorted({0, min(1, curves.shape[1] - 1), curves.shape[1] - 1})
 
 
@@ -407,7 +409,7 @@ def curve_marks(curves: np.ndarray) -> list[Mark]:
 
 
 def draw_fit(axes: Any, colours: Colours, examples: Columns, task: int, steps: Sequence[int]) -> None:
-    """The true function, the support points and the network's curve after each of `steps` inner steps, for one task."""
+    """Draws one task: the true function, the support points and the network's curve after each of `steps`."""
     grid = examples["grid_x"].reshape(-1)
     axes.plot(
         grid,
@@ -433,8 +435,10 @@ def draw_fit(axes: Any, colours: Colours, examples: Columns, task: int, steps: S
 
 
 def fit_plots(examples: Columns, most: int = 6) -> list[str]:
-    """One plot for each of the first tasks. Besides the curves of curve_steps it holds every step's curve under the id
-    "...-play-K", hidden by the style sheet, for the page's slider."""
+    """One plot for each of the first tasks, with the curves of curve_steps.
+
+    For the page's slider it also holds every step's curve under the id "...-play-K", hidden by the style sheet.
+    """
     plots = []
     curves, grid = examples["curves"], examples["grid_x"].reshape(-1)
     for task in range(min(most, len(curves))):
@@ -455,7 +459,7 @@ def comparison_marks(block: Comparison) -> list[Mark]:
 
 
 def comparison_plots(block: Comparison) -> list[tuple[str, list[Mark]]]:
-    """The series over each other, then (if there are two or more) their distance from the first on a log scale."""
+    """One plot of all series. With two or more, also a plot of their distance from the first, on a log scale."""
     marks = comparison_marks(block)
     with drawing(THEMED) as Figure:
         figure, axes = _figure(Figure, (5.0, 3.15), block.y_label + (", log scale" if block.log_y else ""))
@@ -481,7 +485,7 @@ def comparison_plots(block: Comparison) -> list[tuple[str, list[Mark]]]:
 
 
 def distance(first: Any, other: Any) -> tuple[np.ndarray, np.ndarray]:
-    """|other - first| at every x that both series have."""
+    """|other - first| at every x of both series."""
     x, i, j = np.intersect1d(first.x, other.x, return_indices=True)
     return x, np.abs(other.y[j] - first.y[i])
 

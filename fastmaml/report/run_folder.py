@@ -1,5 +1,5 @@
 # Reads a run folder (config.json, metrics.jsonl, evaluation.json, examples.npz, comparison.json) into plain arrays.
-# Required files that are missing raise one sentence; optional ones that are missing or broken become a note.
+# A missing required file raises an error of one sentence. A missing or broken optional file becomes a note.
 from __future__ import annotations
 
 import json
@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 
-Columns = dict[
-    str, np.ndarray
-]  # "step" and every other key of metrics.jsonl, each [rows], NaN where a row has no such key
+Columns = dict[str, np.ndarray]  # "step" and every other key of metrics.jsonl, each [rows]; NaN if a row lacks the key
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of an evaluation table: `mean`, `ci95`, `median` are [inner steps], or [1] for what does not adapt."""
+    """One line of an evaluation table. `mean`, `ci95` and `median` are [inner steps], or [1] without adaptation."""
 
     name: str
     kind: str  # "learner" | "baseline"
@@ -67,7 +65,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Curves to lay over each other; distances are from the first series, where both have a point at the same x."""
+    """Curves for one plot. Distances are from the first series, at every x of both series."""
 
     title: str
     x_label: str
@@ -94,12 +92,12 @@ class Run:
 
     @property
     def place(self) -> str:
-        """How a command names the folder: as it was given, but no absolute path of this machine."""
+        """The folder's name for a command: as given, but without an absolute path of this machine."""
         return self.name if self.path.is_absolute() else str(self.path)
 
     @property
     def metric(self) -> str:
-        """ "accuracy" or "mse": what config.json names, else what the evaluation or the loss implies."""
+        """ "accuracy" or "mse": from config.json, else from the evaluation or the loss."""
         if self.config.get("metric"):
             return str(self.config["metric"])
         if self.evaluation is not None:
@@ -113,7 +111,7 @@ class Run:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training; nan if not logged. Where the clock starts again the parts are added."""
+        """Seconds of training; nan if not logged. Parts of a resumed run are added."""
         clock = self.train.get("elapsed_s", np.zeros(0))
         clock = clock[np.isfinite(clock)]
         if not len(clock):
@@ -123,25 +121,25 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether training reached its last outer step or its time limit; one that names neither counts as finished."""
+        """Whether training reached its last outer step or its time limit. A run with neither counts as finished."""
         wanted, limit = self.config.get("steps"), self.config.get("time_limit")
         if (
             isinstance(limit, (int, float)) and self.elapsed_s >= 0.97 * limit
-        ):  # the last row stands some steps before the end
+        ):  # the last row may be some steps before the end
             return True
         return not isinstance(wanted, int) or self.last_step >= wanted
 
 
 class _Unusable(Exception):
-    """Why an optional file cannot be shown; becomes a note."""
+    """Why an optional file cannot be shown. Becomes a note."""
 
 
 def read(run_dir: str | Path) -> Run:
-    """The run folder `run_dir`. ValueError, one sentence, if config.json or metrics.jsonl is missing or no JSON."""
+    """Reads a run folder. Raises ValueError, in one sentence, if config.json or metrics.jsonl is missing or no JSON."""
     path = Path(run_dir)
     if not path.is_dir():
         raise ValueError(
-            f"no run folder at {path}: give the folder that `fastmaml train` wrote, for example runs/glyphs"
+            f"there is no run folder {path}; give the folder that `fastmaml train` wrote, for example runs/glyphs"
         )
     config = _required_json(path / "config.json")
     notes: list[str] = []
@@ -162,20 +160,20 @@ def _required_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
 
 
 def _optional(path: Path, reader: Any, notes: list[str]) -> Any:
-    """What `reader` makes of the file; None without a word if there is no file, None and a note if it is unusable."""
+    """The result of `reader`. None if there is no file; None and a note if the file is unusable."""
     if not path.is_file():
         return None
     try:
         return reader(path)
     except (json.JSONDecodeError, UnicodeDecodeError, zipfile.BadZipFile, EOFError) as error:
-        notes.append(f"{path.name} is unreadable ({error}), so this page is written without it.")
+        notes.append(f"{path.name} is unreadable ({error}), so this page does not use it.")
     except _Unusable as error:
-        notes.append(f"{path.name} is not usable: {error}. This page is written without it.")
+        notes.append(f"{path.name} is not usable: {error}. This page does not use it.")
     return None
 
 
@@ -197,7 +195,7 @@ def _metrics(path: Path, notes: list[str]) -> tuple[Columns, Columns]:
             broken.append(number)
             continue
         repeated += step in kind
-        kind[step] = row  # a resumed run logs some steps again; the later line is the one that counts
+        kind[step] = row  # a resumed run logs some steps again; the later line counts
     if broken and broken[-1] == len(lines):
         notes.append("The last line of metrics.jsonl is half-written and was skipped.")
         broken = broken[:-1]
@@ -205,7 +203,7 @@ def _metrics(path: Path, notes: list[str]) -> tuple[Columns, Columns]:
         notes.append(f"metrics.jsonl: {_count(len(broken), 'unreadable line')} skipped, the first is line {broken[0]}.")
     if repeated:
         notes.append(
-            f"metrics.jsonl: {_count(repeated, 'row')} logged twice, as by a resumed run; the later one is shown."
+            f"metrics.jsonl: {_count(repeated, 'row')} logged twice, as after a resume. The later row is shown."
         )
     train, validation = _columns(rows["train"]), _columns(rows["validation"])
     lost = int(np.sum(~np.isfinite(train.get("loss", np.zeros(0)))))
@@ -257,7 +255,7 @@ def _row(row: dict[str, Any], steps: int) -> Row:
         columns.append(values)
     mean = columns[0]
     _need(len(mean) in (1, steps), f"row {name!r} has {len(mean)} means for {steps} inner step counts")
-    # A row without an interval or a median is shown without one.
+    # A row may lack an interval or a median.
     ci95, median = (c if len(c) == len(mean) else np.full(len(mean), math.nan) for c in columns[1:])
     return Row(name, str(row.get("kind", "baseline")), mean, ci95, median)
 
@@ -316,7 +314,7 @@ def _need_images(arrays: Columns, shape: dict[str, list[int]]) -> None:
 
 
 def _read_comparisons(path: Path) -> list[Comparison]:
-    """One block or a list of blocks. A block draws its series over each other, and their distance from the first one:
+    """One block or a list of blocks. Each block is drawn as its series, and their distance from the first series:
 
     {"title": "Training loss, float32", "x_label": "outer step", "y_label": "loss", "log_y": false,
      "series": [{"name": "autodiff", "x": [0, 1, ...], "y": [1.61, 1.60, ...]},

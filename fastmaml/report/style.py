@@ -1,5 +1,5 @@
-# The colours and the style sheet of the page. Colours have names by role, and one value for light and one for dark.
-# Blue, vermilion and grey stay apart in every kind of colour blindness; dashes, markers and signs repeat them.
+# The colours and the style sheet of the page. Colours are named by role, with a value for light and one for dark.
+# Blue, vermilion and grey are distinct in every kind of colour blindness. Dashes, markers and signs repeat the colours.
 from __future__ import annotations
 
 LIGHT = {
@@ -26,7 +26,7 @@ DARK = {
     "plain": "#98a1ab",
     "early": "#3f86b5",
 }
-# Drawn in place of a colour; plots.py turns each into var(--role), so one SVG serves light, dark and print.
+# Placeholder colours. plots.py replaces each by var(--role), so one SVG serves light, dark and print.
 THEMED = {role: f"#0f0e{0xD0 + i:02x}" for i, role in enumerate(LIGHT)}
 
 

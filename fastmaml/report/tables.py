@@ -1,4 +1,4 @@
-# Numbers as text: the evaluation table, lists of facts, and how a value with its interval is written.
+# Numbers as text: the evaluation table, lists of facts, and values with their intervals.
 from __future__ import annotations
 
 import math
@@ -13,7 +13,7 @@ MINUS, TIMES, NBSP = "\u2212", "\u00d7", "\u00a0"
 
 
 def number(value: Any) -> str:
-    """A plain number for people: 0.001, 12 000, 1e-7 as 10⁻⁷ stays 1e-07; anything else as it is."""
+    """A number as readable text: 0.001, 12 000, 1e-07. Other values are unchanged."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, int):
@@ -38,14 +38,14 @@ def duration(seconds: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Three significant digits, grouped."""
+    """A rate with three significant digits and grouped thousands."""
     if not math.isfinite(value):
         return "–"
     return grouped(value) if value >= 100 else f"{value:.3g}"
 
 
 def measure(metric: str, value: float, half: float = math.nan) -> tuple[str, str]:
-    """Value and half width, both to the digits that the half width supports; accuracy in %: ("97.31", "0.22")."""
+    """Value and half width, rounded to the digits that the half width supports. Accuracy in %: ("97.31", "0.22")."""
     if metric == "accuracy":
         value, half = 100 * value, 100 * half
     if not math.isfinite(value):
@@ -71,7 +71,7 @@ def with_interval(metric: str, value: float, half: float = math.nan) -> str:
 
 
 def evaluation_table(evaluation: Evaluation, steps: list[int], trained_with: int | None, median: bool = False) -> str:
-    """A row for each learner and baseline, a column for each of `steps`; the one of `trained_with` steps is tinted."""
+    """A row per predictor and a column for each of `steps`. The column of `trained_with` steps is tinted."""
     columns = [i for i, k in enumerate(evaluation.inner_steps) if k in steps]
     tinted = [" class='as-trained'" if evaluation.inner_steps[i] == trained_with else "" for i in columns]
     head = "".join(
@@ -120,7 +120,7 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> str:
 
 
 def config_cards(config: dict[str, Any]) -> str:
-    """config.json by topic: the task, the network, the two loops, the engine."""
+    """The settings of config.json by topic: the task, the network, the two loops, the engine."""
     model = config.get("model") or {}
     if not isinstance(model, dict):
         model = {"name": model}
@@ -166,7 +166,7 @@ def config_cards(config: dict[str, Any]) -> str:
 
 
 def _in_words(value: Any) -> Any:
-    """A mapping as its parts: adam, betas 0, 0.999."""
+    """A mapping as text: adam, betas 0, 0.999."""
     if not isinstance(value, dict):
         return value
     return ", ".join(number(part) if key == "name" else f"{key} {number(part)}" for key, part in value.items())

@@ -1,4 +1,4 @@
-"""Arrays that are slow to make (rendered or decoded images) kept in a file of the user's cache folder."""
+"""Keeps arrays that are slow to make (rendered or decoded images) in a file of the user's cache folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def cache_folder() -> Path:
 def cached(
     file_name: str, make: Callable[[], dict[str, np.ndarray]], folder: Path | None = None
 ) -> dict[str, np.ndarray]:
-    """The arrays of `folder`/`file_name` (default: the cache folder), or those of `make()`, which are then kept there.
+    """The arrays of `folder`/`file_name`, or of `make()`, which are then saved there. Default folder: the cache folder.
 
-    `file_name` must name all that the arrays depend on. A damaged file is made again; a folder that cannot be written
-    costs a warning and the time to make the arrays the next time.
+    `file_name` must include everything that the arrays depend on. A damaged file is made again. If the folder cannot be
+    written, a warning is logged and the arrays are made again next time.
     """
     path = (folder or cache_folder()) / file_name
     try:
@@ -33,21 +33,21 @@ def cached(
     except FileNotFoundError:
         pass
     except ValueError as error:
-        log.warning("%s; it is made again", error)
+        log.warning("%s; making it again", error)
     arrays = make()
     try:
         save_arrays(path, arrays)
     except OSError as error:
-        log.warning("%s could not be kept (%s), so it will be made again next time", path, error)
+        log.warning("%s cannot be written (%s), so it will be made again next time", path, error)
     return arrays
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of an .npz file, checksums verified.
+    """Arrays of an .npz file, with verified checksums.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged or may not be read.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or cannot be read.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -59,7 +59,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write an .npz so that `path` holds the old file or the whole new one, never a part."""
+    """Write an .npz file. At any time `path` holds the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

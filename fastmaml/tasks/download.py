@@ -1,4 +1,4 @@
-"""Fetch one published file over HTTP, with a progress line, resuming where an earlier attempt stopped."""
+"""Downloads one published file over HTTP, with a progress line. Resumes an interrupted download."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pathlib import Path
 from .progress_line import progress_line
 
 CHUNK = 1 << 16
-ATTEMPTS = 5  # as long as each one brings something
+ATTEMPTS = 5  # at most; each one must make progress
 TIMEOUT = 30.0  # seconds without a byte
 NETWORK_ERRORS = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, HTTPException)  # not: disk full
 
 
 def download_file(url: str, target: Path, md5: str) -> None:
-    """Fetch `url` to `target`, which appears only when it is whole and its MD5 is `md5`.
+    """Download `url` to `target`. The file appears only when it is complete and its MD5 is `md5`.
 
-    What has arrived stays in `target`.part, so a later call fetches the rest.
+    A partial download stays in `target`.part, so a later call fetches only the rest.
 
     Raises:
-        ConnectionError: the server could not be reached, or broke off for good.
-        ValueError: what the server sent is not the published file.
+        ConnectionError: the server cannot be reached, or stopped for good.
+        ValueError: the server sent another file than the published one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
@@ -51,13 +51,13 @@ def download_file(url: str, target: Path, md5: str) -> None:
 
 
 def _fetch_rest(url: str, part: Path) -> None:
-    """Append to `part` what is missing; start anew when the server cannot resume."""
+    """Append the missing bytes to `part`. Start again if the server cannot resume."""
     have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         answer = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing lies beyond what is there
+        if error.code == 416 and have:  # no bytes are missing
             return
         raise
     with answer:

@@ -15,8 +15,8 @@ class Alphabet(NamedTuple):
     ranges: tuple[tuple[int, int], ...]  # first and last code point, both included
 
 
-# Scripts that share shapes (Latin, Greek, Cyrillic and their relatives) stand in one split; a later alphabet loses the
-# letters that look like one of an earlier alphabet, so the alphabets of "train" come first and test letters are new.
+# Scripts that share shapes (Latin, Greek, Cyrillic and their relatives) belong to one split. A letter that looks like one
+# of an earlier alphabet is dropped. The alphabets of "train" come first, so test letters are always new.
 ALPHABETS = (
     Alphabet("Latin", "train", ((0x41, 0x5A), (0x61, 0x7A))),
     Alphabet("Latin extended", "train", ((0xC0, 0x24F), (0x2C60, 0x2C7F), (0xA722, 0xA7AF))),

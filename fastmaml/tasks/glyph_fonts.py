@@ -66,7 +66,7 @@ def coverage(face: str) -> set[int]:
 
 
 def fallbacks(face: str) -> tuple[str, ...]:
-    """`face`, then where to look for characters it lacks: Sans, which has them all, slanted if `face` is and it can be."""
+    """`face`, then Sans for missing characters: first slanted if `face` is slanted, then upright."""
     slanted = "Oblique" in face or "Italic" in face
     return tuple(dict.fromkeys((face, "DejaVuSans-Oblique", "DejaVuSans") if slanted else (face, "DejaVuSans")))
 

@@ -1,4 +1,4 @@
-"""Glyphs: the built-in images. Letters of many scripts, redrawn by twenty unsteady hands; needs no download."""
+"""Glyphs: the built-in images. Letters of many scripts, redrawn by twenty unsteady hands. Needs no download."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .source import check_count, check_split
 
 
 class GlyphSet(NamedTuple):
-    """All drawings: `images` uint8 [classes, 20, 28, 28] (255 = ink), and the alphabet, split and letter of each class."""
+    """All drawings: `images` uint8 [classes, 20, 28, 28] (255 = ink), with the alphabet, split and letter of each class."""
 
     images: np.ndarray
     alphabets: list[str]
@@ -29,20 +29,20 @@ class GlyphSet(NamedTuple):
 
 
 class Glyphs(ImageTasks):
-    """Character recognition on rendered letters, in the manner of Omniglot.
+    """Character recognition on rendered letters, similar to Omniglot.
 
-    About a thousand letters of some twenty alphabets from the DejaVu fonts that matplotlib ships. Each is thinned to its
-    centre line and drawn again by 20 drawers, who differ in the face they copy, pen, slant, proportions and steadiness.
-    Whole alphabets belong to one split; letters that look alike (compared upright) count once. Images are float32
-    [1, 28, 28], ink = 1. Nearest neighbour on pixels is right in about 45 % of 5-way 1-shot tasks (Omniglot: 42 %).
+    About a thousand letters of some twenty alphabets, from the DejaVu fonts in matplotlib. Each letter is thinned to its
+    centre line and redrawn by 20 drawers. They differ in font face, pen, slant, proportions and steadiness. Each alphabet
+    belongs to one split. Letters that look alike (compared upright) count once. Images are float32 [1, 28, 28], ink = 1.
+    Nearest neighbour on pixels is right in about 45 % of 5-way 1-shot tasks (Omniglot: 42 %).
 
     Args:
         ways, shots, query_shots: classes in a task, and support and query examples of each; 20 drawings a character.
         split: "train", "val" or "test".
-        seed: of the tasks.
+        seed: seed of the tasks.
         root: folder for the rendered images; default $FASTMAML_CACHE or ~/.cache/fastmaml.
-        rotations: True turns the characters of "train" into four classes each, "all" those of every split.
-        drawing_seed: of the drawings; the same number gives the same images.
+        rotations: True turns each character of "train" into four classes, "all" the characters of every split.
+        drawing_seed: seed of the drawings; the same seed gives the same images.
 
     Raises:
         ImportError: matplotlib or Pillow is missing.
@@ -74,7 +74,7 @@ class Glyphs(ImageTasks):
 
 
 def load_glyphs(drawing_seed: int = 0, root: str | Path | None = None) -> GlyphSet:
-    """The glyph set, rendered at the first call (some ten seconds on one core) and then read from its cache file."""
+    """The glyph set. The first call renders it (about ten seconds on one core); later calls read the cache file."""
 
     def make() -> dict[str, np.ndarray]:
         made = render_glyphs(drawing_seed)
@@ -91,7 +91,7 @@ def load_glyphs(drawing_seed: int = 0, root: str | Path | None = None) -> GlyphS
 
 
 def render_glyphs(drawing_seed: int = 0) -> GlyphSet:
-    """Draw every character 20 times. With the same seed, fonts and freetype the images are the same to the byte."""
+    """Draw every character 20 times. The same seed, fonts and freetype give the same images, byte for byte."""
     drawers = make_drawers(drawing_seed)
     with progress_line("rendering glyphs", DRAWERS + 2) as advance:
         characters = distinct_characters()
@@ -109,7 +109,7 @@ def render_glyphs(drawing_seed: int = 0) -> GlyphSet:
 
 
 def _recipe(drawing_seed: int) -> str:
-    """Name of what the images depend on: seed, fonts, freetype and the code that draws."""
+    """A hash of everything that the images depend on: seed, fonts, freetype and the drawing code."""
     try:
         import matplotlib
     except ImportError as error:

@@ -17,21 +17,21 @@ TURNS = 4  # rotations by multiples of 90 degrees
 class ImageTasks(TaskSource):
     """Classification tasks over the classes of one split.
 
-    `sample(tasks)` gives float32 images in [0, 1], `support_x` [T, ways * shots, C, H, W] and `query_x`
-    [T, ways * query_shots, C, H, W], with int64 labels `support_y` and `query_y`; examples stand class by class.
+    `sample(tasks)` gives float32 images in [0, 1]: `support_x` [T, ways * shots, C, H, W] and `query_x`
+    [T, ways * query_shots, C, H, W]. The labels `support_y` and `query_y` are int64. Examples are ordered by class.
 
-    With rotations every class is turned by 0, 90, 180 and 270 degrees into four classes, as Santoro et al. (2016) and
-    Vinyals et al. (2016) do for Omniglot. A task takes different characters and turns each at random, like the code of
-    MAML, so it never holds one character twice under two angles (a circle and a turned circle are the same picture).
+    With rotations every class becomes four classes, turned by 0, 90, 180 and 270 degrees. Santoro et al. (2016) and
+    Vinyals et al. (2016) do the same for Omniglot. As in MAML's code, a task takes different characters and turns each
+    at random. So a task never holds the same character at two angles (a circle and a turned circle look the same).
 
     Args:
         images: uint8 [classes, examples, C, H, W], 255 = 1.0.
         class_names: one name for each class.
         ways, shots, query_shots: classes in a task, and support and query examples of each.
-        rotations: True turns the classes of split "train", "all" those of every split, False none.
+        rotations: True turns the classes of split "train", "all" the classes of every split, False none.
 
     Raises:
-        ValueError: a task needs more classes or more examples than there are.
+        ValueError: a task needs more classes or examples than exist.
     """
 
     loss = "cross_entropy"
@@ -69,13 +69,13 @@ class ImageTasks(TaskSource):
 
     @property
     def images(self) -> np.ndarray:
-        """Every image of the split, not turned: uint8 [characters, examples, C, H, W], 255 = 1.0."""
+        """Every image of the split, without rotations: uint8 [characters, examples, C, H, W], 255 = 1.0."""
         upright = self._rows[: self.characters * self.examples]
         return upright.reshape(self.characters, self.examples, *self.input_shape)
 
     @property
     def classes(self) -> int:
-        """Classes that tasks are made of, rotations counted."""
+        """Number of classes, including rotations."""
         return self.characters * (TURNS if self.turned else 1)
 
     def _identity(self) -> dict[str, Any]:

@@ -21,16 +21,16 @@ class Omniglot(ImageTasks):
         split: "train", "val" or "test".
         splits: "vinyals" (1028 / 172 / 423 characters) or "lake" (background: 813 train and 151 val, evaluation: 659).
         root: folder with images_background.zip and images_evaluation.zip; default $FASTMAML_DATA, then the cache folder.
-        rotations: True turns the characters of "train" into four classes each (Vinyals: 4112), "all" those of every
-            split (as the code of MAML does), False none.
-        download: fetch zips that are missing.
-        seed: of the tasks.
-        resize: how 105 by 105 pixels become 28 by 28: "lanczos" smooths, as the loaders of torchvision and learn2learn do;
-            "nearest" keeps one bit a pixel, as in the code of MAML (5-way nearest neighbour on pixels: 42 % and 36.5 %).
+        rotations: True turns each character of "train" into four classes (Vinyals: 4112), "all" the characters of every
+            split (as MAML's code does), False none.
+        download: download missing zips.
+        seed: seed of the tasks.
+        resize: how 105 by 105 pixels become 28 by 28. "lanczos" smooths, like the loaders of torchvision and learn2learn.
+            "nearest" keeps one bit per pixel, like MAML's code. 5-way nearest neighbour on pixels: 42 % and 36.5 %.
 
     Raises:
         FileNotFoundError: a zip is missing and `download` is False.
-        ConnectionError: a zip is missing and could not be downloaded.
+        ConnectionError: a zip is missing and cannot be downloaded.
         ValueError: a zip is damaged or is not Omniglot, or an argument does not fit.
     """
 

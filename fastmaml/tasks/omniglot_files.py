@@ -1,4 +1,4 @@
-"""The two public Omniglot zips: where they are, whether they are whole, and their drawings at 28 by 28."""
+"""The two public Omniglot zips: finds them, checks them, and reads their drawings at 28 by 28."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ORIGINAL_SIDE = 105
 
 
 class Part(NamedTuple):
-    """One of the two zips. `md5` is that of the published file; a repackaged zip has another and is as good."""
+    """One of the two zips. `md5` belongs to the published file; a repackaged zip has another MD5 and works too."""
 
     name: str
     characters: int
@@ -43,7 +43,7 @@ PARTS = (BACKGROUND, EVALUATION)
 
 
 class Drawings(NamedTuple):
-    """Drawings of one zip: character names, and their ink, uint8 [characters, 20, 28, 28], 255 = ink."""
+    """Drawings of one zip: character names, and images uint8 [characters, 20, 28, 28], 255 = ink."""
 
     names: list[str]
     images: np.ndarray
@@ -52,17 +52,17 @@ class Drawings(NamedTuple):
 def load_omniglot(
     root: str | Path | None = None, download: bool = True, resize: str = "lanczos"
 ) -> tuple[Drawings, Drawings]:
-    """Background and evaluation drawings; decoded at the first call, then read from the cache folder.
+    """Background and evaluation drawings. The first call decodes them; later calls read the cache folder.
 
-    The zips are looked for in `root`, `root`/omniglot and `root`/omniglot-py (as torchvision leaves them). Without a
-    root: the same under $FASTMAML_DATA, then in the cache folder.
+    Looks for the zips in `root`, `root`/omniglot and `root`/omniglot-py (torchvision's folder). Without `root`: in the same
+    places under $FASTMAML_DATA, then in the cache folder.
 
-    `resize` is "lanczos", which smooths, or "nearest", which keeps one bit a pixel. PIL resizes 1-bit pictures with NEAREST
-    whatever filter is asked for, so "nearest" is what the code of MAML and of prototypical networks trained on.
+    `resize`: "lanczos" smooths, "nearest" keeps one bit per pixel. PIL always resizes 1-bit pictures with NEAREST. So the
+    code of MAML and of prototypical networks trained on "nearest".
 
     Raises:
         FileNotFoundError: a zip is missing and `download` is False.
-        ConnectionError: a zip is missing and could not be downloaded.
+        ConnectionError: a zip is missing and cannot be downloaded.
         ValueError: a zip is not the Omniglot zip, or is damaged.
     """
     background, evaluation = (_load_part(part, _find(part, root, download), resize) for part in PARTS)
@@ -82,15 +82,15 @@ def _find(part: Part, root: str | Path | None, download: bool) -> Path:
     target = (Path(root) if root is not None else cache_folder() / "omniglot") / part.file_name
     if not download:
         raise FileNotFoundError(
-            f"{target} is missing: put the public Omniglot zips there, name their folder with --root, or fetch them with "
-            "'fastmaml data omniglot --download'"
+            f"{target} is missing: put the public Omniglot zips there, give their folder with --root, or download them "
+            "with 'fastmaml data omniglot --download'"
         )
     try:
         download_file(f"{SOURCE}/{part.file_name}", target, part.md5)
     except ConnectionError as error:
         raise ConnectionError(
-            f"{target} is missing and {error}: run the command again to resume, or put the public Omniglot zips there or "
-            "name their folder with --root"
+            f"{target} is missing and {error}: run the command again to resume, put the public Omniglot zips there, or "
+            "give their folder with --root"
         ) from error
     return target
 
@@ -107,7 +107,7 @@ def _load_part(part: Part, path: Path, resize: str) -> Drawings:
 
 
 def _fingerprint(path: Path) -> str:
-    """Size, time and the end of the file, where a zip lists the checksums of what it holds."""
+    """Size, time and the end of the file, which lists the checksums of a zip's files."""
     status = path.stat()
     with open(path, "rb") as file:
         file.seek(max(0, status.st_size - (1 << 16)))
@@ -134,13 +134,13 @@ def decode(part: Part, path: Path, resize: str = "lanczos") -> tuple[list[str], 
                     advance(1)
     except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError, RuntimeError) as error:
         raise ValueError(
-            f"{path} is damaged or incomplete ({error}): delete it and fetch it again with 'fastmaml data omniglot --download'"
+            f"{path} is damaged or incomplete ({error}): delete it, then run 'fastmaml data omniglot --download'"
         ) from error
     return list(members), images
 
 
 def _members(part: Part, path: Path, entries: list[str]) -> dict[str, list[str]]:
-    """Character -> its 20 files in drawer order, characters in alphabetical order."""
+    """Character -> its 20 files in drawer order. Characters are in alphabetical order."""
     pattern = re.compile(rf"{part.name}/([^/]+/character\d+)/\d+_(\d+)\.png")
     found: dict[str, dict[int, str]] = {}
     for entry in entries:

@@ -1,4 +1,4 @@
-"""Which Omniglot characters train, validate and test. A character is named "Alphabet/characterNN"."""
+"""The published splits of Omniglot's characters. A character is named "Alphabet/characterNN"."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def vinyals_split() -> dict[str, str]:
 def lake_split(background: list[str], evaluation: list[str]) -> dict[str, str]:
     """Character -> split of Lake et al. (Science, 2015): the evaluation set tests, the background set trains.
 
-    Lake et al. hold nothing out for validation; here the last five of the thirty background alphabets in alphabetical
-    order do that (Ojibwe, Sanskrit, Syriac, Tagalog, Tifinagh: 151 characters, 813 remain).
+    Lake et al. have no validation set. We use the last five of the thirty background alphabets, in alphabetical order:
+    Ojibwe, Sanskrit, Syriac, Tagalog, Tifinagh (151 characters; 813 remain).
     """
     held_out = set(sorted({name.split("/")[0] for name in background})[-LAKE_VALIDATION_ALPHABETS:])
     owner = {name: "val" if name.split("/")[0] in held_out else "train" for name in background}

@@ -1,4 +1,4 @@
-"""A progress line on standard error, for work of some seconds that needs no more than that (and not tqdm)."""
+"""A progress line on standard error, for work of some seconds. Does not need tqdm."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_line(label: str, total: float, unit: str = "", start: float = 0) -> Iterator[Callable[[float], None]]:
-    """`with progress_line("rendering", 20) as advance: ... advance(1)`; `unit` is shown where the total is unknown (0).
+    """`with progress_line("rendering", 20) as advance: ... advance(1)`. `unit` is shown if the total is unknown (0).
 
-    On a terminal the line is redrawn in place, elsewhere it is written once, when the work ends well.
+    On a terminal the line is redrawn in place. Elsewhere it is written once, after success.
     """
     terminal = sys.stderr.isatty()
     began = time.monotonic()

@@ -1,8 +1,7 @@
-"""Counter-based random streams and the choice of classes and examples for a batch of tasks, without loops.
+"""Counter-based random streams, and the choice of classes and examples for a batch of tasks, without loops.
 
-Batch `step` of a stream is a function of (seed, split, step): nothing is carried from batch to batch, so any batch can
-be drawn again, and drawing from one split never moves another. Task t of a batch does not depend on how many tasks
-follow it, so the first tasks of a larger batch are those of a smaller one.
+Batch `step` of a stream is a function of (seed, split, step). So any batch can be drawn again, and one split never
+affects another. A task does not depend on the tasks after it, so a larger batch begins with the tasks of a smaller one.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import numpy as np
 
 
 def random_stream(seed: int, split: str, step: int, part: int = 0) -> np.random.Generator:
-    """Random numbers for batch `step`; `part` separates independent choices within a batch.
+    """Random numbers for batch `step`. `part` separates independent choices within a batch.
 
-    Philox-4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the key is the seed and the
-    split's name, the counter holds step and part, and its lowest word is left to count draws.
+    Philox-4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the seed and the
+    split's name. The counter holds step and part; its lowest word counts draws.
     """
     key = np.array([seed, zlib.crc32(split.encode())], np.uint64)
     counter = np.array([0, part, step, 0], np.uint64)

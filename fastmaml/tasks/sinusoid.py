@@ -24,7 +24,7 @@ class Waves(NamedTuple):
     phase: torch.Tensor
 
     def at(self, x: torch.Tensor) -> torch.Tensor:
-        """True values at `x` (anything that broadcasts against [T, 1, 1], such as [T, N, 1] or [N, 1]), in its dtype."""
+        """True values at `x`, in its dtype. `x` broadcasts against [T, 1, 1]: [T, N, 1] or [N, 1]."""
         shape = (-1, 1, 1)
         return (self.amplitude.view(shape) * torch.sin(x.double() - self.phase.view(shape))).to(x.dtype)
 
@@ -33,8 +33,8 @@ class Sinusoid(TaskSource):
     """Regression of sine waves: amplitude in [0.1, 5], phase in [0, pi], x in [-5, 5], all uniform.
 
     `sample(tasks)` gives float32 `support_x`, `support_y` [T, shots, 1] and `query_x`, `query_y` [T, query_shots, 1].
-    For one (seed, split, step) the waves and the query points are the same whatever `shots` is, so tests with 5, 10 and
-    20 shots meet the same curves: `Sinusoid(shots=5, query_shots=100, split="test").sample(600, step=0)`.
+    The waves and query points depend on (seed, split, step), but not on `shots`. So tests with 5, 10 and 20 shots see the
+    same curves: `Sinusoid(shots=5, query_shots=100, split="test").sample(600, step=0)`.
     """
 
     name = "sinusoid"
@@ -47,7 +47,7 @@ class Sinusoid(TaskSource):
         super().__init__(split, shots, query_shots, seed)
 
     def sample_with_parameters(self, tasks: int, step: int | None = None) -> tuple[TaskBatch, Waves]:
-        """`sample(tasks, step)` together with the waves it was drawn from."""
+        """`sample(tasks, step)`, with its waves."""
         number = self.position if step is None else check_count("step", step, least=0)
         return self.sample(tasks, step), self._waves(tasks, number)
 

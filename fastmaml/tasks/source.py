@@ -1,4 +1,4 @@
-"""TaskSource: what all task sources share. A split, a seed, a position in the stream, and checked arguments."""
+"""TaskSource, the base of all task sources: a split, a seed, a position in the stream, and checked arguments."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     """`value` as an int of at least `least`.
 
     Raises:
-        TypeError: it is not an integer.
-        ValueError: it is too small.
+        TypeError: `value` is not an integer.
+        ValueError: `value` is too small.
     """
     try:
         count = operator.index(value)
@@ -28,7 +28,7 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
 
 
 def check_split(split: str) -> str:
-    """`split` if it is one of `SPLITS`; a ValueError otherwise."""
+    """Returns `split`. Raises ValueError unless it is one of `SPLITS`."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     return split
@@ -38,15 +38,15 @@ class TaskSource(ABC):
     """An endless, reproducible stream of task batches.
 
     Attributes:
-        name: of the data set, such as "omniglot".
+        name: name of the data set, such as "omniglot".
         split: "train", "val" or "test".
-        seed: of the stream, 0 to 2**64 - 1.
-        position: the number of the batch that `sample()` draws next; may be set, for example to resume.
-        ways: classes in a task, None for regression.
+        seed: seed of the stream, 0 to 2**64 - 1.
+        position: index of the batch that `sample()` draws next. Set it, for example, to resume.
+        ways: classes in a task; None for regression.
         shots, query_shots: support and query examples, per class for classification.
-        input_shape: of one example.
-        output_size: numbers a model must return for one example.
-        loss: the loss that fits the targets, "cross_entropy" or "mse".
+        input_shape: shape of one example.
+        output_size: number of outputs that a model must return per example.
+        loss: the loss for the targets, "cross_entropy" or "mse".
     """
 
     name: str
@@ -66,7 +66,7 @@ class TaskSource(ABC):
 
     @property
     def position(self) -> int:
-        """The number of the batch that `sample()` draws next."""
+        """Index of the batch that `sample()` draws next."""
         return self._position
 
     @position.setter
@@ -74,7 +74,7 @@ class TaskSource(ABC):
         self._position = check_count("position", step, least=0)
 
     def sample(self, tasks: int, step: int | None = None) -> TaskBatch:
-        """Draw a batch of `tasks` tasks: batch `step` of the stream, or the one at `position`, which then moves on.
+        """Draw a batch of `tasks` tasks: batch `step` of the stream, or the batch at `position`, which then advances.
 
         Raises:
             ValueError, TypeError: `tasks` or `step` is not a positive (for `step`, non-negative) integer.
@@ -87,14 +87,14 @@ class TaskSource(ABC):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What the stream is and where it stands; plain JSON values."""
+        """The settings and position of the stream, as plain JSON values."""
         return {**self._identity(), "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` stood.
+        """Continue from the position in `state`.
 
         Raises:
-            ValueError: `state` was saved by a source with other settings, so its batches would differ.
+            ValueError: `state` comes from a source with other settings, so its batches would differ.
         """
         for key, value in self._identity().items():
             if state.get(key) != value:
@@ -106,7 +106,7 @@ class TaskSource(ABC):
         return f"{type(self).__name__}({settings}, position={self._position})"
 
     def _identity(self) -> dict[str, Any]:
-        """The settings that decide what the stream holds."""
+        """The settings that decide the content of the stream."""
         return {
             "name": self.name,
             "split": self.split,
@@ -118,4 +118,4 @@ class TaskSource(ABC):
 
     @abstractmethod
     def _draw(self, tasks: int, step: int) -> TaskBatch:
-        """Batch `step` with `tasks` tasks; must be a function of these, the seed and the split alone."""
+        """Batch `step` with `tasks` tasks. Must depend only on these, the seed and the split."""

@@ -1,8 +1,8 @@
 """Checkpoints: tensors in safetensors, everything else in JSON, nothing pickled.
 
-`NAME.json` is the checkpoint; it names its tensor file and that file's SHA-256. A save writes a new tensor file beside
-the old one, then replaces the JSON by one rename, then removes the old tensor file. Whatever stops it (kill -9, a full
-disk, a power cut), NAME.json still names a complete tensor file.
+`NAME.json` is the checkpoint: it names its tensor file and the file's SHA-256. A save writes a new tensor file, replaces
+the JSON by one rename, then removes the old tensor file. If anything stops the save (kill -9, a full disk, a power cut),
+NAME.json still names a complete tensor file.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from torch import Tensor
 
 FORMAT = 1
 
-# What a full disk, a full quota and a file size limit (ulimit -f) answer.
+# Errors of a full disk, a full quota and a file size limit (ulimit -f).
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written, or the one asked for is missing or damaged."""
+    """A checkpoint cannot be written, is missing, or is damaged."""
 
 
 def save(folder: str | Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write checkpoint `name` of `folder`: named `tensors` and a JSON-able `state`; returns the path of its JSON file.
+    """Write checkpoint `name` of `folder`: named `tensors` and a JSON-able `state`. Returns the path of the JSON file.
 
-    The earlier checkpoint of that name stays valid until the new one is complete. Raises `CheckpointError` when the
-    disk is full or not writable (the earlier one is then untouched), `TypeError` for a state that JSON cannot hold.
+    The earlier checkpoint of that name stays valid until the new one is complete. Raises `CheckpointError` if the disk
+    is full or not writable (the earlier checkpoint is then unchanged), `TypeError` for a state that JSON cannot hold.
     """
     folder = Path(folder)
-    # Clones, because safetensors refuses tensors that share memory, as tied parameters do.
+    # Clones: safetensors refuses tensors that share memory, such as tied parameters.
     data = _safetensors().save({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     tensor_file = f"{name}-{digest[:16]}.safetensors"
@@ -60,7 +60,7 @@ def save(folder: str | Path, name: str, tensors: Mapping[str, Tensor], state: Ma
 def load(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read checkpoint `name` of `folder`: its tensors (on the CPU) and its state.
 
-    Raises `CheckpointError` when it is missing, of another format, or its tensor file is not the one that was saved.
+    Raises `CheckpointError` if it is missing, has another format, or its tensor file has changed since the save.
     """
     path = Path(folder) / f"{name}.json"
     try:
@@ -71,7 +71,7 @@ def load(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, An
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {error!r}") from error
     if format_ != FORMAT:
-        raise CheckpointError(f"checkpoint {path} has format {format_}, this fastmaml reads format {FORMAT}")
+        raise CheckpointError(f"checkpoint {path} has format {format_}, but this fastmaml reads format {FORMAT}")
     try:
         data = (path.parent / tensor_file).read_bytes()
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def exists(folder: str | Path, name: str) -> bool:
 
 
 def keep_only(folder: str | Path, pattern: str, names: Sequence[str]) -> None:
-    """Remove the checkpoints whose names fit `pattern` (as "member-*"), save those named."""
+    """Remove the checkpoints whose names fit `pattern` (such as "member-*"), except `names`."""
     for path in Path(folder).glob(f"{pattern}.json"):
         if path.stem not in names:
             path.unlink()
@@ -97,7 +97,7 @@ def keep_only(folder: str | Path, pattern: str, names: Sequence[str]) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one rename, on disk before it returns; a failure leaves the old file as it was."""
+    """Replace `path` by `data` in one rename. The data is on disk before the return; a failure keeps the old file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -112,13 +112,13 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def why(error: OSError) -> str:
-    """The reason of an `OSError` in words a person can act on."""
+    """The reason of an `OSError`, with advice if a disk is full."""
     reason = (error.strerror or str(error)).lower()
-    return f"{reason} (free some space and go on with --resume)" if error.errno in _FULL else reason
+    return f"{reason} (free some space and continue with --resume)" if error.errno in _FULL else reason
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of any torch optimizer: tensors named `optimizer/<parameter>/<key>`, and the rest, ready for JSON."""
+    """The state of any torch optimizer: tensors named `optimizer/<parameter>/<key>`, and the rest, for JSON."""
     packed = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -131,7 +131,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Put back what `pack_optimizer` took; tensors of other names are ignored."""
+    """Restore the state from `pack_optimizer`. Other tensors are ignored."""
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in rest["state"].items()}
     for name, value in tensors.items():
         if name.startswith("optimizer/"):
@@ -141,7 +141,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
 
 
 def pack_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The generators of torch, numpy and Python as named tensors `rng/...` and the rest, which JSON can hold."""
+    """The random generators of torch, numpy and Python: tensors named `rng/...`, and the rest, for JSON."""
     numpy_state: Any = np.random.get_state(legacy=False)
     version, words, gauss = random.getstate()
     tensors = {
@@ -158,7 +158,7 @@ def pack_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack_rng(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Put back what `pack_rng` took."""
+    """Restore the generators from `pack_rng`."""
     torch.set_rng_state(tensors["rng/torch"])
     keys = tensors["rng/numpy"].numpy().astype(np.uint32)
     numpy_rest = rest["numpy"]
@@ -172,7 +172,7 @@ def _write(file: Any, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable. Where a folder cannot be opened, the rename is as durable as the file system makes it."""
+    """Make a rename durable. If the folder cannot be opened, durability is up to the file system."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -191,7 +191,7 @@ def _named_tensor_file(path: Path) -> str | None:
 
 
 def _remove_leftovers(folder: Path, name: str, keep: str | None) -> None:
-    """Remove the tensor files of earlier checkpoints of this name, and what a killed save left behind."""
+    """Remove tensor files of earlier checkpoints of this name, and leftovers of a killed save."""
     for pattern in (f"{name}-*.safetensors", f".{name}-*.tmp", f".{name}.json.*.tmp"):
         for path in folder.glob(pattern):
             if path.name != keep:

@@ -1,4 +1,4 @@
-"""Settings of a run as text: files in YAML or TOML, the YAML that --print-config prints, and NAME=VALUE options."""
+"""Settings of a run as text: YAML or TOML files, the YAML of --print-config, and NAME=VALUE options."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastmaml.training.run_config import RunConfig, typed
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that a .yaml, .yml or .toml file holds, by RunConfig's names, with `options` and `model` as mappings.
+    """The settings in a .yaml, .yml or .toml file, by RunConfig's names. `options` and `model` are mappings.
 
-    Raises ValueError for a file that cannot be read as such, a name that is no setting, a value of the wrong kind.
+    Raises ValueError for an unreadable file, an unknown name, or a value of the wrong kind.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".toml"):
-        raise ValueError(f"{path} is named neither .yaml, .yml nor .toml, so its language is not known")
+        raise ValueError(f"{path} must be named .yaml, .yml or .toml")
     try:
         text = path.read_text(encoding="utf-8")
         values = _parse_toml(text) if suffix == ".toml" else _parse_yaml(text)
@@ -44,12 +44,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Every setting, as YAML that `read_settings` takes."""
+    """Every setting, as YAML for `read_settings`."""
     return str(_yaml().safe_dump(config.settings(), sort_keys=False, allow_unicode=True, default_flow_style=None))
 
 
 def read_option(text: str) -> tuple[str, Any]:
-    """ "lam=2.0" as ("lam", 2.0): the value is read as YAML reads it (numbers, true, null, [0, 0.999], words)."""
+    """ "lam=2.0" as ("lam", 2.0). The value is parsed as YAML: numbers, true, null, [0, 0.999], words."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise ValueError(f"--option takes NAME=VALUE, as in lam=2.0, not {text!r}")
@@ -57,14 +57,14 @@ def read_option(text: str) -> tuple[str, Any]:
         return name, _parse_yaml(value)
     except ValueError as error:
         if value[0] not in "[{\"'":
-            return name, value  # a name pattern such as *.weight
+            return name, value  # a parameter name pattern such as *.weight
         raise ValueError(f"--option {text}: {_in_one_line(error)}") from None
 
 
 def _parse_yaml(text: str) -> Any:
     yaml = _yaml()
     loader: Any = type("Loader", (yaml.SafeLoader,), {})
-    # YAML 1.1 takes 1e-3 for a word, because it has no point; YAML 1.2 and everybody else for a number.
+    # YAML 1.1 reads 1e-3 as a word, because it has no point. YAML 1.2 reads a number, and so do we.
     number = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
     loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:

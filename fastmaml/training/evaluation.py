@@ -1,4 +1,4 @@
-"""Evaluation of a finished run on held-out tasks, after 0 and more inner steps, beside two baselines.
+"""Evaluation of a finished run on held-out tasks, after 0 and more inner steps, against two reference predictors.
 
 results = evaluate_run("runs/glyphs")          # writes evaluation.json and examples.npz there
 """
@@ -28,7 +28,7 @@ from fastmaml.training.run_config import RunConfig, checked
 from fastmaml.training.trainer import CHUNK, chunks
 from fastmaml.training.trivial_predictors import WITHOUT_NETWORK
 
-SEEN_STEPS = (0, 1, 2, 3, 5, 10, 20, 50, 100)  # the numbers of inner steps that every evaluation looks at
+SEEN_STEPS = (0, 1, 2, 3, 5, 10, 20, 50, 100)  # the numbers of inner steps in every evaluation
 EXAMPLE_TASKS = 6
 GRID_POINTS = 201
 
@@ -43,19 +43,19 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate a run on the test split and write `evaluation.json` and `examples.npz`.
 
-    The best checkpoint answers; with `config.ensemble` above 1 the best ones do together, by the mean of their outputs.
+    Uses the best checkpoint. With `config.ensemble` above 1, averages the outputs of the best checkpoints.
 
     Args:
         run_dir: folder of the run.
-        tasks: how many held-out tasks (default: those of the run's config, 600).
-        seed: of the test tasks (default: the run's seed).
+        tasks: number of held-out tasks (default: from the run's config, 600).
+        seed: seed of the test tasks (default: the run's seed).
         out: folder to write to (default: the run's folder).
         quiet: no progress bar.
 
     Returns:
-        What `evaluation.json` holds: for each number of shots the learner, the same network from its random
-        initialisation and a predictor without a network, with mean, 95 % interval (1.96 std / sqrt(tasks)) and median
-        over tasks after each number of inner steps.
+        The content of `evaluation.json`, for each number of shots and of inner steps. It compares the learner, the same
+        network from its random initialisation, and a predictor without a network. Each has the mean over tasks, its
+        95 % interval (1.96 std / sqrt(tasks)) and the median.
     """
     started = time.perf_counter()
     config = read_config(run_dir)
@@ -99,12 +99,12 @@ def evaluate_run(
 
 
 def quoted_steps(learner: Learner) -> int:
-    """The number of inner steps after which a learner's result is quoted: its own number at test, else in training."""
+    """The number of inner steps of a learner's headline result: its number at test, else in training."""
     return int(getattr(learner, "eval_steps", None) or learner.inner_steps)
 
 
 def evaluation_steps(config: RunConfig, learner: Learner) -> list[int]:
-    """The numbers of inner steps that an evaluation looks at: the first ones all, where each goes on from the last."""
+    """The numbers of inner steps in an evaluation. Includes all first steps if adaptation can continue step by step."""
     quoted = quoted_steps(learner)
     last = max(config.eval_inner_steps, quoted)
     seen = {*SEEN_STEPS, *range(11)} if _goes_on(learner) else {*SEEN_STEPS}
@@ -112,7 +112,7 @@ def evaluation_steps(config: RunConfig, learner: Learner) -> list[int]:
 
 
 def adapted_outputs(learner: Learner, batch: TaskBatch, steps: Sequence[int]) -> Iterator[Tensor]:
-    """Query outputs [T, N, ...], on the CPU, after each of the ascending numbers of inner `steps`."""
+    """Query outputs [T, N, ...], on the CPU, after each number of inner `steps` (ascending)."""
     batch = batch.to(learner.device)
     if not _goes_on(learner):
         for count in steps:
@@ -122,26 +122,27 @@ def adapted_outputs(learner: Learner, batch: TaskBatch, steps: Sequence[int]) ->
     params = learner.start(batch.support_x, batch.support_y)
     for count in steps:
         if count > taken:
-            loop = {"inner": learner.inner, "inner_steps": count - taken, **learner.adapt_options()}
-            params, taken = engine.adapt(params, batch.support_x, batch.support_y, **loop), count
+            options = replace(learner.options(), inner_steps=count - taken)
+            params = engine.adapt(params, batch.support_x, batch.support_y, learner.inner_lr, options=options)
+            taken = count
         yield engine.forward(params, batch.query_x, batch.support_x).cpu()
 
 
 def _goes_on(learner: Learner) -> bool:
-    """Whether k + 1 inner steps are k of them and one more: plain gradient descent at one rate, as Learner adapts."""
-    own = (type(learner).adapt, type(learner).adapt_options) == (Learner.adapt, Learner.adapt_options)
+    """Whether k + 1 inner steps equal k steps and one more: plain gradient descent at one rate, as in Learner.adapt."""
+    own = (type(learner).adapt, type(learner).call_tensors) == (Learner.adapt, Learner.call_tensors)
     plain = isinstance(learner.inner, SGD) and not learner.inner.momentum and isinstance(learner.inner_lr, (int, float))
     return own and plain
 
 
 def ensemble_outputs(learners: Sequence[Learner], batch: TaskBatch, steps: Sequence[int]) -> Iterator[Tensor]:
-    """As adapted_outputs, the mean over `learners` (their logits, for classes)."""
+    """Like adapted_outputs, averaged over `learners` (for classes: their logits)."""
     for outputs in zip(*(adapted_outputs(learner, batch, steps) for learner in learners)):
         yield torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0]
 
 
 def examples(config: RunConfig, learners: Sequence[Learner], seed: int) -> dict[str, np.ndarray]:
-    """A few test tasks with what the learners make of them, to look at (the arrays of `examples.npz`)."""
+    """A few test tasks with the learners' outputs, for the report: the arrays of `examples.npz`."""
     source = make_tasks(config, "test", query_shots=config.eval_query_shots, seed=seed)
     if isinstance(source, Sinusoid):
         return _curves(config, learners, source)
@@ -198,7 +199,7 @@ def _rows(
 
 
 def _row(name: str, kind: str, values: Tensor) -> dict[str, Any]:
-    """A row of a table from `values` [steps, tasks]; null where some tasks diverged."""
+    """A row of a table from `values` [steps, tasks]. Null if some tasks diverged."""
     columns = [summarise(column) for column in values]
     return {
         "name": name,

@@ -1,4 +1,4 @@
-"""From a `RunConfig` to its tasks, network and learner; where the files of a run folder lie; what machine this is."""
+"""Makes the tasks, network and learner of a `RunConfig`, and reads and writes a run folder's config.json."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _INNER = {"sgd": inner.SGD, "adam": inner.Adam, "adamw": inner.AdamW}
 def make_tasks(
     config: RunConfig, split: str, shots: int | None = None, query_shots: int | None = None, seed: int | None = None
 ) -> TaskSource:
-    """The tasks of a run's data set: `split` "train", "val" or "test"; other shots, query shots or seed where given."""
+    """The tasks of a run's data set. split: "train", "val" or "test". shots, query_shots, seed: default the config's."""
     usual = config.train_shots or config.shots if split == "train" else config.shots
     settings: dict[str, Any] = {
         "shots": shots or usual,
@@ -58,22 +58,22 @@ def make_tasks(
 
 
 def make_model(config: RunConfig) -> nn.Module:
-    """The network of a run with its random initialisation, which the run's seed decides."""
+    """The network of a run, with random weights from the run's seed."""
     with seeded(config.seed):
         return _model(config)
 
 
 def make_learner(config: RunConfig) -> Any:
-    """The learner of a run around a freshly initialised network. Raises ValueError for options that it does not take."""
+    """The learner of a run, with a new network. Raises ValueError for options that the learner does not take."""
     options = dict(config.options)
     described = options.pop("inner", None)
     given: dict[str, Any] = {"inner_lr": config.inner_lr}
     if described is not None:
         given = {"inner": inner_optimizer(described, config.inner_lr)}
     if options.get("solver") == "newton_cg":
-        given = {}  # it finds its own step lengths
+        given = {}  # this solver finds its own step lengths
     if config.algorithm == "metasgd":
-        given["seed"] = config.seed  # of the first rates
+        given["seed"] = config.seed  # of the initial rates
     engine = {name: getattr(config, name) for name in ("backend", "memory", "batch_norm", "precision")}
     if config.algorithm == "maml++" and config.batch_norm == "per_step":
         engine["batch_norm"], given["bn_stats"] = "transductive", "running_per_step"
@@ -92,7 +92,7 @@ def make_learner(config: RunConfig) -> Any:
 
 
 def inner_optimizer(described: Any, rate: float | tuple[float, ...]) -> inner.Optimizer:
-    """An inner optimizer from a name, or a mapping of its name and settings: {"name": "adam", "betas": [0.0, 0.999]}."""
+    """An inner optimizer from its name, or from a mapping like {"name": "adam", "betas": [0.0, 0.999]}."""
     settings = dict(described) if isinstance(described, dict) else {"name": described}
     name = settings.pop("name", None)
     if name not in _INNER:
@@ -106,10 +106,10 @@ def inner_optimizer(described: Any, rate: float | tuple[float, ...]) -> inner.Op
 
 
 def load_learners(run_dir: str | Path, config: RunConfig) -> tuple[list[Any], dict[str, Any]]:
-    """The meta-trained learners of a run, in eval mode, and where they come from.
+    """The meta-trained learners of a run, in eval mode, and the checkpoints they come from.
 
-    One from the best checkpoint, or from the last where nothing was validated; with `config.ensemble` above 1 one from
-    each of that many best checkpoints, the best first.
+    Usually one learner, from the best checkpoint, or from the last if nothing was validated. With `config.ensemble`
+    above 1, one from each of the best checkpoints, the best first.
     """
     folder = Path(run_dir) / "checkpoints"
     names = ["best" if checkpoint.exists(folder, "best") else "last"]
@@ -146,7 +146,7 @@ def _model(config: RunConfig) -> nn.Module:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed the generators of torch, numpy and Python, for dropout and a user's code; tasks have their own streams."""
+    """Seed the generators of torch, numpy and Python, for dropout and users' code. Tasks have their own streams."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -154,14 +154,14 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's generator starts from `seed` inside and is where it was afterwards."""
+    """Within the block torch's generator starts from `seed`. Afterwards its old state is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def write_config(run_dir: str | Path, config: RunConfig, engine: Any) -> None:
-    """Write `config.json`: the settings, and what versions, machine and engine they meet."""
+    """Write `config.json`: the settings, the versions, the machine and the engine."""
     facts = {
         "engine": {"backend": engine.backend, "fused": engine.fused, "why": engine.why},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -174,12 +174,12 @@ def write_config(run_dir: str | Path, config: RunConfig, engine: Any) -> None:
 
 
 def read_config(run_dir: str | Path) -> RunConfig:
-    """The settings of a run folder. Raises ValueError where there is none."""
+    """The settings of a run folder. Raises ValueError if config.json is missing or damaged."""
     path = Path(run_dir) / "config.json"
     try:
         values = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{run_dir} is no run folder of fastmaml: it has no config.json") from None
+        raise ValueError(f"{run_dir} is not a run folder of fastmaml: it has no config.json") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     return RunConfig.from_json(values)

@@ -1,4 +1,4 @@
-"""Metrics of a batch of tasks, their summary over tasks, and where a run writes them: JSONL and TensorBoard."""
+"""Metrics of a batch of tasks, their summary over tasks, and the writer of a run (JSONL and TensorBoard)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Share of examples whose largest logit is the label: output [T, N, ways], target [T, N] -> [T], in 0..1."""
+    """Share of examples whose largest logit is the label, 0 to 1: output [T, N, ways], target [T, N] -> [T]."""
     return (output.argmax(-1) == target).double().mean(-1)
 
 
@@ -31,21 +31,21 @@ METRICS: dict[str, Metric] = {"accuracy": accuracy, "mse": mse}
 
 
 def better(metric: str, value: float, than: float | None) -> bool:
-    """Whether `value` beats the best so far; a NaN never does, anything else beats None."""
+    """Whether `value` beats the best so far. NaN never does; any other value beats None."""
     if math.isnan(value):
         return False
     return than is None or (value > than if metric == "accuracy" else value < than)
 
 
 def show(metric: str, value: float | None) -> str:
-    """A value of the metric for people: "97.3 %" or "0.462"; "diverged" where it is not finite."""
+    """A value of the metric as text: "97.3 %" or "0.462"; "diverged" if it is not finite."""
     if value is None or not math.isfinite(value):
         return "diverged"
     return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.3g}"
 
 
 class Summary(NamedTuple):
-    """Over tasks: the mean, the half width of its 95 % interval, the median. None for what is not finite."""
+    """Over tasks: the mean, the half width of its 95 % interval, the median. None if not finite."""
 
     mean: float | None
     ci95: float | None
@@ -55,7 +55,7 @@ class Summary(NamedTuple):
 def summarise(values: Tensor) -> Summary:
     """Mean, 1.96 std / sqrt(n) (the interval of Finn et al. 2017, section 5.2) and median of `values` [n].
 
-    A task that diverged to NaN counts as infinitely bad, so it spoils the mean (None) but not the median.
+    A task that diverged to NaN counts as infinitely bad: the mean becomes None, the median stays finite.
     """
     if values.numel() == 0:
         raise ValueError("no tasks to summarise: values [0]")
@@ -71,9 +71,9 @@ def _finite(value: float) -> float | None:
 
 
 class MetricsWriter:
-    """Appends rows to `metrics.jsonl` of a run folder and, where tensorboard is installed, scalars to `tensorboard/`.
+    """Appends rows to `metrics.jsonl` of a run folder and, if tensorboard is installed, scalars to `tensorboard/`.
 
-    `last_step`: rows after it are removed first, so that a resumed run writes each row once (-1 removes all).
+    last_step: later rows are removed first, so a resumed run writes each row once; -1 removes all rows.
     """
 
     def __init__(self, run_dir: str | Path, last_step: int = -1) -> None:
@@ -84,7 +84,7 @@ class MetricsWriter:
         self.tensorboard = self._board is not None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One row: {"kind": kind, "step": step, **values}. A number that is not finite is written as null."""
+        """Appends a row {"kind": kind, "step": step, **values}. A number that is not finite becomes null."""
         row = {key: _finite(value) if isinstance(value, float) else value for key, value in values.items()}
         with self._named_errors():
             self._file.write(json.dumps({"kind": kind, "step": step, **row}, allow_nan=False) + "\n")
@@ -95,7 +95,7 @@ class MetricsWriter:
                         self._board.add_scalar(f"{kind}/{key}", value, step)
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close both writers."""
         with self._named_errors():
             self._file.close()
             if self._board is not None:
@@ -115,7 +115,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _rows_until(path: Path, last_step: int) -> bytes:
-    """The complete rows up to and with that step; a kill may have cut the last row short."""
+    """The complete rows up to and including last_step. The last row of a killed run may be incomplete."""
     if not path.exists():
         return b""
     kept = []

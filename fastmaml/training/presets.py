@@ -8,10 +8,10 @@ from typing import Any
 
 from fastmaml.training.run_config import RunConfig, checked
 
-# MAML on each data set, which the other algorithms start from. Finn et al. 2017, sections 5.1 and 5.2 with their
-# released code (ALGORITHMS 2.1). There the cross-entropy is summed over the ways, so its rate of 0.4 is 2.0 for a mean;
-# learn2learn reaches the paper's numbers with 0.5 on the mean, the steadier choice. glyphs is not published: its
-# settings are from trials.
+# MAML's settings on each data set; the other algorithms start from these. Source: Finn et al. 2017, sections 5.1 and
+# 5.2, and their released code (ALGORITHMS 2.1). Their code sums the cross-entropy over the ways, so its rate of 0.4
+# means 2.0 for a mean. learn2learn reaches the paper's numbers with 0.5 on the mean, which is more stable. glyphs is
+# our own data set, with settings from trials.
 PRESETS = {
     "sinusoid": RunConfig(
         dataset="sinusoid",
@@ -57,9 +57,9 @@ PRESETS = {
 
 Changes = dict[str, Any]
 
-# Reptile's inner loop on images: Adam without momentum at 1e-3, 5 mini-batches of 10 from 10 shots; at test 50 of 5
-# (ALGORITHMS 2.3). On the sinusoid that of its authors' demonstration (openai.com/index/reptile): SGD at 0.02 through
-# 50 points in mini-batches of 10, one task an iteration; at test 32 steps with all points.
+# Reptile's inner loop. On images (ALGORITHMS 2.3): Adam without momentum at 1e-3, 5 mini-batches of 10 from 10 shots; at
+# test 50 mini-batches of 5. On the sinusoid, from the authors' demonstration (openai.com/index/reptile): SGD at 0.02
+# through 50 points in mini-batches of 10, one task an iteration. At test: 32 steps with all points.
 _REPTILE_IMAGES: Changes = {
     "train_shots": 10,
     "inner_lr": 1e-3,
@@ -94,19 +94,19 @@ _REPTILE: dict[str, Changes] = {
     },
 }
 
-# What each algorithm changes, by data set. Where its authors have no such data set, the inner loop is that of the
-# nearest one they have, and the rest is MAML's.
+# The changes of each algorithm, by data set. If its authors do not use the data set, the inner loop comes from their
+# most similar one, and the rest from MAML.
 ALGORITHM_PRESETS: dict[str, dict[str, Changes]] = {
     "fomaml": {},  # its authors change nothing else (ALGORITHMS 2.1)
     "reptile": _REPTILE,
-    "foml": _REPTILE,  # a switch of the same code (ALGORITHMS 2.2 b)
+    "foml": _REPTILE,  # an option of Reptile's code (ALGORITHMS 2.2 b)
     # ALGORITHMS 2.4: 100 epochs of 500 iterations, 5 steps, rates 0.1, cosine to 1e-5, multi-step loss for 10 epochs,
     # the mean logits of the 5 best epochs by 600 validation tasks.
     "maml++": {
         "sinusoid": {
             "inner_steps": 5,
-            # Epochs and rate of its miniImageNet. Rates learned at 1e-3 an outer step leave the stable range of five steps
-            # on this network: an error of 1.9 instead of 0.3 after 5,000 iterations.
+            # Epochs and rate of the authors' miniImageNet. At 1e-3 an outer step the learned rates become unstable for
+            # five steps on this network: an error of 1.9 instead of 0.3 after 5,000 iterations.
             "options": {"msl_epochs": 15, "steps_per_epoch": 500, "learn_rates": False},
             "eval_inner_steps": 5,
         },
@@ -132,7 +132,7 @@ ALGORITHM_PRESETS: dict[str, dict[str, Changes]] = {
             "eval_inner_steps": 5,
         },
     },
-    # ALGORITHMS 2.5: lambda 2, 16 steps of gradient descent at 0.1, 5 conjugate gradient steps, 20,000 iterations; its
+    # ALGORITHMS 2.5: lambda 2, 16 steps of gradient descent at 0.1, 5 conjugate gradient steps, 20,000 iterations. The
     # released recipe damps the operator by 1 and tests without the proximal term. On glyphs a smaller lambda adapts more.
     "imaml": {
         "sinusoid": {
@@ -157,13 +157,13 @@ ALGORITHM_PRESETS: dict[str, dict[str, Changes]] = {
     },
     # ALGORITHMS 2.7: one step, first rates drawn from 0.005 to 0.1.
     "metasgd": {name: {"inner_lr": (0.005, 0.1)} for name in PRESETS},
-    "anil": {},  # ALGORITHMS 2.6: MAML's settings, the head alone adapts
+    "anil": {},  # ALGORITHMS 2.6: MAML's settings; only the head adapts
     "boil": {"omniglot": {"inner_lr": 0.5}},  # ALGORITHMS 2.6: one step of 0.5 for the body
-    # ALGORITHMS 2.8, of Meta-Dataset's ImageNet: 6 steps of 5.4e-3. There first order; exact here.
+    # ALGORITHMS 2.8, from Meta-Dataset's ImageNet: 6 steps of 5.4e-3. First order in the paper, exact here.
     "protomaml": {name: {"inner_lr": 5.4e-3, "inner_steps": 6} for name in ("glyphs", "omniglot")},
     "metacurvature": {},  # ALGORITHMS 2.9: all matrices start as identity, so it starts as MAML
-    # ALGORITHMS 2.11: rate 1; on the sinusoid 5 context parameters and one step, on images (its miniImageNet) 100
-    # that scale and shift the third convolution, two steps, 16 tasks.
+    # ALGORITHMS 2.11: rate 1. Sinusoid: 5 context parameters and one step. Images (from miniImageNet): 100 context
+    # parameters that scale and shift the third convolution, two steps, 16 tasks.
     "cavia": {
         "sinusoid": {"model": {"name": "context_mlp", "sizes": [1, 40, 40, 1], "context": 5}, "inner_lr": 1.0},
         "glyphs": {
@@ -182,11 +182,11 @@ ALGORITHM_PRESETS: dict[str, dict[str, Changes]] = {
 
 
 def preset(dataset: str, settings: Mapping[str, Any] | None = None, **changes: Any) -> RunConfig:
-    """The settings published for an algorithm on `dataset`, with the `settings` of a file and then with `changes`.
+    """The published settings of an algorithm on `dataset`, changed by the `settings` of a file and then by `changes`.
 
-    settings: by RunConfig's names, taken as they are. changes: the same, None keeps what there is, `filters` goes to
-    the model. `options`, and a `model` of the same name, are merged entry by entry. Raises ValueError for a data set
-    without a preset and for values out of range.
+    settings: by RunConfig's names. changes: by the same names; None changes nothing, `filters` goes to the model.
+    `options`, and a `model` of the same name, are merged entry by entry. Raises ValueError for a data set without a
+    preset and for values out of range.
     """
     if dataset not in PRESETS:
         raise ValueError(f"unknown data set {dataset!r}; there are {', '.join(PRESETS)}")
@@ -213,7 +213,7 @@ def preset(dataset: str, settings: Mapping[str, Any] | None = None, **changes: A
 
 
 def _merged(config: RunConfig, layer: Mapping[str, Any]) -> dict[str, Any]:
-    """`layer` with its options and model laid over those of `config`."""
+    """`layer`, with its options and model merged over those of `config`."""
     merged = dict(layer)
     if "options" in merged:
         merged["options"] = config.options | merged["options"]

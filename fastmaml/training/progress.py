@@ -1,4 +1,4 @@
-"""The progress bar of long loops, and the signals that end a loop early without losing work."""
+"""The progress bar of long loops, and the signals that stop a loop without losing work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def progress(total: int, title: str, unit: str, done: int = 0, quiet: bool = False) -> Any:
-    """A tqdm bar on stderr; where stderr is a file it writes a line every ten seconds only."""
+    """A tqdm bar on stderr. If stderr is a file, it writes one line every ten seconds."""
     try:
         from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
     except ImportError:
@@ -31,7 +31,7 @@ def progress(total: int, title: str, unit: str, done: int = 0, quiet: bool = Fal
 
 
 class StopRequest:
-    """Whether someone asked to stop: true after the first SIGINT (Ctrl-C) or SIGTERM."""
+    """Whether to stop: true after the first SIGINT (Ctrl-C) or SIGTERM."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -42,7 +42,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Within the block the first Ctrl-C or SIGTERM only sets the yielded flag; a second one interrupts at once.
+    """Within the block the first Ctrl-C or SIGTERM only sets the yielded flag. The second one interrupts at once.
 
     Outside the main thread signals stay as they are.
     """

@@ -1,4 +1,4 @@
-"""What a run is: `RunConfig`, all that decides its numbers."""
+"""`RunConfig`: all settings that decide the numbers of a run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 from fastmaml.algorithms.names import ALGORITHMS
 
-NEEDS_CLASSES = ("protomaml",)  # these build on the classes of a task, which a regression has not
+NEEDS_CLASSES = ("protomaml",)  # these need tasks with classes
 SCHEDULES = ("constant", "cosine", "linear")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that decides the numbers of a run; `config.json` of the run folder holds it.
+    """All settings that decide the numbers of a run, kept in `config.json` of the run folder.
 
-    `shots` and `query_shots` count per class, or per task where `ways` is None (regression). Rates are for mean losses.
+    `shots` and `query_shots` count per class, or per task if `ways` is None (regression). Rates are for mean losses.
     """
 
     dataset: str
@@ -27,14 +27,14 @@ class RunConfig:
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of the algorithm's class, such as lam
     ways: int | None = 5
     shots: int = 1
-    train_shots: int | None = None  # where training sees other support sets than `shots` (Reptile); None: the same
+    train_shots: int | None = None  # support examples in training, if different from `shots` (Reptile)
     query_shots: int = 1
     meta_batch: int = 32
     steps: int = 60_000
-    inner_lr: float | tuple[float, ...] = 0.4  # two numbers where the algorithm draws its first rates between them
+    inner_lr: float | tuple[float, ...] = 0.4  # two numbers: the algorithm draws its initial rates between them
     inner_steps: int = 1
     outer_lr: float = 1e-3
-    schedule: str = "constant"  # of outer_lr, or falling to outer_lr_min: "cosine", "linear"
+    schedule: str = "constant"  # of outer_lr; "cosine" and "linear" fall to outer_lr_min
     outer_lr_min: float = 0.0
     clip_grad: float | None = None  # limit of every entry of the network's meta-gradient
     backend: str = "auto"
@@ -46,8 +46,8 @@ class RunConfig:
     log_every: int = 10
     validate_every: int = 500
     validation_tasks: int = 200
-    ensemble: int = 1  # so many best checkpoints by validation answer together at test
-    time_limit: float | None = None  # seconds of training, those before a resume included
+    ensemble: int = 1  # number of best checkpoints by validation whose outputs are averaged at test
+    time_limit: float | None = None  # seconds of training, including those before a resume
     eval_tasks: int = 600
     eval_inner_steps: int = 10
     eval_shots: tuple[int, ...] = ()  # empty: `shots`
@@ -60,20 +60,20 @@ class RunConfig:
 
     @property
     def title(self) -> str:
-        """The algorithm's name for people."""
+        """The algorithm's name as papers write it."""
         return ALGORITHMS[self.algorithm]
 
     def settings(self) -> dict[str, Any]:
-        """Every setting by name, in plain lists, numbers, texts and mappings."""
+        """Every setting by name, as plain lists, numbers, texts and mappings."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `config.json`, less what describes the machine."""
+        """The content of `config.json`, without the description of the machine."""
         return self.settings() | {"metric": self.metric}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunConfig:
-        """From the content of `config.json`; keys that are no setting (versions, machine) are left out."""
+        """From the content of `config.json`. Other keys (versions, machine) are ignored."""
         known = {item.name for item in fields(cls)}
         settings = {key: value for key, value in values.items() if key in known}
         missing = sorted({"dataset", "loss", "model"} - settings.keys())
@@ -83,7 +83,7 @@ class RunConfig:
 
 
 class Kind(NamedTuple):
-    """What a setting may hold."""
+    """The kind of value that a setting takes."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -127,14 +127,14 @@ _KINDS = {
 
 
 def typed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they come from a file, with lists as tuples. Raises ValueError for a value of the wrong kind."""
+    """Settings from a file, with lists as tuples. Raises ValueError for a value of the wrong kind."""
     result = {}
     for name, value in settings.items():
         kind = _KINDS.get(name, _WHOLE)
         if name in ("eval_shots", "inner_lr") and isinstance(value, list):
             value = tuple(value)
         if not kind.fits(value):
-            raise ValueError(f"{name} is {value!r}, it must be {kind.words}")
+            raise ValueError(f"{name} is {value!r}; it must be {kind.words}")
         result[name] = value
     return result
 
@@ -160,26 +160,26 @@ _LEAST = {
 
 
 def checked(config: RunConfig) -> RunConfig:
-    """`config` itself, or ValueError that names the first value out of range."""
+    """Returns `config`. Raises ValueError that names the first value out of range."""
     for name, smallest in _LEAST.items():
         value = getattr(config, name)
         if value is not None and value < smallest:
-            raise ValueError(f"{name} is {value}, it must be at least {smallest}")
+            raise ValueError(f"{name} is {value}; it must be at least {smallest}")
     for name in ("outer_lr", "clip_grad", "time_limit"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             unit = " seconds" if name == "time_limit" else ""
-            raise ValueError(f"{name} is {value}{unit}, it must be above 0")
+            raise ValueError(f"{name} is {value}{unit}; it must be above 0")
     if not 0 <= config.outer_lr_min <= config.outer_lr:
         raise ValueError(
-            f"outer_lr_min is {config.outer_lr_min}, it must be between 0 and outer_lr ({config.outer_lr})"
+            f"outer_lr_min is {config.outer_lr_min}; it must be between 0 and outer_lr ({config.outer_lr})"
         )
     for name, choices in (("algorithm", ALGORITHMS), ("schedule", SCHEDULES)):
         if getattr(config, name) not in choices:
             raise ValueError(f"{name} {getattr(config, name)!r} is not one of {', '.join(choices)}")
     for name in config.options:
         if name in _SETTINGS:
-            raise ValueError(f"{name} is a setting of its own, not one of the options ({config.options})")
+            raise ValueError(f"{name} is a separate setting, not one of the options ({config.options})")
     if config.ways is None and config.algorithm in NEEDS_CLASSES:
         raise ValueError(
             f"{config.title} builds its head from the classes of a task, and {config.dataset} is a regression; "

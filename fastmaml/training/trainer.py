@@ -3,8 +3,7 @@
     trainer = Trainer(learner, train_tasks, validation_tasks, config, run_dir)
     outcome = trainer.train()
 
-A run is a function of its config: it goes through the same bits in one piece or in several, each resumed from the last
-checkpoint.
+A run is a function of its config. Stopping and resuming from the last checkpoint changes no bit.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from fastmaml.training.progress import progress, stop_on_signal
 from fastmaml.training.run_config import RunConfig
 
 CHUNK = 25  # validation and test tasks at a time
-SAVE_EVERY_S = 60.0  # between validations; when it falls changes no result
+SAVE_EVERY_S = 60.0  # between validations; the moment of a save changes no result
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended: reason "finished", "interrupted" or "time limit"; `best` the best validation row or None."""
+    """How training ended. reason: "finished", "interrupted" or "time limit". best: the best validation row, or None."""
 
     reason: str
     step: int
@@ -41,9 +40,9 @@ class Outcome:
 
 
 class Trainer:
-    """Meta-trains a Learner on `train_tasks` into the run folder `run_dir`, with its outer optimizer at `config.outer_lr`.
+    """Meta-trains a Learner on `train_tasks`, with its outer optimizer at `config.outer_lr`. Writes into `run_dir`.
 
-    Every validation meets the same first tasks of `validation_tasks`, with the learner in eval mode.
+    Every validation uses the same first tasks of `validation_tasks`, with the learner in eval mode.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.members: list[dict[str, Any]] = []  # of the ensemble: step and validation metric, the best first
         self._since_row = _Window()
-        self.tensorboard = False  # whether it is written, known once training has begun
+        self.tensorboard = False  # whether TensorBoard is written; known after the start of training
         self._writer: MetricsWriter | None = None
 
     @property
@@ -80,7 +79,7 @@ class Trainer:
         return self.run_dir / "checkpoints"
 
     def resume(self) -> None:
-        """Continue where the last checkpoint of the run folder stands. Raises `CheckpointError` if there is none."""
+        """Continue from the last checkpoint of the run folder. Raises `CheckpointError` if there is none."""
         tensors, state = checkpoint.load(self.checkpoints, "last")
         self.learner.load_state_dict(model_tensors(tensors))
         checkpoint.unpack_optimizer(self.optimizer, tensors, state["optimizer"])
@@ -93,10 +92,10 @@ class Trainer:
         self.train_tasks.load_state_dict(state["sampler"])
 
     def train(self, until: int | None = None) -> Outcome:
-        """Train to `config.steps`, or to step `until` as if interrupted; checkpoint `last` holds where it stopped.
+        """Train to `config.steps`, or stop at step `until`. Checkpoint `last` holds the final state.
 
-        The first Ctrl-C or SIGTERM lets the step end, saves and returns. Raises ValueError when the loss is not finite,
-        `CheckpointError` when a checkpoint cannot be written; the checkpoint before stays valid in both cases.
+        After the first Ctrl-C or SIGTERM, finishes the step, saves and returns. Raises ValueError if the loss is not
+        finite, `CheckpointError` if a checkpoint cannot be written. In both cases the earlier checkpoint stays valid.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._writer = MetricsWriter(self.run_dir, last_step=self.step if self.step else -1)
@@ -113,7 +112,7 @@ class Trainer:
     def _loop(self, bar: Any, stop: Any, until: int | None) -> str:
         config = self.config
         if self.step == 0:
-            self.save()  # so that a run can always be resumed, and a folder that cannot be written is known at once
+            self.save()  # so a run can always be resumed, and an unwritable folder fails at once
         clock = saved_at = time.perf_counter()
         shown = _Shown()
         reason = "finished"
@@ -142,7 +141,7 @@ class Trainer:
         return reason
 
     def _outer_step(self, shown: _Shown) -> None:
-        """One step of the outer loop and, where due, its row of metrics."""
+        """One step of the outer loop and, if due, its row of metrics."""
         config = self.config
         started = time.perf_counter()
         batch = self.train_tasks.sample(config.meta_batch).to(self.learner.device)
@@ -155,14 +154,14 @@ class Trainer:
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss} at step {self.step + 1}: lower inner_lr ({config.inner_lr}) or outer_lr "
-                f"({config.outer_lr}); the last checkpoint in {self.checkpoints} is from before"
+                f"({config.outer_lr}); the last checkpoint in {self.checkpoints} is older and still valid"
             )
         out.loss.backward()
         step = self.step + 1
         due = step == 1 or step % config.log_every == 0 or step == config.steps
         looked = time.perf_counter()
         before = self._metric_before(batch) if due else math.nan
-        looked = time.perf_counter() - looked  # no part of learning
+        looked = time.perf_counter() - looked  # not part of learning
         if config.clip_grad is not None:
             nn.utils.clip_grad_value_(self._clipped, config.clip_grad, foreach=False)
         self.optimizer.step()
@@ -192,10 +191,10 @@ class Trainer:
             group["lr"] = least + (first - least) * left[self.config.schedule]
 
     def _validate(self, shown: _Shown) -> None:
-        """Loss and metric on the fixed validation tasks; the best parameters so far become checkpoint `best`."""
+        """Loss and metric on the validation tasks. The best parameters so far become checkpoint `best`."""
         losses, before, after = [], [], []
         training = self.learner.training
-        self.learner.eval()  # no dropout; what batch norm does is a setting of the learner
+        self.learner.eval()  # no dropout; batch norm follows the learner's own setting
         with torch.no_grad():
             for chunk, count in enumerate(chunks(self.config.validation_tasks, CHUNK)):
                 batch = self.validation_tasks.sample(count, step=chunk).to(self.learner.device)
@@ -223,7 +222,7 @@ class Trainer:
         self._writer.write("validation", self.step, **row, best=is_best)
 
     def _consider_member(self, value: float) -> None:
-        """Keep the parameters as a member of the ensemble where no `config.ensemble` earlier ones are at least as good."""
+        """Keep the parameters as a member of the ensemble, unless `config.ensemble` earlier ones are at least as good."""
         worse = [
             i for i, member in enumerate(self.members) if better(self.config.metric, value, member["metric_after"])
         ]
@@ -234,7 +233,7 @@ class Trainer:
             checkpoint.save(self.checkpoints, member_name(self.step), self._model_tensors(), member)
 
     def save(self) -> None:
-        """Write checkpoint `last`: model, optimizer, generators, sampler, step, the best so far."""
+        """Write checkpoint `last`: model, optimizer, generators, sampler, step, and the best so far."""
         tensors = self._model_tensors()
         broken = next(
             (name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())), None
@@ -258,7 +257,7 @@ class Trainer:
             "sampler": self.train_tasks.state_dict(),
         }
         checkpoint.save(self.checkpoints, "last", {**tensors, **optimizer_tensors, **rng_tensors}, state)
-        # Only now: until here the checkpoint `last` on disk could name a member that has since been replaced.
+        # Only now, because the old checkpoint `last` on disk may name a member that has been replaced.
         checkpoint.keep_only(self.checkpoints, member_name("*"), [member_name(m["step"]) for m in self.members])
 
     def _model_tensors(self) -> dict[str, Tensor]:
@@ -266,7 +265,7 @@ class Trainer:
 
 
 class _Window:
-    """Sums over the steps since the last row of metrics; in the checkpoint, so that a resumed run has the same rows."""
+    """Sums over the steps since the last row of metrics. Saved in checkpoints, so a resumed run has the same rows."""
 
     def __init__(
         self,
@@ -289,7 +288,7 @@ class _Window:
         self.sampling += sampling
 
     def row(self) -> dict[str, float]:
-        """Means over the steps, their rate, and the share of their time that went into sampling."""
+        """Means over the steps, steps per second, and the share of time spent sampling."""
         return {
             "loss": self.loss / self.steps,
             "support_loss": self.support_loss / self.steps,
@@ -300,7 +299,7 @@ class _Window:
 
 
 class _Shown:
-    """What stands behind the progress bar."""
+    """The text after the progress bar."""
 
     loss = before = after = validation = math.nan
 
@@ -317,10 +316,10 @@ def member_name(step: int | str) -> str:
 
 
 def model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The learner's state_dict out of the tensors of a checkpoint."""
+    """The learner's state_dict, from the tensors of a checkpoint."""
     return {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
 
 
 def chunks(total: int, size: int) -> list[int]:
-    """`total` tasks as chunks of `size` and a rest: chunks(7, 3) is [3, 3, 1]."""
+    """`total` tasks in chunks of `size`, plus a rest: chunks(7, 3) is [3, 3, 1]."""
     return [size] * (total // size) + ([total % size] if total % size else [])

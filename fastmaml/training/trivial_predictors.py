@@ -1,4 +1,4 @@
-"""What a meta-trained network has to beat: predictors that learn a task without any meta-training."""
+"""Predictors that a meta-trained network must beat: they learn a task without meta-training."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch.nn.functional import one_hot
 
 
 def nearest_neighbour(support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
-    """Label of the support example with the smallest Euclidean distance between raw inputs (pixels), as one-hot logits.
+    """The label of the nearest support example, by Euclidean distance of raw inputs (pixels), as one-hot logits.
 
-    Shapes: support_x [T, S, ...], support_y [T, S] integer labels, query_x [T, N, ...] -> [T, N, ways]. The first of
-    equally near examples wins.
+    Shapes: support_x [T, S, ...], support_y [T, S] integer labels, query_x [T, N, ...] -> [T, N, ways]. Of equally near
+    examples, the first wins.
     """
     if support_x.shape[2:] != query_x.shape[2:] or support_x.shape[:2] != support_y.shape[:2]:
         raise ValueError(
             f"support_x {list(support_x.shape)}, support_y {list(support_y.shape)} and query_x {list(query_x.shape)} "
-            "do not belong together"
+            "do not fit together"
         )
     distance = torch.cdist(query_x.flatten(2).double(), support_x.flatten(2).double())
     labels = support_y.gather(1, distance.argmin(-1))

@@ -146,7 +146,7 @@ def test_few_recordings_are_held_and_released():
 def test_an_error_while_recording_leaves_nothing_behind():
     engine = fm.Engine(regressor(), "mse", "cuda_emulated")
     x, y, *_ = numbers(0)
-    program = engine._program("x", x, engine.flatten())
+    program = engine.program(x)
     wrong = program.text.replace("loss mse", "loss none")
     empty = torch.empty(0)
     for _ in range(2):

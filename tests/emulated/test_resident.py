@@ -156,7 +156,7 @@ def test_a_policy_network_is_walked_with_an_arena():
         (mlp_text((64, 300, 300, 5)), "of shared memory, or most of them, and a block has 227 KB"),
         (mlp_text((3, 9, 2), "caller"), "the loss is written in Python"),
     ],
-    ids=["large", "loss in Python"],
+    ids=["large", "python loss"],
 )
 def test_it_declines_with_a_sentence(text, sentence):
     said = walk_of(text)

@@ -74,7 +74,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_run_ends_in_the_same_bits(tmp_path):
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
     assert "Traceback" not in err
-    (line,) = re.findall(r"go on with:  (.*)", out)
+    (line,) = re.findall(r"continue with:  (.*)", out)
     _, state = checkpoint.load(run_dir / "checkpoints", "last")
     stopped, steps = state["step"], state["step"] + 25
 
@@ -97,7 +97,7 @@ def test_sigterm_saves_too(tmp_path):
     wait_for_rows(run_dir, 1, child)
     child.terminate()
     out, err = child.communicate(timeout=60)
-    assert child.returncode == 130 and "go on with" in out, err
+    assert child.returncode == 130 and "continue with" in out, err
     assert checkpoint.load(run_dir / "checkpoints", "last")[1]["step"] >= 1
 
 
@@ -212,11 +212,11 @@ def test_wrong_uses_are_one_sentence(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     resume = ["train", "--resume", str(run_dir)]
     expect_error(capsys, ["train"], "train needs a data set")
-    expect_error(capsys, ["train", *SMALL, "--out", str(run_dir)], "already holds a run: go on with it by --resume")
-    expect_error(capsys, [*resume, "--inner-lr", "1"], "--inner-lr cannot change when a run goes on")
+    expect_error(capsys, ["train", *SMALL, "--out", str(run_dir)], "already holds a run: continue it with --resume")
+    expect_error(capsys, [*resume, "--inner-lr", "1"], "--inner-lr cannot change when a run is resumed")
     expect_error(capsys, [*resume, "--out", str(tmp_path)], "leave out DATASET, --out and --config")
-    expect_error(capsys, ["train", "--resume", str(tmp_path)], "is no run folder of fastmaml")
-    expect_error(capsys, ["evaluate", str(tmp_path)], "is no run folder of fastmaml")
+    expect_error(capsys, ["train", "--resume", str(tmp_path)], "is not a run folder of fastmaml")
+    expect_error(capsys, ["evaluate", str(tmp_path)], "is not a run folder of fastmaml")
     expect_error(capsys, ["train", *SMALL, "--ways", "5"], "sinusoid is a regression")
     expect_error(capsys, ["train", *SMALL, "--inner-steps=-1"], "inner_steps is -1")
     expect_error(
@@ -294,7 +294,7 @@ def test_a_config_file_may_be_toml_and_mistakes_in_it_are_one_sentence(tmp_path,
     expect_error(capsys, ["train", "--config", str(path)], "train needs a data set .*, a --config that names one")
     resume = ["train", "--resume", str(tmp_path / "run")]
     expect_error(capsys, [*resume, "--config", str(path)], "leave out DATASET, --out and --config")
-    expect_error(capsys, [*resume, "--option", "lam=2"], "--option cannot change when a run goes on")
+    expect_error(capsys, [*resume, "--option", "lam=2"], "--option cannot change when a run is resumed")
     expect_error(
         capsys, ["train", "sinusoid", "--option", "lam=2"], "MAML with options {'lam': 2}: .*unexpected keyword"
     )

@@ -12,6 +12,7 @@ from engines import engine, normal, setup
 from torch.func import jvp, vjp
 
 import fastmaml as fm
+from fastmaml.engine.inputs import Names
 
 RTOL = 1e-9  # as in test_hvp.py
 
@@ -143,8 +144,8 @@ def test_refuses_a_tape_of_another_matrix():
     model, x, y, _ = small_policy(dtype=torch.float32)
     engine = fm.Engine(model, "mse", "cpu")
     theta, v = engine.flatten(), torch.zeros(3, engine.layout.size)
-    program, at = engine._examples("x", x, "y", y, "weights", None, theta)
-    compiled = engine._compiled(program)
+    program, at = engine.inputs.examples(Names(), x, y, None, theta)
+    compiled = engine.choice.compiled(program)
     tape = compiled.linearise(theta, at, gauss_newton=True)
     with pytest.raises(ValueError, match="tape is not what linearise returned"):
         compiled.curvature(theta, at, False, tape, v)

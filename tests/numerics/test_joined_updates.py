@@ -33,7 +33,7 @@ def problem(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 def ops_of(engine: fm.Engine, batch: tuple[torch.Tensor, ...], loop: str, uniform_rate: bool, memory: str) -> set[str]:
     from fastmaml import _C
 
-    program = engine._program("x", batch[0], engine.flatten())
+    program = engine.program(batch[0])
     assert program is not None
     sizes = {"real_bytes": 8, "support_examples": batch[0].shape[1], "query_examples": batch[2].shape[1]}
     steps = _C.costs(program.text, "meta_gradient", loop=loop, uniform_rate=uniform_rate, memory=memory, **sizes)[

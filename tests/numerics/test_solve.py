@@ -107,7 +107,10 @@ def test_solve_of_some_parameters(case, steps, backend):
 def test_solve_stops_where_it_is_told_to(steps, backend):
     case = next(case for case in CASES if case.name == "tanh mlp")
     s, lam = setup(case), lam_of(case)
-    v = normal(case.tasks, s.P, seed=3) * torch.tensor([1.0, 1e-2, 10.0]).double().repeat(case.tasks)[: case.tasks, None]
+    v = (
+        normal(case.tasks, s.P, seed=3)
+        * torch.tensor([1.0, 1e-2, 10.0]).double().repeat(case.tasks)[: case.tasks, None]
+    )
     reached = [conjugate_gradients(A, of_task, 3) for A, of_task in zip(system(case, lam, 0.0), v)]
     stop = 2 * float((reached[0].history[2] * v[0].norm()) ** 2)  # of the first task after two steps
     solution = engine(case, backend).solve(s.theta, s.data.support_x, s.data.support_y, v, lam, steps, stop=stop)

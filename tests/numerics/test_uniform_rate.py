@@ -31,7 +31,7 @@ def test_the_plan_reads_no_rates(cpu):
 
     model, batch = problem()
     engine = fm.Engine(model, "mse", "cpu")
-    program = engine._program("x", batch[0], engine.flatten())
+    program = engine.program(batch[0])
     assert program is not None
     sizes = {"real_bytes": 8, "support_examples": 6, "query_examples": 5}
     for loop, uniform in (("steps=2", True), ("steps=2 momentum=0.9", False), ("steps=2 rate_grad=1", False)):

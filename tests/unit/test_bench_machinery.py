@@ -243,7 +243,7 @@ def test_a_result_file_is_continued_by_the_same_run_alone(tmp_path):
     content = json.loads(path.read_text())
     assert list(content["entries"]) == ["one", "two"] and content["complete"] and content["date"] == "tomorrow"
     with pytest.raises(
-        ValueError, match="was measured with rounds 3, not 5: --again starts it anew, --out names another"
+        ValueError, match="was measured with rounds 3, not 5: use --again to start a new file, or --out to name another"
     ):
         Results(path, "what", {**IDENTITY, "rounds": 5}, {})
     assert not Results(path, "what", {**IDENTITY, "rounds": 5}, {}, again=True).entries

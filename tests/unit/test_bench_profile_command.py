@@ -41,8 +41,8 @@ def test_every_kind_has_a_profile_of_an_own_model(kind: str, tmp_path: Any, caps
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--backend", "autodiff"], "--profile shows the cpu backend (or reference), not autodiff on cpu"),
-        (["--peers", "torch_loop"], "--profile shows fastmaml alone; leave out --peers torch_loop"),
+        (["--backend", "autodiff"], "--profile takes the cpu or reference backend, not autodiff on cpu"),
+        (["--peers", "torch_loop"], "--profile measures only fastmaml; leave out --peers torch_loop"),
     ],
 )
 def test_bad_arguments_cost_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,8 @@
-# The tables of README.md and bench/README.md are what the generator makes; the workloads beyond W6 agree with their loops.
+# README.md's table and the pages of bench/results are what the generator makes; the workloads beyond W6 agree with their loops.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -31,12 +32,34 @@ def test_the_committed_tables_are_those_of_the_committed_results(capsys):
 
 
 def test_every_table_has_its_place_on_a_page():
-    text = "".join((ROOT / page).read_text() for page in tables.PAGES)
-    assert {found["name"] for found in tables.MARKED.finditer(text)} == set(tables.TABLES)
+    text = "".join((ROOT / page).read_text() for page in tables.MARKED_PAGES)
+    assert [found["name"] for found in tables.MARKED.finditer(text)] == list(tables.MARKED_TABLES)
+    linked = set(re.findall(r"\]\(results/([\w-]+)\.md\)", (ROOT / "bench" / "README.md").read_text()))
+    assert linked >= set(tables.TABLES), "bench/README.md links every page"
+    assert set(tables.TITLES) == set(tables.TABLES)
+
+
+def test_the_pages_of_tables_are_those_of_the_generator():
+    made = {f"{name}.md" for name, (stem, *_) in tables.TABLES.items() if tables.read(stem) is not None}
+    by_hand = {"ATTEMPTS.md", "algorithms.md", "cuda_static.md"}  # text; bench.algorithms; bench.kernels.static
+    assert {path.name for path in tables.RESULTS.glob("*.md")} == made | by_hand
+
+
+def test_a_changed_table_is_noticed(monkeypatch, tmp_path, capsys):
+    for path in tables.RESULTS.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "speed.md").write_text((tmp_path / "speed.md").read_text().replace("| fastmaml |", "| fastmaml  |", 1))
+    (tmp_path / "README.md").write_text(
+        re.sub(r"(\| W1 .*?\| )\d", r"\g<1>9", (ROOT / "README.md").read_text(), count=1)
+    )
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.main(["--check"]) == 1
+    assert capsys.readouterr().out.splitlines() == ["differs: speed.md", "differs: README.md"]
 
 
 def test_a_marker_without_a_table_is_refused():
-    with pytest.raises(ValueError, match="there is no table 'nothing'; there are speed, meta, "):
+    with pytest.raises(ValueError, match="there is no table 'nothing'; there are speed, meta, .*, summary"):
         tables.filled("<!-- table: nothing -->\n<!-- end of table -->\n")
 
 

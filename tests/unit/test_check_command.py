@@ -46,7 +46,7 @@ def test_the_example_without_create_graph_is_wrong(example, capsys, tmp_path):
 
 def test_an_example_never_overwrites_a_file(example, capsys):
     code, _, err = checked(capsys, "--example", example)
-    assert code == 2 and err == f"fastmaml: {example} is there already; name another file for the example\n"
+    assert code == 2 and err == f"fastmaml: {example} exists already; name another file for the example\n"
 
 
 def write(folder, text):
@@ -111,7 +111,7 @@ def test_bad_files_cost_one_sentence(tmp_path, capsys, text, sentence):
         (["nothing.py:problem"], "there is no file nothing.py"),
         (["problem"], "'problem' is not FILE.py:FUNCTION"),
         (["a.py:b.c"], "'a.py:b.c' is not FILE.py:FUNCTION"),
-        ([], "say what to check as FILE.py:FUNCTION, or get a file to start from with --example"),
+        ([], "give FILE.py:FUNCTION to check, or --example to get a file to start from"),
     ],
 )
 def test_bad_targets_cost_one_sentence(capsys, monkeypatch, tmp_path, target, sentence):

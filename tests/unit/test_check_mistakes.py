@@ -89,7 +89,7 @@ def by_adjoint(rate, steps=2, order="H(a*v)", forget_query=False):
     return meta_loss
 
 
-def examine(function, model=None, batch=BATCH, loss="mse", inner_lr=RATE, inner_steps=2, **options):
+def check_function(function, model=None, batch=BATCH, loss="mse", inner_lr=RATE, inner_steps=2, **options):
     options.setdefault("directions", 0)
     return check(
         function, batch, model=model or small_mlp(), loss=loss, inner_lr=inner_lr, inner_steps=inner_steps, **options
@@ -113,17 +113,17 @@ def verdicts(report):
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_an_exact_loop_is_exact(steps):
-    report = examine(unrolled(steps), inner_steps=steps, directions=2)
+    report = check_function(unrolled(steps), inner_steps=steps, directions=2)
     assert report.ok, str(report)
     assert report.sentences[0].startswith("Exact: the meta-gradient agrees with unrolled float64 autograd to ")
     assert set(verdicts(report).values()) == {"exact"}
     assert max(row.relative_error for row in report.table) < 1e-12
-    assert "Finite differences of the loss it returns agree with it along 8 directions" in report.sentences[-1]
+    assert "Finite differences of the returned loss agree with the gradient along 8 directions" in report.sentences[-1]
 
 
 @pytest.mark.parametrize("rate", [0.3, torch.linspace(0.05, 0.4, 78, dtype=torch.float64)], ids=["number", "vector"])
 def test_an_exact_adjoint_sweep_is_exact(rate):
-    report = examine(by_adjoint(rate), inner_lr=rate, directions=1)
+    report = check_function(by_adjoint(rate), inner_lr=rate, directions=1)
     assert report.ok, str(report)
     assert "The Hessian terms are " in report.sentences[1] and "would have been noticed" in report.sentences[1]
 
@@ -132,16 +132,16 @@ def test_an_exact_adjoint_sweep_is_exact(rate):
 
 
 FIRST_ORDER = (
-    "First order only: the Hessian terms are missing; the inner gradient is taken without create_graph=True (or detached), "
-    "or the gradient is that of the adapted copy instead of the start."
+    "First order only: the Hessian terms are missing. Either the inner gradient is taken without create_graph=True (or is "
+    "detached), or this is the gradient of the adapted copy, not of the start."
 )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_missing_create_graph(steps):
-    report = examine(unrolled(steps, create_graph=False), inner_steps=steps, directions=1)
-    says(report, FIRST_ORDER, "It is # % off the exact meta-gradient (cosine #).")
-    assert "Finite differences of the loss it returns side with the oracle along all 7 directions." in report.sentences
+    report = check_function(unrolled(steps, create_graph=False), inner_steps=steps, directions=1)
+    says(report, FIRST_ORDER, "The gradient is # % off the exact meta-gradient (cosine #).")
+    assert "Finite differences of the returned loss agree with the oracle along all 7 directions." in report.sentences
     assert set(verdicts(report).values()) == {"first order"}
 
 
@@ -158,67 +158,67 @@ def test_gradient_of_the_adapted_clone_instead_of_the_start():
             for p, g in zip(model.parameters(), grads):
                 p.grad = g / TASKS if p.grad is None else p.grad + g / TASKS
 
-    report = examine(meta_loss, directions=1)
+    report = check_function(meta_loss, directions=1)
     says(report, FIRST_ORDER)
     assert (
-        "Finite differences of the oracle's meta-loss side with the oracle along all 7 directions." in report.sentences
+        "Finite differences of the oracle's meta-loss agree with the oracle along all 7 directions." in report.sentences
     )
 
 
 def test_one_detached_inner_step():
-    report = examine(unrolled(3, step_gradient=lambda k, g: g.detach() if k == 1 else g), inner_steps=3)
+    report = check_function(unrolled(3, step_gradient=lambda k, g: g.detach() if k == 1 else g), inner_steps=3)
     says(
         report,
-        "The Hessian term of inner step 2 of 3 is missing: the gradient of that step is detached or taken without "
+        "The Hessian term of inner step 2 of 3 is missing: its gradient is detached or taken without "
         "create_graph=True.",
     )
     assert set(verdicts(report).values()) == {"step 2 detached"}
 
 
 def test_a_graph_that_is_cut_after_some_steps():
-    report = examine(unrolled(3, step_gradient=lambda k, g: g.detach() if k < 2 else g), inner_steps=3)
+    report = check_function(unrolled(3, step_gradient=lambda k, g: g.detach() if k < 2 else g), inner_steps=3)
     says(
         report,
-        "The Hessian terms of the first 2 of 3 inner steps are missing: the graph is cut after step 2 (a detach() or a "
-        "new leaf), so this is the gradient by the parameters after that step instead of the start.",
+        "The Hessian terms of the first 2 of 3 inner steps are missing. The graph is cut after step 2, by a detach() or a "
+        "new leaf. This is the gradient with respect to the parameters after step 2, not the start.",
     )
 
 
 def test_detached_gradients_in_the_last_steps():
-    report = examine(unrolled(3, step_gradient=lambda k, g: g.detach() if k > 0 else g), inner_steps=3)
+    report = check_function(unrolled(3, step_gradient=lambda k, g: g.detach() if k > 0 else g), inner_steps=3)
     says(
         report,
-        "The Hessian terms of the last 2 of 3 inner steps are missing: the gradients there are detached or taken without "
+        "The Hessian terms of the last 2 of 3 inner steps are missing: their gradients are detached or taken without "
         "create_graph=True.",
     )
 
 
 def test_an_inner_step_that_is_detached_altogether():
-    report = examine(unrolled(2, after=lambda k, p: p.detach().requires_grad_() if k == 0 else p))
+    report = check_function(unrolled(2, after=lambda k, p: p.detach().requires_grad_() if k == 0 else p))
     says(
         report,
-        "Detached: no gradient reaches any parameter of the model. The graph is cut between the model's parameters and the "
-        "query loss (a copy by deepcopy, state_dict, p.data or detach(), or no_grad() around the inner loop)",
+        "Detached: no gradient reaches any parameter of the model. Perhaps the graph is cut between the model's parameters and "
+        "the query loss: by deepcopy, state_dict, p.data, detach() or no_grad() around the inner loop. Or backward() was ",
     )
     assert set(verdicts(report).values()) == {"detached"}
 
 
 def test_steps_from_detached_parameters():
-    report = examine(unrolled(2, start=lambda k, p: p.detach()))
+    report = check_function(unrolled(2, start=lambda k, p: p.detach()))
     says(
         report,
         "The direct path to the start is cut: every inner step starts from detached parameters (p.detach() - lr * g or "
-        "p.data), so only the path through the inner gradient is left.",
+        "p.data). Only the path through the inner gradient is left.",
     )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_forgotten_query_gradient_term(steps):
-    report = examine(by_adjoint(0.3, steps, forget_query=True), inner_steps=steps)
+    report = check_function(by_adjoint(0.3, steps, forget_query=True), inner_steps=steps)
     says(
         report,
-        "The query gradient at the adapted parameters is missing: only the Hessian terms are left; the adjoint forgets the "
-        "term it starts from, or the inner step starts from detached parameters (p.detach() - lr * g).",
+        "The query gradient at the adapted parameters is missing; only the Hessian terms are left. Either the adjoint sweep "
+        "forgets its first term, or the inner step starts from detached parameters (p.detach() - lr * g).",
     )
     assert set(verdicts(report).values()) == {"no query gradient"}
 
@@ -229,39 +229,39 @@ def test_forgotten_query_gradient_term(steps):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_wrong_order_of_rate_and_hessian_with_rates_per_parameter(steps):
     rates = torch.linspace(0.05, 0.4, 78, dtype=torch.float64)
-    report = examine(by_adjoint(rates, steps, order="a*(H v)"), inner_lr=rates, inner_steps=steps)
+    report = check_function(by_adjoint(rates, steps, order="a*(H v)"), inner_lr=rates, inner_steps=steps)
     says(
         report,
-        "The learning rates multiply the Hessian-vector product, a*(H v), instead of the vector, H(a*v); the two differ as "
-        "soon as the rates are not one number.",
+        "The learning rates multiply the Hessian-vector product, a*(H v), instead of the vector, H(a*v). The two are equal "
+        "only if the rates are one number.",
     )
     assert set(verdicts(report).values()) == {"rate order"}
 
 
 def test_the_order_does_not_matter_for_one_rate():
-    assert examine(by_adjoint(0.3, order="a*(H v)")).ok
+    assert check_function(by_adjoint(0.3, order="a*(H v)")).ok
 
 
 def test_an_inner_loss_that_is_summed():
     says(
-        examine(unrolled(inner_scale=SUPPORT)),
-        "The inner learning rate is 5 times what was said: the inner loss is summed over its 5 examples instead of averaged.",
+        check_function(unrolled(inner_scale=SUPPORT)),
+        "The inner learning rate is 5 times the given one: the inner loss is summed over its 5 examples instead of averaged.",
     )
 
 
 def test_uphill():
     says(
-        examine(unrolled(rate=-RATE)),
-        "The inner learning rate is -1 times what was said: the inner step goes uphill, theta + lr * g.",
+        check_function(unrolled(rate=-RATE)),
+        "The inner learning rate is -1 times the given one: the inner step goes uphill, theta + lr * g.",
     )
 
 
 def test_another_rate_than_was_said():
-    report = examine(unrolled(rate=0.2), directions=1)
-    says(report, "The inner learning rate is 0.2, not 0.3: with that rate the gradient is exact.")
+    report = check_function(unrolled(rate=0.2), directions=1)
+    says(report, "The inner learning rate is 0.2, not 0.3. For that rate the gradient is exact.")
     assert (
-        "Finite differences of the loss it returns agree with the gradient along 7 directions: it differentiates its loss "
-        "rightly, so it is the loss that is not the one described."
+        "Finite differences of the returned loss agree with the gradient along 7 directions. The gradient fits this loss, so "
+        "the loss is not the one described."
     ) in report.sentences
 
 
@@ -271,7 +271,7 @@ def test_the_sign_of_the_hessian_term():
         for p, e, f in zip(model.parameters(), exact, first):
             p.grad = 2 * f - e
 
-    says(examine(plus, inner_steps=1), "The Hessian term has the wrong sign: it is added instead of subtracted.")
+    says(check_function(plus, inner_steps=1), "The Hessian term has the wrong sign: it is added instead of subtracted.")
 
 
 def test_a_hessian_term_without_the_rate():
@@ -280,7 +280,9 @@ def test_a_hessian_term_without_the_rate():
         for p, e, f in zip(model.parameters(), exact, first):
             p.grad = f + (e - f) / RATE
 
-    says(examine(without, inner_steps=1), "The Hessian term lacks the learning rate: it is H v instead of H(a*v).")
+    says(
+        check_function(without, inner_steps=1), "The Hessian term lacks the learning rate: it is H v instead of H(a*v)."
+    )
 
 
 def _grads(function, model, batch):
@@ -293,17 +295,17 @@ def test_learned_rates_are_compared_too():
     def meta_loss(model, batch):
         return unrolled(2, rate)(model, batch)
 
-    report = examine(meta_loss, inner_lr=rate)
+    report = check_function(meta_loss, inner_lr=rate)
     assert report.ok and verdicts(report)["inner_lr"] == "exact"
     assert rate.grad is None and rate.dtype == torch.float32
 
     def detached(model, batch):
         return unrolled(2, rate.detach() + 0 * rate)(model, batch)
 
-    report = examine(detached, inner_lr=rate)
+    report = check_function(detached, inner_lr=rate)
     says(
         report,
-        "The gradient of the parameters is exact, but that of the learning rates ('inner_lr') is wrong by 100 %.",
+        "The gradient of the parameters is exact, but the gradient of the learning rates ('inner_lr') is wrong by 100 %.",
     )
     assert verdicts(report)["inner_lr"] == "detached"
 
@@ -312,7 +314,7 @@ def test_learned_rates_are_compared_too():
 
 
 def test_too_few_inner_steps():
-    report = examine(unrolled(1))
+    report = check_function(unrolled(1))
     says(report, "This is the meta-gradient of 1 inner step, not of 2.")
 
 
@@ -321,8 +323,8 @@ def test_adapted_parameters_that_the_query_pass_does_not_use():
         return torch.stack([mse(model(x), y) for x, y in zip(batch[2], batch[3])]).mean()
 
     says(
-        examine(meta_loss),
-        "The inner steps have no effect: this is the gradient of the query loss at the start; the query pass does not use "
+        check_function(meta_loss),
+        "The inner steps have no effect: this is the gradient of the query loss at the start. The query pass does not use "
         "the adapted parameters.",
     )
 
@@ -341,9 +343,9 @@ def test_inner_gradients_that_are_all_taken_at_the_start():
         return torch.stack(losses).mean()
 
     says(
-        examine(meta_loss),
-        "Every inner gradient is taken at the start: the inner forward pass does not use the parameters that the step before "
-        "it has adapted.",
+        check_function(meta_loss),
+        "Every inner gradient is taken at the start. The inner forward pass does not use the adapted parameters of the step "
+        "before.",
     )
 
 
@@ -357,65 +359,71 @@ def test_inner_gradients_that_are_all_taken_at_the_start():
     ids=["query", "support", "exchanged"],
 )
 def test_the_wrong_examples(sets, sentence):
-    says(examine(unrolled(sets=sets)), sentence)
+    says(check_function(unrolled(sets=sets)), sentence)
 
 
 def test_the_sum_over_tasks_instead_of_the_mean():
-    report = examine(unrolled(total=sum))
+    report = check_function(unrolled(total=sum))
     says(
         report,
         "The direction is exact, but the gradient is 4 times as large: the sum over the 4 tasks instead of their mean (if "
-        "that is meant: reduction='sum').",
+        "intended, check with reduction='sum').",
     )
     assert set(verdicts(report).values()) == {"4 times"}
-    assert examine(unrolled(total=sum), reduction="sum").ok
+    assert check_function(unrolled(total=sum), reduction="sum").ok
 
 
 def test_the_sum_over_query_examples_instead_of_the_mean():
     says(
-        examine(unrolled(query_loss=lambda output, y: ((output - y) ** 2).sum())),
+        check_function(unrolled(query_loss=lambda output, y: ((output - y) ** 2).sum())),
         "The direction is exact, but the gradient is 6 times as large: the query loss is summed over its 6 examples instead "
         "of averaged.",
     )
 
 
 def test_two_mistakes_at_once():
-    report = examine(unrolled(create_graph=False, total=sum))
-    says(report, FIRST_ORDER, "Beyond that it is 4 times as large: the sum over the 4 tasks instead of their mean")
+    report = check_function(unrolled(create_graph=False, total=sum))
+    says(
+        report,
+        FIRST_ORDER,
+        "In addition, the gradient is 4 times as large: the sum over the 4 tasks instead of their mean",
+    )
 
 
 def test_a_mistake_of_the_forward_pass_and_first_order():
-    report = examine(unrolled(1, create_graph=False), inner_steps=2, directions=1)
-    says(report, "This is the meta-gradient of 1 inner step, not of 2.", f"And besides: {FIRST_ORDER}")
-    report = examine(by_task(before_inner=nn.Module.eval, create_graph=False), norm_net(), IMAGES, "cross_entropy")
+    report = check_function(unrolled(1, create_graph=False), inner_steps=2, directions=1)
+    says(report, "This is the meta-gradient of 1 inner step, not of 2.", f"In addition: {FIRST_ORDER}")
+    report = check_function(
+        by_task(before_inner=nn.Module.eval, create_graph=False), norm_net(), IMAGES, "cross_entropy"
+    )
     says(
         report,
         "The batch norm '1' uses its running statistics in the inner loop and the query pass",
-        f"And besides: {FIRST_ORDER}",
+        f"In addition: {FIRST_ORDER}",
     )
 
 
 def test_one_task_only():
     says(
-        examine(unrolled(total=lambda losses: losses[-1])),
-        "The tasks do not count the same: their gradients enter with the weights 0, 0, 0, 4 instead of 1 each: only task 4 of "
+        check_function(unrolled(total=lambda losses: losses[-1])),
+        "The tasks' gradients have unequal weights: 0, 0, 0, 4 instead of 1 each. Only task 4 of "
         "4 counts (zero_grad() or '=' instead of '+=' in the loop).",
     )
 
 
 def test_part_of_the_model_is_not_adapted():
-    report = examine(unrolled(moves=lambda name: name.startswith("4")))
+    report = check_function(unrolled(moves=lambda name: name.startswith("4")))
     says(
         report,
-        "The inner loop does not adapt anything but the last layer; if that is meant, say so with adapted=[...].",
+        "The inner loop does not adapt anything but the last layer. If this is intended, check with adapted=[...].",
     )
-    assert examine(unrolled(moves=lambda name: name.startswith("4")), adapted="4.*").ok
+    assert check_function(unrolled(moves=lambda name: name.startswith("4")), adapted="4.*").ok
 
 
 # ---------------------------------------------------------------- batch norm
 
 
-EVAL = "batch_norm='transductive' means batch statistics; call model.train(), or check with batch_norm='frozen' if that is what is meant."
+EVAL = "batch_norm='transductive' means batch statistics. Call model.train(), or check with batch_norm='frozen' if eval mode is intended."
 
 
 def by_task(**modes):
@@ -433,24 +441,25 @@ def by_task(**modes):
 
 
 def test_batch_norm_in_eval_mode():
-    report = examine(by_task(before_inner=nn.Module.eval), norm_net(), IMAGES, "cross_entropy")
+    report = check_function(by_task(before_inner=nn.Module.eval), norm_net(), IMAGES, "cross_entropy")
     where = "in the inner loop and the query pass"
     says(
-        report, f"The batch norm '1' uses its running statistics {where}: the model is in eval mode there, while {EVAL}"
+        report,
+        f"The batch norm '1' uses its running statistics {where}, because the model is in eval mode there. But {EVAL}",
     )
     assert verdicts(report)["1.weight"] == "batch norm in eval mode"
 
 
 def test_batch_norm_in_eval_mode_whose_statistics_the_query_pass_changes_before_backward():
     # torch takes the changed statistics in backward, without a word: the gradient is that of no loss at all
-    report = examine(
+    report = check_function(
         by_task(before_inner=nn.Module.eval, before_query=nn.Module.train), norm_net(), IMAGES, "cross_entropy"
     )
     assert not report.ok
-    where = "in the inner loop (as the query passes so far have left them)"
+    where = "in the inner loop (as updated by the query passes so far)"
     assert (
-        f"Its loss is that of this mistake, although its gradient is not: The batch norm '1' uses its running statistics {where}: "
-        f"the model is in eval mode there, while {EVAL}"
+        f"The loss fits this mistake, but the gradient does not: The batch norm '1' uses its running statistics {where}, "
+        f"because the model is in eval mode there. But {EVAL}"
     ) in report.sentences
     assert any(sentence.startswith("Stateful layer '1' (BatchNorm2d)") for sentence in report.sentences)
 
@@ -462,7 +471,7 @@ def test_batch_norm_in_eval_mode_in_the_inner_loop():
     def train_without_track(model):
         model[1].training, model[1].momentum = True, 0.0
 
-    report = examine(
+    report = check_function(
         unrolled(loss=cross_entropy, before_inner=eval_without_track, before_query=train_without_track),
         norm_net(),
         IMAGES,
@@ -470,7 +479,7 @@ def test_batch_norm_in_eval_mode_in_the_inner_loop():
     )
     says(
         report,
-        f"The batch norm '1' uses its running statistics in the inner loop: the model is in eval mode there, while {EVAL}",
+        f"The batch norm '1' uses its running statistics in the inner loop, because the model is in eval mode there. But {EVAL}",
     )
 
 
@@ -495,12 +504,12 @@ def test_batch_norm_in_eval_mode_in_the_query_pass(shared):
             losses.append(loss.item())
         return sum(losses)
 
-    report = examine(meta_loss, norm_net(), IMAGES, "cross_entropy")
-    of = "of all tasks so far " if shared else ""
+    report = check_function(meta_loss, norm_net(), IMAGES, "cross_entropy")
+    of = " of all tasks so far" if shared else ""
     says(
         report,
-        f"The batch norm '1' uses its running statistics in the query pass (after the inner passes {of}have updated them): the "
-        f"model is in eval mode there, while {EVAL}",
+        f"The batch norm '1' uses its running statistics in the query pass (as updated by the inner passes{of}), because the "
+        f"model is in eval mode there. But {EVAL}",
     )
     stateful = [s for s in report.sentences if s.startswith("Stateful")]
     assert len(stateful) == int(shared)
@@ -508,15 +517,15 @@ def test_batch_norm_in_eval_mode_in_the_query_pass(shared):
 
 def test_batch_norm_modes_that_are_right():
     plain = unrolled(loss=cross_entropy)
-    report = examine(plain, norm_net(), IMAGES, "cross_entropy", directions=1)
+    report = check_function(plain, norm_net(), IMAGES, "cross_entropy", directions=1)
     assert report.ok and verdicts(report)["0.bias"] == "zero"
-    assert examine(plain, norm_net().eval(), IMAGES, "cross_entropy", batch_norm="frozen").ok
+    assert check_function(plain, norm_net().eval(), IMAGES, "cross_entropy", batch_norm="frozen").ok
 
 
 def test_batch_norm_in_train_mode_where_frozen_is_meant():
     says(
-        examine(unrolled(loss=cross_entropy), norm_net(), IMAGES, "cross_entropy", batch_norm="frozen"),
-        "The batch norm '1' uses batch statistics everywhere, while batch_norm='frozen' means the running ones: the model is "
+        check_function(unrolled(loss=cross_entropy), norm_net(), IMAGES, "cross_entropy", batch_norm="frozen"),
+        "The batch norm '1' uses batch statistics everywhere, but batch_norm='frozen' means running statistics. The model is "
         "in train mode there.",
     )
 
@@ -531,14 +540,14 @@ def test_one_layer_that_is_detached():
         model[2].weight.grad = None
         return loss.detach()
 
-    report = examine(meta_loss)
+    report = check_function(meta_loss)
     says(
         report,
-        "Detached: no gradient reaches '2.weight', where there should be one.",
+        "Detached: no gradient reaches '2.weight', but it should.",
         "Right in '0.weight', '0.bias', ",
     )
     assert verdicts(report)["2.weight"] == "detached" and verdicts(report)["2.bias"] == "exact"
-    assert "Its loss is right, so the mistake is in the backward pass." in report.sentences
+    assert "The loss is right, so the mistake is in the backward pass." in report.sentences
 
 
 def test_first_order_in_one_layer():
@@ -547,8 +556,8 @@ def test_first_order_in_one_layer():
         for (name, p), e, f in zip(model.named_parameters(), exact, first):
             p.grad = f if name.startswith("0") else e
 
-    report = examine(meta_loss)
-    says(report, "In '0.weight', '0.bias' the gradient is that of this mistake: First order only")
+    report = check_function(meta_loss)
+    says(report, "The gradient of '0.weight', '0.bias' shows this mistake: First order only")
     assert verdicts(report)["0.bias"] == "first order" and verdicts(report)["4.weight"] == "exact"
 
 
@@ -559,12 +568,12 @@ def test_a_mistake_nobody_knows():
         model[0].weight.grad.mul_(torch.linspace(0.5, 1.5, 7, dtype=torch.float64).unsqueeze(1))
         return loss.detach()
 
-    report = examine(meta_loss)
+    report = check_function(meta_loss)
     says(
         report,
-        "Wrong in '0.weight'; worst is '0.weight', wrong by # %. None of the usual mistakes gives this.",
+        "Wrong in '0.weight'; the worst is '0.weight', wrong by # %. No usual mistake explains this.",
         "Right in '0.bias', '2.weight', '2.bias', '4.weight' and 1 more.",
-        "It is # % off",
+        "The gradient is # % off",
     )
 
 
@@ -576,14 +585,14 @@ def test_nan_is_named():
         return loss.detach()
 
     says(
-        examine(meta_loss, directions=2),
+        check_function(meta_loss, directions=2),
         "Not finite: the gradient holds NaN or infinity in '0.bias'; the exact one is finite.",
     )
 
 
 def test_second_order_where_first_order_is_meant():
     says(
-        examine(unrolled(), first_order=True),
+        check_function(unrolled(), first_order=True),
         "Second order: this is the exact meta-gradient, although first_order=True was asked for.",
     )
-    assert examine(unrolled(create_graph=False), first_order=True).ok
+    assert check_function(unrolled(create_graph=False), first_order=True).ok

@@ -255,7 +255,7 @@ def test_the_fast_way_is_said_once(monkeypatch, caplog):
         for _ in range(2):
             ours.MAML(small_mlp(), lr=0.5).clone()
     assert [record.getMessage() for record in caplog.records] == [
-        "fastmaml.compat.learn2learn runs the inner loop task by task in plain autograd; fastmaml.MAML(model, inner_lr=0.5, "
+        "fastmaml.compat.learn2learn runs the inner loop task by task in plain autograd. fastmaml.MAML(model, inner_lr=0.5, "
         "inner_steps=...) called with (support_x, support_y, query_x, query_y) of all tasks gives the same meta-gradient much "
-        "faster"
+        "faster."
     ]

@@ -58,7 +58,7 @@ BAD = {
     "shapes differ": ({"batch": swap(B, query_x=QX[..., :7])}, ValueError, "query_x [3, 5, 1, 8, 7] hold examples of different shapes"),
     "channels": ({"batch": swap(B, support_x=SX.expand(3, 4, 2, 8, 8), query_x=QX.expand(3, 5, 2, 8, 8))}, ValueError, "support_x [3, 4, 2, 8, 8] does not fit the model"),
     "image size": ({"batch": swap(B, support_x=SX[..., :6], query_x=QX[..., :6])}, ValueError, "support_x [3, 4, 1, 8, 6] does not fit the model"),
-    "no examples dimension": ({"batch": swap(B, support_x=SX[0, 0, 0, 0])}, ValueError, "support_x [8] has no [tasks, examples] in front"),
+    "no examples dimension": ({"batch": swap(B, support_x=SX[0, 0, 0, 0])}, ValueError, "support_x [8] does not begin with [tasks, examples]"),
     "label too high": ({"batch": swap(B, support_y=SY + 2)}, ValueError, "support_y holds labels from 2 to 4, but the network has 3 outputs (0 to 2)"),
     "label negative": ({"batch": swap(B, query_y=QY - 1)}, ValueError, "query_y holds labels from -1 to 1"),
     "label shape": ({"batch": swap(B, support_y=SY[:, :3])}, ValueError, "support_y [3, 3] does not give one label to each example of support_x [3, 4, 1, 8, 8]"),
@@ -68,15 +68,15 @@ BAD = {
     "integer target": ({**MLP, "batch": swap(R, query_y=R[3].long())}, TypeError, "query_y [3, 5, 1] is torch.int64"),
     "negative steps": ({"steps": -1}, ValueError, "inner_steps is -1; it must be at least 0"),
     "half a step": ({"steps": 0.5}, TypeError, "inner_steps must be a whole number, not 0.5"),
-    "theta size": ({"theta": torch.zeros(10).double()}, ValueError, "theta [10] is neither [243] nor [tasks, 243]"),
+    "theta size": ({"theta": torch.zeros(10).double()}, ValueError, "theta [10] must be [243] or [tasks, 243]"),
     "theta per task": ({"theta": torch.zeros(3, 243).double()}, ValueError, "theta [3, 243] must be one start [243] for all tasks"),
     "integer theta": ({"theta": torch.zeros(243).long()}, TypeError, "theta [243] is torch.int64"),
     "nan rate": ({"inner_lr": float("nan")}, ValueError, "inner_lr is nan; a learning rate must be finite"),
     "rate text": ({"inner_lr": "0.1"}, TypeError, "inner_lr must be a number, a tensor or a dict by parameter name, not str"),
-    "rate size": ({"inner_lr": torch.ones(7).double()}, ValueError, "inner_lr [7] is neither one rate [] nor one per parameter entry [243]"),
+    "rate size": ({"inner_lr": torch.ones(7).double()}, ValueError, "inner_lr [7] must be one rate [], a rate per parameter entry [243]"),
     "rate unknown": ({"inner_lr": {"head.weight": 0.1}}, ValueError, "inner_lr names 'head.weight', which is not a parameter of the model (0.weight, "),
-    "rate missing": ({"inner_lr": {"0.weight": 0.1}}, ValueError, "inner_lr has no rate for parameter '0.bias'; give it 0.0 to leave it as it is"),
-    "rate shape": ({"inner_lr": {"0.weight": torch.ones(2)}}, ValueError, "inner_lr['0.weight'] [2] fits neither one rate [] nor the parameter [4, 1, 3, 3]"),
+    "rate missing": ({"inner_lr": {"0.weight": 0.1}}, ValueError, "inner_lr has no rate for parameter '0.bias'; give 0.0 to keep the parameter fixed"),
+    "rate shape": ({"inner_lr": {"0.weight": torch.ones(2)}}, ValueError, "inner_lr['0.weight'] [2] must be one rate [], the parameter's shape [4, 1, 3, 3]"),
     "integer rate": ({"inner_lr": torch.tensor(1)}, TypeError, "inner_lr is torch.int64; a learning rate must be a floating point tensor"),
     "task weights": ({"task_weights": torch.ones(2).double()}, ValueError, "task_weights [2] must be [3]"),
     "support weights": ({"support_weights": torch.ones(3, 5).double()}, ValueError, "support_weights [3, 5] must be [3, 4]"),
@@ -123,7 +123,9 @@ def test_other_entries_check_as_well(backend):
     engine = Engine(small_conv(), backend=backend)
     theta = engine.flatten()
     v = torch.zeros(3, engine.layout.size, dtype=torch.float64)
-    with pytest.raises(ValueError, match=re.escape("params [2, 243] holds 2 tasks but the examples [3, 4, 1, 8, 8] 3")):
+    with pytest.raises(
+        ValueError, match=re.escape("params [2, 243] holds 2 tasks but the examples [3, 4, 1, 8, 8] hold 3")
+    ):
         engine.grad(theta.expand(2, -1), SX, SY)
     with pytest.raises(ValueError, match=re.escape("v [243] must be [3, 243]")):
         engine.hvp(theta, SX, SY, theta)
@@ -137,7 +139,7 @@ def test_other_entries_check_as_well(backend):
         engine.forward(theta, SX.expand(3, 4, 2, 8, 8))
     with pytest.raises(ValueError, match="support_y holds labels from 3 to 5"):
         engine.adapt(theta, SX, SY + 3, 0.1, 1)
-    with pytest.raises(ValueError, match=re.escape("theta [7] is neither [243]")):
+    with pytest.raises(ValueError, match=re.escape("theta [7] must be [243]")):
         engine.unflatten(torch.zeros(7))
 
 
@@ -145,11 +147,11 @@ def test_a_model_that_changed_is_refused():
     model = small_mlp()
     engine = Engine(model, "mse", "autodiff")
     model[4] = nn.Linear(7, 2)
-    with pytest.raises(ValueError, match="this model's parameters are not those the Engine was made for"):
+    with pytest.raises(ValueError, match="this model's parameters do not fit the Engine's model"):
         engine.flatten(model)
 
 
-def test_a_callers_loss_must_give_one_loss_per_example():
+def test_a_python_loss_must_give_one_loss_per_example():
     engine = Engine(small_mlp(), lambda output, y: ((output - y) ** 2).mean(), "autodiff")
     with pytest.raises(
         ValueError, match=re.escape("the loss returned [] for 4 examples; it must return one loss for each")
@@ -168,7 +170,7 @@ def test_engine_arguments():
         Engine(small_mlp(), memory="none")
     with pytest.raises(ValueError, match="label_smoothing is 2; it must lie between 0 and 1"):
         Engine(small_mlp(), label_smoothing=2)
-    with pytest.raises(ValueError, match="label_smoothing=0.1 belongs to loss='cross_entropy', not to 'mse'"):
+    with pytest.raises(ValueError, match="label_smoothing=0.1 works only with loss='cross_entropy', not with 'mse'"):
         Engine(small_mlp(), "mse", label_smoothing=0.1)
     with pytest.raises(TypeError, match="parameter '0.weight' has no shape yet"):
         Engine(nn.Sequential(nn.LazyLinear(3)))

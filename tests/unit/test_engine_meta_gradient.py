@@ -127,7 +127,7 @@ def test_label_smoothing(backend):
     assert relative_error(engine.meta_gradient(engine.flatten(), batch, 0.1, 1).grad, flat(grads)) < EXACT
 
 
-def test_a_loss_of_the_caller_leaves_the_network_fused():
+def test_a_python_loss_leaves_the_network_fused():
     model, batch = small_mlp(), regression_batch()
     _, grads, _ = meta_gradient(model, batch, rates_like(model, 0.1), 2, lambda o, y: (o - y).abs().pow(3).mean())
     engine = Engine(model, loss=lambda output, y: (output - y).abs().pow(3).mean(1))
@@ -136,7 +136,7 @@ def test_a_loss_of_the_caller_leaves_the_network_fused():
     assert relative_error(engine.meta_gradient(engine.flatten(), batch, 0.1, 2).grad, flat(grads)) < EXACT
 
 
-def test_torch_mse_loss_works_as_the_callers_loss():
+def test_torch_mse_loss_works_as_a_python_loss():
     # Forward mode through F.mse_loss raises on torch 2.13; the engine then takes double backward and says so.
     model, batch = small_mlp(), regression_batch()
     _, grads, _ = meta_gradient(model, batch, rates_like(model, 0.1), 2, mse)

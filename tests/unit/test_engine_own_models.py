@@ -166,6 +166,6 @@ def test_inputs_that_do_not_belong_together_are_refused():
     learner = fm.MAML(TwoInputs(), inner_lr=0.1, loss="mse")
     x, y = torch.randn(T, S, 3), torch.randn(T, S, 1)
     with pytest.raises(
-        ValueError, match=r"support_x \(\[3, 4, 3\], \[3, 5, 2\]\) do not share their \[tasks, examples\]"
+        ValueError, match=r"support_x \(\[3, 4, 3\], \[3, 5, 2\]\) must begin with the same \[tasks, examples\]"
     ):
         learner((x, torch.randn(T, S + 1, 2)), y, (x, torch.randn(T, S, 2)), y)

@@ -1,4 +1,4 @@
-# The README's pairs of snippets, before and after moving to fastmaml, as files in tests/migration: each is executed, and its
+# The pairs of snippets of fastmaml/compat/README.md, before and after moving to fastmaml, as files in tests/migration: each is executed, and its
 # meta-gradients and the weights after the outer step agree. What is not installed is skipped, with the reason.
 from __future__ import annotations
 
@@ -85,15 +85,12 @@ def test_snippets_would_notice_another_inner_loop(tmp_path, monkeypatch):
     assert any(float((wrong[name] - right[name]).norm()) > 1e-3 * float(right[name].norm()) for name in right)
 
 
-def test_the_readme_shows_lines_of_the_snippets():
-    _, section, rest = (ROOT / "README.md").read_text().partition("## Moving to fastmaml")
-    if not section:
-        pytest.skip("the README has no section 'Moving to fastmaml' yet")
-    rest = rest.partition("\n## ")[0]
+def test_the_page_shows_lines_of_the_snippets():
+    page = (ROOT / "fastmaml" / "compat" / "README.md").read_text()
     after = (SNIPPETS / "after.py").read_text()
-    for line in re.search(r"```python\n(.*?)```", rest, re.DOTALL)[1].splitlines():
+    for line in re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].splitlines():
         assert line.partition("  #")[0].rstrip() in after
-    rows = re.findall(r"^\| (\S+) \| (`.*) \|$", rest, re.MULTILINE)
+    rows = re.findall(r"^\| (\S+) \| (`.*) \|$", page, re.MULTILINE)
     assert [library.replace(".", "_") for library, _ in rows] == list(LIBRARIES)
     for library, code in rows:
         before = (SNIPPETS / f"{library.replace('.', '_')}_before.py").read_text()

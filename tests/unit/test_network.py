@@ -351,12 +351,12 @@ def test_what_is_not_fused_is_named(name):
 
 
 REFUSED_FORWARDS = {
-    "train and eval": (TrainOnly(), vector, "TrainOnly does different things in train() and eval()"),
+    "train and eval": (TrainOnly(), vector, "TrainOnly differs between train() and eval()"),
     "two inputs": (TwoInputs(), vector, "TwoInputs takes a second input 'y'"),
     "in place": (OldName(), vector, "'relu' changes 'linear' in place before it is read again"),
     "hook": (hooked(), vector, "layer '0' (Linear) has a hook"),
     "product": (Wrapped(lambda x: x * x), (1, 2, 2), "'mul' (mul) is not one of the fused layers"),
-    "number": (Wrapped(lambda x: x + 1.0), (1, 2, 2), "'add' (add) takes something else than tensors"),
+    "number": (Wrapped(lambda x: x + 1.0), (1, 2, 2), "'add' (add) takes a value that is not computed from the input"),
     "broadcast": (Wrapped(lambda x: x + x.mean((2, 3), keepdim=True)), (1, 2, 2), "adds [3, 2, 2] and [3, 1, 1]"),
     "alpha": (Wrapped(lambda x: torch.add(x, x, alpha=2)), (1, 2, 2), "alpha=2"),
     "functional dropout": (Wrapped(lambda x: F.dropout(x, 0.5)), (1, 2, 2), "(dropout) is dropout"),
@@ -365,7 +365,7 @@ REFUSED_FORWARDS = {
         (1, 2, 2),
         "use nn.BatchNorm2d",
     ),
-    "mean of everything": (Wrapped(lambda x: x.mean()), (1, 2, 2), "is a mean over something else"),
+    "mean of everything": (Wrapped(lambda x: x.mean()), (1, 2, 2), "is not a mean over height and width"),
     "mean of channels": (Wrapped(lambda x: x.mean((1, 2))), (1, 2, 2), "is a mean over [1, 2]"),
     "joins examples": (Wrapped(lambda x: x.flatten()), (1, 2, 2), "flattens the batch dimension"),
     "reshape": (Wrapped(lambda x: x.view(x.shape[0], 4, 3)), (1, 2, 2), "only flattening is fused"),
@@ -408,7 +408,7 @@ def test_examples_that_do_not_fit_are_a_value_error(name):
 
 
 def test_cross_entropy_needs_one_row_of_scores():
-    with pytest.raises(Unsupported, match=r"the output \[2, 6, 6\] of an example is not one row of scores"):
+    with pytest.raises(Unsupported, match=r"the output \[2, 6, 6\] of an example must be one row of scores"):
         program(nn.Sequential(nn.Conv2d(2, 2, 1)), image, "cross_entropy")
 
 

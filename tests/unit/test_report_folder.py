@@ -36,7 +36,7 @@ def test_a_missing_required_file_is_one_sentence_that_names_it(folder: Path, nam
 
 
 def test_a_folder_that_does_not_exist_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no run folder at"):
+    with pytest.raises(ValueError, match="there is no run folder"):
         run_folder.read(tmp_path / "nothing")
 
 
@@ -71,7 +71,7 @@ def test_the_later_of_two_rows_for_a_step_counts(folder: Path) -> None:
     path.write_text(path.read_text() + json.dumps(row) + "\n")
     run = run_folder.read(folder)
     assert run.train["loss"][0] == 7.0 and len(run.train["step"]) == 20
-    assert run.notes == ["metrics.jsonl: 1 row logged twice, as by a resumed run; the later one is shown."]
+    assert run.notes == ["metrics.jsonl: 1 row logged twice, as after a resume. The later row is shown."]
 
 
 def test_a_null_becomes_nan_and_a_note(folder: Path) -> None:
@@ -146,7 +146,7 @@ def test_examples_without_an_array_are_a_note_that_names_it(folder: Path) -> Non
     arrays.pop("predictions_before")
     np.savez(folder / "examples.npz", **arrays)
     assert run_folder.read(folder).notes == [
-        "examples.npz is not usable: it has no predictions_before. This page is written without it."
+        "examples.npz is not usable: it has no predictions_before. This page does not use it."
     ]
 
 

@@ -203,7 +203,7 @@ def test_a_page_without_mistakes_or_probabilities(tmp_path: Path) -> None:
     arrays.pop("probabilities_after")
     np.savez(folder / "examples.npz", **arrays)
     text = report.write(folder).read_text(encoding="utf-8")
-    assert "Where it errs" not in text and text.count('<div class="answer">✓</div>') == 9
+    assert "Wrong answers" not in text and text.count('<div class="answer">✓</div>') == 9
 
 
 def test_an_absolute_path_of_the_machine_is_not_in_the_commands(runs: dict[str, Path], pages: dict[str, str]) -> None:

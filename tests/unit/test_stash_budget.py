@@ -32,7 +32,7 @@ def test_keeping_and_computing_again_give_the_same_bits(name: str) -> None:
 
 def test_a_stash_beyond_the_budget_is_not_kept() -> None:
     engine = fm.Engine(fm.models.conv4(filters=64, image_size=112), backend="cpu")
-    program = engine._program("x", torch.zeros(1, 1, 1, 112, 112), engine.flatten())
+    program = engine.program(torch.zeros(1, 1, 1, 112, 112))
     assert program is not None
     examples = _C.machine_memory() // 2**25  # an image takes more than 16 megabytes
 

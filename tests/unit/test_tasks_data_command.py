@@ -36,7 +36,7 @@ def test_sinusoid_has_nothing_to_prepare(capsys):
 
 
 def test_sinusoid_has_no_picture(tmp_path):
-    with pytest.raises(ValueError, match="--out draws images, which sinusoid has none of"):
+    with pytest.raises(ValueError, match="--out draws images, but sinusoid has none"):
         run("sinusoid", "--out", str(tmp_path / "x.png"))
 
 

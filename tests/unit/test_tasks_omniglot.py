@@ -185,9 +185,7 @@ def test_a_good_zip_is_read_whatever_its_checksum(small):
 
 def test_a_truncated_zip_is_one_sentence(small):
     small.write_bytes(small.read_bytes()[:-5000])
-    with pytest.raises(
-        ValueError, match="is damaged or incomplete \\(File is not a zip file\\): delete it and fetch it again"
-    ):
+    with pytest.raises(ValueError, match="is damaged or incomplete \\(File is not a zip file\\): delete it, then run"):
         decode(SMALL, small)
 
 

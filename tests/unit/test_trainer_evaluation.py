@@ -233,7 +233,7 @@ def test_another_seed_gives_other_test_tasks_and_out_keeps_the_run(sinusoid_run,
 
 
 def test_what_is_no_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"is no run folder of fastmaml: it has no config\.json"):
+    with pytest.raises(ValueError, match=r"is not a run folder of fastmaml: it has no config\.json"):
         evaluate_run(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config.json has no dataset, loss, model"):

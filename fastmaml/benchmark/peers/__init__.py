@@ -1,7 +1,7 @@
-"""Other implementations of the same meta-gradient, one file each, and ours in the same form.
+"""Implementations of the same meta-gradient, one file each, including ours.
 
-Each file has NAME, `version()` (raises Missing where it cannot be had) and `prepare(problem) -> call`; the call computes
-one meta-gradient the way its users do and returns (mean query loss, gradient of each parameter).
+Each file has NAME, `version()` and `prepare(problem) -> call`. version() raises Missing if the library is unavailable.
+The call computes one meta-gradient as users would and returns (mean query loss, gradient of each parameter).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Missing(Exception):
 
 
 class Implementation(Protocol):
-    """A module of this kind."""
+    """The interface of such a module."""
 
     NAME: str
     __name__: str

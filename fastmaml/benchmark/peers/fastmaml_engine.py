@@ -1,4 +1,4 @@
-"""fastmaml as a function of arrays: `Engine.meta_gradient`, without a module whose `.grad` is filled."""
+"""fastmaml as a function of arrays: `Engine.meta_gradient`, without filling a module's `.grad`."""
 
 from __future__ import annotations
 

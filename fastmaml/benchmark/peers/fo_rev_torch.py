@@ -1,4 +1,4 @@
-"""Forward over reverse in torch.func, all tasks at once by vmap: the adjoint sweep with each Hessian product as the jvp of grad."""
+"""Forward over reverse in torch.func, vmapped over tasks: the adjoint sweep, with the jvp of grad as Hessian product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Other ways to Hessian-vector products of many tasks, in plain torch. A product: () -> [T, P], or [V, T, P] for V directions."""
+"""Hessian-vector products of many tasks in plain torch, by several methods.
+
+A product is a function () -> [T, P], or [V, T, P] for V directions.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ Product = Callable[[], Tensor]
 
 
 def double_backward(p: HvpProblem) -> Product:
-    """Reverse over reverse, a task at a time."""
+    """Reverse over reverse, one task at a time."""
     apply, loss = network(p.model, written_norms=False), mean_loss(p.loss)
 
     def call() -> Tensor:
@@ -45,7 +48,7 @@ def double_backward_batched(p: HvpProblem) -> Product:
 
 
 def _batched_losses(p: HvpProblem) -> Callable[[Tensor], Tensor]:
-    """Parameters [T, P] -> the sum of the tasks' losses. Raises Missing for what is no MLP with mean squared error."""
+    """Parameters [T, P] -> the sum of the tasks' losses. Raises Missing unless it is an MLP with mean squared error."""
     plain = (nn.Linear, nn.ReLU, nn.Tanh)
     if not isinstance(p.model, nn.Sequential) or p.loss != "mse" or not all(isinstance(m, plain) for m in p.model):
         raise Missing("written for MLPs of linear layers, ReLU and tanh with mean squared error")
@@ -79,7 +82,7 @@ def func_jvp(p: HvpProblem) -> Product:
 def func_jvp_compiled(p: HvpProblem) -> Product:
     """Forward over reverse of the layers as batched products, through torch.compile.
 
-    Of the vmapped form torch 2.13 says "Tensor device mismatch" (cpu and meta).
+    The vmapped form fails on torch 2.13 with "Tensor device mismatch" (cpu and meta).
     """
     slope = grad(_batched_losses(p))
     own_compiler()
@@ -93,7 +96,7 @@ def _slope(p: HvpProblem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def func_jvp_loop(p: HvpProblem) -> Product:
-    """Forward over reverse by torch.func, a task at a time: vmap would make grouped convolutions."""
+    """Forward over reverse by torch.func, one task at a time, because vmap would make grouped convolutions."""
     slope = _slope(p)
 
     def call() -> Tensor:
@@ -107,7 +110,7 @@ def func_jvp_loop(p: HvpProblem) -> Product:
 
 
 def retained_graph(p: HvpProblem, directions: Tensor) -> Product:
-    """Double backward, a task at a time, through one graph of the gradient that is kept for all directions."""
+    """Double backward, one task at a time. The graph of the gradient is kept for all directions."""
     apply, loss = network(p.model, written_norms=False), mean_loss(p.loss)
 
     def call() -> Tensor:
@@ -122,7 +125,7 @@ def retained_graph(p: HvpProblem, directions: Tensor) -> Product:
 
 
 def retained_graph_batched(p: HvpProblem, directions: Tensor) -> Product:
-    """The same for all tasks at once."""
+    """Double backward for all tasks at once. The graph of the gradient is kept for all directions."""
     losses = _batched_losses(p)
 
     def call() -> Tensor:
@@ -134,12 +137,12 @@ def retained_graph_batched(p: HvpProblem, directions: Tensor) -> Product:
 
 
 def func_linearize(p: HvpProblem, directions: Tensor) -> Product:
-    """torch.func.linearize of the vmapped gradient, which traces it anew at every new point."""
+    """torch.func.linearize of the vmapped gradient. It traces the gradient again at every new point."""
     slope = vmap(_slope(p))
 
     def call() -> Tensor:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")  # of torch.fx to itself
+            warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")  # from torch.fx itself
             _, product = linearize(lambda params: slope(params, p.x, p.y), p.params)
         return torch.stack([product(v) for v in directions])
 

@@ -1,4 +1,4 @@
-"""torch.func: the whole meta-objective under grad, vmapped over tasks. With `compiled`, through torch.compile."""
+"""torch.func: grad of the whole meta-objective, vmapped over tasks. With `compiled`, through torch.compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.func through torch.compile: half a minute to two minutes of compilation a case."""
+"""torch.func through torch.compile. Compilation takes half a minute to two minutes per case."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def prepare(problem: Problem) -> Call:
 
 
 def own_compiler() -> None:
-    """A fresh start of torch's compiler, or the ninth case and type of a process would run uncompiled.
+    """Resets torch's compiler. Otherwise the ninth case and type of a process would run uncompiled.
 
-    It takes $CXX for the name of one program: of "ccache g++" it gets the compiler alone.
+    torch expects one program in $CXX, so "ccache g++" becomes the compiler alone.
     """
     torch._dynamo.reset()
     words = os.environ.get("CXX", "").split()

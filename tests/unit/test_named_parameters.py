@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmaml as fm
-from fastmaml.problem.named_parameters import ModelParameters
+from fastmaml.problem.named_parameters import NamedParameters
 from fastmaml.problem.parameters import ParameterLayout
 
 
@@ -124,7 +124,7 @@ def places(named) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_is_noticed(change):
     net = Net()
-    known = ModelParameters(net)
+    known = NamedParameters(net)
     before = places(known.named())
     change(net)
     assert places(known.named()) == places(dict(net.named_parameters()))
@@ -134,7 +134,7 @@ def test_a_change_is_noticed(change):
 
 def test_an_unchanged_model_is_not_walked_again(monkeypatch):
     net = Net()
-    known = ModelParameters(net)
+    known = NamedParameters(net)
     named = known.named()
     net.load_state_dict(Net().state_dict())
     net.eval().double().first.weight.requires_grad_(False)
@@ -146,7 +146,7 @@ def test_an_unchanged_model_is_not_walked_again(monkeypatch):
     "copied", [copy.deepcopy, lambda known: pickle.loads(pickle.dumps(known))], ids=["copy", "pickle"]
 )
 def test_a_copy_follows_its_own_model(copied):
-    known = ModelParameters(Net())
+    known = NamedParameters(Net())
     other = copied(known)
     assert places(other.named()) == places(dict(other.model.named_parameters()))
     assert not {id(p) for p in other.named().values()} & {id(p) for p in known.named().values()}
@@ -229,7 +229,7 @@ def test_requires_grad_flags_count_at_each_call(learner):
 @pytest.mark.parametrize("change", [add_parameter, remove_parameter, add_module, rename_parameter, change_the_order])
 def test_a_model_with_other_parameters_is_refused(learner, change):
     change(learner.model)
-    with pytest.raises(ValueError, match="not those the Engine was made for"):
+    with pytest.raises(ValueError, match="do not fit the Engine's model"):
         learner(*batch())
 
 
@@ -313,7 +313,7 @@ def test_scaled_parts_that_do_not_fit_are_refused(name):
 
 def test_a_block_holds_what_was_there_at_its_beginning():
     net = Net()
-    parameters = ModelParameters(net)
+    parameters = NamedParameters(net)
     replace_module(net)
     with pytest.raises(KeyError), parameters:
         before = parameters.named()

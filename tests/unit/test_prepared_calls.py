@@ -131,9 +131,9 @@ def test_parameters_by_name_that_are_not_the_models_are_refused(backend):
     named = dict(small_mlp().named_parameters())
     known(engine, named, regression_batch(), 0.1, 2)
     first = next(iter(named))
-    with pytest.raises(ValueError, match="this model's parameters are not those the Engine was made for"):
+    with pytest.raises(ValueError, match="this model's parameters do not fit the Engine's model"):
         engine.meta_gradient({n: p for n, p in named.items() if n != first}, regression_batch(), 0.1, 2)
-    with pytest.raises(ValueError, match="this model's parameters are not those the Engine was made for"):
+    with pytest.raises(ValueError, match="this model's parameters do not fit the Engine's model"):
         engine.meta_gradient(named | {first: named[first][:1]}, regression_batch(), 0.1, 2)
 
 

@@ -18,7 +18,7 @@ _C = pytest.importorskip("fastmaml._C")
 NOTHING = torch.empty(0, dtype=torch.float64)
 
 
-class Callers(LoopCase):
+class InPython(LoopCase):
     """The case, with its loss in Python."""
 
     @property
@@ -52,7 +52,7 @@ class ByTorch:
 
 
 @contextmanager
-def caller_loss(function) -> Iterator[None]:
+def python_loss(function) -> Iterator[None]:
     _C.set_python_loss(function)
     try:
         yield
@@ -72,16 +72,16 @@ LOOPS = [
 
 @pytest.mark.parametrize("memory", ["low", "stash"])
 @pytest.mark.parametrize("case", LOOPS, ids=str)
-def test_a_callers_loss_is_the_engines_own(case, memory, compiled):
-    inputs, callers = draw_loop(case, 0), Callers(**case.__dict__)
+def test_a_python_loss_is_the_engines_own(case, memory, compiled):
+    inputs, in_python = draw_loop(case, 0), InPython(**case.__dict__)
     loss = ByTorch(case, inputs.support_y, inputs.query_y)
     expected = meta_gradient(case, compiled.name, inputs, memory)
-    with caller_loss(loss):
-        got = meta_gradient(callers, compiled.name, inputs, memory)
+    with python_loss(loss):
+        got = meta_gradient(in_python, compiled.name, inputs, memory)
     for name in META_GRADIENT:
         expect_close(got[name], expected[name], 1e-11, f"{case} {name}", atol=1e-14)
-    with caller_loss(loss):
-        again = adapt(callers, compiled.name, inputs)
+    with python_loss(loss):
+        again = adapt(in_python, compiled.name, inputs)
     for name, value in adapt(case, compiled.name, inputs).items():
         expect_close(again[name], value, 1e-11, f"{case} {name}", atol=1e-14)
 
@@ -90,8 +90,8 @@ def test_the_loss_is_asked_for_what_the_contract_says(compiled):
     case = LoopCase("steps=2 minibatch=3", "conv")
     inputs = draw_loop(case, 0)
     loss = ByTorch(case, inputs.support_y, inputs.query_y)
-    with caller_loss(loss):
-        meta_gradient(Callers(**case.__dict__), compiled.name, inputs, "stash")
+    with python_loss(loss):
+        meta_gradient(InPython(**case.__dict__), compiled.name, inputs, "stash")
     # (query, first row, rows, tangent): the inner steps, the query, the sweep
     expected = [
         (False, 0, 3, False),
@@ -103,9 +103,9 @@ def test_the_loss_is_asked_for_what_the_contract_says(compiled):
     assert loss.calls == expected
 
 
-def test_grad_hvp_and_solve_take_a_callers_loss(compiled):
+def test_grad_hvp_and_solve_take_a_python_loss(compiled):
     case = LoopCase("steps=1", "conv", tasks=3)
-    i, callers = draw_loop(case, 0), Callers(**case.__dict__)
+    i, in_python = draw_loop(case, 0), InPython(**case.__dict__)
     v = torch.randn(3, case.param_count, generator=torch.Generator().manual_seed(1)).double()
     ops = torch.ops.fastmaml
     calls = {
@@ -117,8 +117,8 @@ def test_grad_hvp_and_solve_take_a_callers_loss(compiled):
     }
     for name, call in calls.items():
         expected = call(case.text)
-        with caller_loss(ByTorch(case, i.support_y)):
-            got = call(callers.text)
+        with python_loss(ByTorch(case, i.support_y)):
+            got = call(in_python.text)
         for a, b in zip(got, expected, strict=True):
             expect_close(a, b, 1e-11, name)
 
@@ -126,12 +126,12 @@ def test_grad_hvp_and_solve_take_a_callers_loss(compiled):
 def test_the_support_statistics_of_batch_norm_leave_the_loss_the_query_rows(compiled):
     case = LoopCase("steps=2", "conv")
     inputs = draw_loop(case, 0)
-    own, callers = (dataclasses.replace(of(**case.__dict__)) for of in (LoopCase, Callers))
-    texts = [c.text.replace("mode=batch", "mode=support") for c in (own, callers)]
+    own, in_python = (dataclasses.replace(of(**case.__dict__)) for of in (LoopCase, InPython))
+    texts = [c.text.replace("mode=batch", "mode=support") for c in (own, in_python)]
     i = inputs
     results = []
     for text in texts:
-        with caller_loss(ByTorch(case, i.support_y, i.query_y)):
+        with python_loss(ByTorch(case, i.support_y, i.query_y)):
             results.append(
                 torch.ops.fastmaml.meta_gradient(
                     text, compiled.name, i.theta, i.support_x, i.support_y, None, i.query_x, i.query_y, None, None,
@@ -161,7 +161,7 @@ def test_an_image_output_arrives_in_torchs_order(compiled):
         loss_out[:] = (z * weight).sum((1, 2, 3, 4))
         dz_out[:] = weight
 
-    with caller_loss(loss):
+    with python_loss(loss):
         value, grad = torch.ops.fastmaml.grad(text, compiled.name, w.flatten(), x, x, None, NOTHING)
     at = w.clone().requires_grad_(True)
     for t in range(T):
@@ -173,25 +173,25 @@ def test_an_image_output_arrives_in_torchs_order(compiled):
 
 
 def test_what_the_loss_raises_reaches_the_caller(compiled):
-    case = Callers("steps=2")
+    case = InPython("steps=2")
     inputs = draw_loop(case, 0)
 
     def broken(*arguments):
         raise KeyError("no such action")
 
     with (
-        caller_loss(broken),
+        python_loss(broken),
         pytest.raises(RuntimeError, match="the loss written in Python raised KeyError: 'no such action'"),
     ):
         meta_gradient(case, compiled.name, inputs)
     with pytest.raises((ValueError, RuntimeError), match="set_python_loss has not been called"):
         meta_gradient(case, compiled.name, inputs)
-    with caller_loss(ByTorch(case, inputs.support_y, inputs.query_y)):
+    with python_loss(ByTorch(case, inputs.support_y, inputs.query_y)):
         meta_gradient(case, compiled.name, inputs)
 
 
 def test_float32_arrays_are_float32(cpu):
-    case = Callers("steps=1")
+    case = InPython("steps=1")
     inputs = draw_loop(case, 0).to(torch.float32)
     types = []
 
@@ -201,7 +201,7 @@ def test_float32_arrays_are_float32(cpu):
             loss_out[:] = 0
         dz_out[:] = z if z_dot is None else z_dot
 
-    with caller_loss(loss):
+    with python_loss(loss):
         meta_gradient(case, "cpu", inputs)
     assert types == [{np.dtype(np.float32)}] * len(types)
 
@@ -211,8 +211,8 @@ def test_threads_change_no_bit(cpu, threads):
     inputs, results = draw_loop(case, 0), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        with caller_loss(ByTorch(case, inputs.support_y, inputs.query_y)):
-            results.append(meta_gradient(Callers(**case.__dict__), "cpu", inputs))
+        with python_loss(ByTorch(case, inputs.support_y, inputs.query_y)):
+            results.append(meta_gradient(InPython(**case.__dict__), "cpu", inputs))
     for name in META_GRADIENT:
         expect_same_bits(results[1][name], results[0][name], name)
 

@@ -1,4 +1,4 @@
-# fm.check on every kind of subject: learners, models and functions of all sorts; and what it says of the model beside it.
+# fm.check on every kind of candidate: learners, models and functions. Also the report's sentences about the model itself.
 from __future__ import annotations
 
 import copy
@@ -117,8 +117,8 @@ def test_imaml_is_compared_at_the_inner_minimum():
             fm.IMAML(net(), 0.05, 5, lam=4.0, cg_steps=3, learn_lam=True, batch_norm="frozen"), classes(), directions=1
         )
     )
-    assert report.sentences[0].startswith("Exact as far as finite differences of its loss can tell: along ")
-    assert "As it is set, with 5 and 3, its gradient is " in report.sentences[1]
+    assert report.sentences[0].startswith("Exact as far as finite differences can tell: along ")
+    assert "With the learner's own 5 and 3 its gradient is " in report.sentences[1]
     assert verdicts(report)["lam"] == "agrees"
 
 
@@ -142,8 +142,8 @@ def sines():
 )
 def test_learners_against_finite_differences(make, batch):
     report = exact(check(make(), batch(), directions=1))
-    assert report.sentences[0].startswith("Exact as far as finite differences of its loss can tell: along ")
-    assert " has a gradient of its own kind." in report.sentences[1]
+    assert report.sentences[0].startswith("Exact as far as finite differences can tell: along ")
+    assert " defines its own gradient." in report.sentences[1]
 
 
 def test_a_learner_of_ones_own_is_compared_with_finite_differences():
@@ -155,7 +155,7 @@ def test_a_learner_of_ones_own_is_compared_with_finite_differences():
     learner = Halved(net(), 0.3, 2)
     learner.factor = 1.0
     report = exact(check(learner, classes(), directions=1))
-    assert "There is no unrolled oracle to compare with: Halved has a gradient of its own kind." in report.sentences
+    assert "The oracle cannot unroll this learner: Halved defines its own gradient." in report.sentences
     learner.factor = 0.5
     report = check(learner, classes(), directions=1)
     assert not report.ok
@@ -168,7 +168,7 @@ def test_a_learner_of_ones_own_is_compared_with_finite_differences():
 @pytest.mark.parametrize("learner", [lambda: fm.Reptile(net()), lambda: fm.FOML(net())])
 def test_learners_without_a_loss_are_refused(learner):
     with pytest.raises(
-        ValueError, match="moves the start towards the adapted parameters, which is the gradient of no loss"
+        ValueError, match="moves the start towards the adapted parameters; this is not the gradient of a loss"
     ):
         check(learner(), classes())
 
@@ -267,8 +267,8 @@ def in_float32(create_graph=True):
 
 def test_a_function_that_runs_in_float32_only():
     report = exact(check(in_float32(), BATCH, model=small_mlp().float(), **MEANT))
-    said = "It does not run in float64 (the meta-loss raised AssertionError: this code knows float32 only), so it was judged in "
-    assert any(s.startswith(said + "float32: equal means within ") for s in report.sentences)
+    said = "The function does not run in float64 (the meta-loss raised AssertionError: this code knows float32 only), so it was "
+    assert any(s.startswith(said + "checked in float32. The tolerance is ") for s in report.sentences)
     assert 1e-9 < max(row.relative_error for row in report.table) < 1e-5
     report = check(in_float32(create_graph=False), BATCH, model=small_mlp().float(), **MEANT)
     assert not report.ok and report.sentences[0].startswith("First order only: ")
@@ -293,8 +293,8 @@ def test_an_inner_loop_that_changes_the_weights_themselves():
     report = check(meta_loss, BATCH, model=model, **MEANT)
     assert not report.ok
     assert (
-        "A call changes the model's own weights (p.data, copy_() or optimizer.step() inside it), so the next task or call "
-        "starts from there; they were put back after each call."
+        "A call changes the model's own weights (p.data, copy_() or optimizer.step()), so the next task or call "
+        "starts from the changed weights. The check restored them after each call."
     ) in report.sentences
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
 
@@ -322,7 +322,7 @@ def test_tied_frozen_and_unused_parameters_are_named():
         "first.weight": "exact", "first.bias": "exact", "second.bias": "frozen", "spare.weight": "unused", "spare.bias": "unused",
     }  # fmt: skip
     assert {
-        "Tied: 'first.weight', 'second.weight' are one parameter, whose gradient is the sum over its uses.",
+        "Tied: 'first.weight', 'second.weight' are one parameter; its gradient is the sum over its uses.",
         "Frozen (requires_grad=False), neither adapted nor trained: 'second.bias'.",
         "Unused: the loss does not depend on 'spare.weight', 'spare.bias'.",
     } <= set(report.sentences)
@@ -353,8 +353,8 @@ def test_stateful_layers_are_named():
         )
     )
     assert (
-        "Stateful layer '1' (BatchNorm2d): a call changes its running_mean, running_var, num_batches_tracked, so what eval "
-        "mode computes depends on the batches that went through before."
+        "Stateful layer '1' (BatchNorm2d): a call changes its running_mean, running_var, num_batches_tracked. Results in "
+        "eval mode depend on earlier batches."
     ) in report.sentences
     assert int(model[1].num_batches_tracked) == 0 and not model[1].running_mean.any()
 
@@ -363,8 +363,7 @@ def test_dropout_is_switched_off_and_said():
     model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1)).double()
     report = exact(check(unrolled(), BATCH, model=model, **MEANT))
     assert (
-        "Random layers: two calls differ by the dropout in '2'; all this is with dropout switched off."
-        in report.sentences
+        "Random layers: two calls differ by the dropout in '2', so the check switched dropout off." in report.sentences
     )
     assert model[2].p == 0.5
     assert check(fm.MAML(model, 0.3, 2, loss="mse"), BATCH).ok
@@ -403,7 +402,7 @@ def test_a_gradient_without_curvature_cannot_be_told_from_first_order():
         inner_steps=1,
         directions=0,
     )
-    assert not report.ok or "this check cannot tell an exact gradient from a first-order one" in report.sentences[1]
+    assert not report.ok or "this check cannot tell exact from first order" in report.sentences[1]
 
 
 def test_a_loop_that_diverges_is_said():
@@ -427,7 +426,7 @@ def test_a_loop_that_diverges_is_said():
         ({"batch": (BATCH[0][:0], BATCH[1][:0], *BATCH[2:])}, "support_x [0, 5, 1] must be [tasks, examples, ...] with at least one of each"),
         ({"model": None}, "a function is called as function(model, batch): give the model with model="),
         ({"inner_lr": None}, "give either inner_lr (plain gradient descent) or inner (an optimizer with its lr), not both"),
-        ({"inner_lr": torch.ones(3)}, "inner_lr [3] is neither"),
+        ({"inner_lr": torch.ones(3)}, "inner_lr [3] must be one rate"),
         ({"inner_steps": 1.5}, "inner_steps must be a whole number, not 1.5"),
         ({"loss": "hinge"}, "loss 'hinge' is not one of"),
         ({"batch_norm": "own"}, "batch_norm 'own' is not one of"),
