@@ -1,1 +1,1 @@
-"""Speed, memory and agreement beside other implementations. `python -m bench.meta_gradient --help` says how."""
+"""Speed, memory and agreement against other implementations. Start with `python -m bench.meta_gradient --help`."""

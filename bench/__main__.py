@@ -1,4 +1,4 @@
-"""Runs every benchmark one after the other and makes the tables; what an interrupted run has measured is not measured again."""
+"""Runs every benchmark, one after the other, and makes the tables. Continues an interrupted run without measuring again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from bench.measure import RESULTS, ROOT
 
-# With what each takes on two quiet cores, in minutes: guesses to plan by, the truth is printed. What README.md shows comes
-# early; a case that an earlier part has measured is not measured again.
+# With estimated minutes on two quiet cores; the real times are printed. The cases of README.md's tables come early. A case
+# that an earlier part has measured is not measured again.
 PARTS: dict[str, tuple[list[str], int]] = {
     "startup": (["bench.startup"], 2),
     "sinusoid": (["bench.sinusoid"], 1),
@@ -40,7 +40,7 @@ RESUMED = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the chosen parts; 1 if one of them failed (the others run nevertheless), 130 if interrupted."""
+    """Run the chosen parts. Returns 1 if one failed (the others still run), 130 if interrupted."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "--parts", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(map(repr, PARTS))}"
@@ -57,14 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = subprocess.run([sys.executable, "-m", *words, *more], cwd=ROOT, check=False).returncode
         except KeyboardInterrupt:
-            print("stopped; the same command without --again goes on with the next case", file=sys.stderr)
+            print("stopped; repeat the command without --again to continue with the next case", file=sys.stderr)
             return 130
         print(
             f"== {part}: {'done' if code == 0 else f'FAILED, exit code {code}'} in {(time.monotonic() - started) / 60:.1f} min"
         )
         if code:
             failed.append(part)
-    print(f"results are in {RESULTS.relative_to(ROOT)}; python -m bench.tables makes the tables of them")
+    print(f"results are in {RESULTS.relative_to(ROOT)}; python -m bench.tables makes the tables")
     code = subprocess.run([sys.executable, "-m", "bench.tables"], cwd=ROOT, check=False).returncode
     for part in failed:
         print(f"failed: {part}", file=sys.stderr)

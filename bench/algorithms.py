@@ -1,7 +1,7 @@
-"""Every algorithm of the family at one small equal budget: sinusoid regression and 5-way 1-shot Omniglot.
+"""Every algorithm at one small, equal budget: sinusoid regression and 5-way 1-shot Omniglot.
 
-Each cell of the table, an algorithm on a data set, is a run folder and a process of its own. Called again, the same
-command skips finished cells and goes on with the interrupted one from its checkpoint.
+Each cell of the table (an algorithm on a data set) has its own run folder and process. Repeat the command to continue:
+it skips finished cells and resumes the interrupted one from its checkpoint.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ PROBED_STEPS = 10  # outer steps whose memory is measured
 DATASETS = ("sinusoid", "omniglot")
 
 HELP = """
-what is equal
+the equal budget
   sinusoid   25 tasks an iteration, 10 support and 10 query points, 5,000 iterations; networks are the
              presets': 1-40-40-1, with context inputs for CAVIA, 1-64-64-1 with tanh for Reptile and FOML
   omniglot   4 tasks an iteration, 5 ways, 1 shot, 5 query images a class, 1,000 iterations, Conv4 with 32 filters that
              halves by stride
-  Everything else is the algorithm's published setting (fastmaml/training/presets.py), or the one that its note in the table names.
-  Reptile and FOML, which have no query set, draw larger support sets in training (50 points; 10 images a class).
+  All other settings are the published ones (fastmaml/training/presets.py), except where a note in the table says so.
+  Reptile and FOML have no query set, so they use larger support sets in training (50 points; 10 images a class).
 
-what the columns mean
-  before     600 test tasks without any inner step, from the parameters that training found
-  after      the same with the inner steps that the algorithm takes at test, mean and 95 % interval (1.96 std / sqrt(600))
-  ms         median over the training of one iteration: sampling, meta-gradient, optimizer; validation not counted
-  MiB        peak memory of the first 10 iterations above what the process held before: torch, fastmaml and the data
+columns
+  before     600 test tasks without inner steps, from the trained parameters
+  after      600 test tasks with the algorithm's inner steps at test: mean and 95 % interval (1.96 std / sqrt(600))
+  ms         median time of a training iteration: sampling, meta-gradient, optimizer; without validation
+  MiB        peak memory of the first 10 iterations, on top of torch, fastmaml and the data
 """
 
-# The equal budget, and what has to shrink with it.
+# The equal budget, and the settings that shrink with it.
 BUDGET: dict[str, dict[str, Any]] = {
     "sinusoid": {
         "steps": 5_000,
@@ -72,7 +72,7 @@ BUDGET: dict[str, dict[str, Any]] = {
     },
 }
 CHANGES: dict[tuple[str, str], dict[str, Any]] = {
-    # An epoch is a hundredth of the run, as of its authors'.
+    # An epoch is a hundredth of the run, as in the authors' runs.
     ("maml++", "sinusoid"): {"options": {"steps_per_epoch": 50, "learn_rates": False}},
     ("maml++", "omniglot"): {"options": {"steps_per_epoch": 10}},
 }
@@ -108,7 +108,7 @@ def cells(
     iterations: int | None = None,
     eval_tasks: int = 600,
 ) -> list[Cell]:
-    """The cells of the table; `iterations` shortens all of them."""
+    """The cells of the table. iterations: shortens all cells."""
     found = []
     for dataset in datasets:
         for algorithm in algorithms:
@@ -132,7 +132,7 @@ def _merged(budget: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 
 def run_cell(cell: Cell, folder: Path, threads: int, quiet: bool = False) -> int:
-    """Train (or go on), evaluate and write `cell.json`; 130 if it was interrupted and saved."""
+    """Train (or resume), evaluate and write `cell.json`. Returns 130 if interrupted and saved."""
     torch.set_num_threads(threads)
     train_tasks, validation_tasks = make_tasks(cell.config, "train"), make_tasks(cell.config, "val")
     peak = peak_bytes(cell.config, train_tasks)
@@ -181,11 +181,11 @@ def measured(cell: Cell, evaluation: Mapping[str, Any], folder: Path, peak: int)
 
 
 def peak_bytes(config: RunConfig, tasks: TaskSource) -> int:
-    """How far resident memory rises in the first outer steps of a training that is thrown away."""
-    for backend in ("autodiff", "auto"):  # modules that load at the first use are not its memory
+    """The rise of resident memory in the first outer steps of a trial training."""
+    for backend in ("autodiff", "auto"):  # modules that load on first use must not count
         maml = fm.MAML(torch.nn.Linear(1, 1), 0.1, loss="mse", backend=backend)
         maml(*[torch.zeros(1, 2, 1)] * 4).loss.backward()
-    Path("/proc/self/clear_refs").write_text("5")  # lets the high-water mark start again
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     held = _status("VmRSS")
     learner = make_learner(config)
     optimizer = learner.outer_optimizer(config.outer_lr)
@@ -198,15 +198,15 @@ def peak_bytes(config: RunConfig, tasks: TaskSource) -> int:
 
 
 def _status(key: str) -> int:
-    """Bytes of resident memory by their name in Linux's list: VmRSS now, VmHWM at most."""
+    """Bytes of resident memory by Linux's name: VmRSS (now) or VmHWM (peak)."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
     return 1024 * int(line.split()[1])
 
 
 def finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
-    """The row of a cell that is done, None for one that is not.
+    """The row of a finished cell; None if the cell is not finished.
 
-    Raises ValueError where the folder was made with other settings.
+    Raises ValueError if the folder was made with other settings.
     """
     if not (folder / "config.json").exists():
         return None
@@ -224,7 +224,7 @@ def finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as one Markdown table with both data sets side by side, and their notes below."""
+    """The rows as one Markdown table, with both data sets side by side and notes below."""
     by = {(row["algorithm"], row["dataset"]): row for row in rows}
     present = [name for name in DATASETS if any(row["dataset"] == name for row in rows)]
     heads = {"sinusoid": "sinusoid, MSE", "omniglot": "Omniglot 5-way 1-shot, %"}
@@ -268,9 +268,9 @@ def _value(metric: str, entry: Mapping[str, Any]) -> str:
 
 
 def above_baseline(row: Mapping[str, Any]) -> bool:
-    """Whether the interval after adaptation lies clear of the one before, or of the untrained network's adapted as well.
+    """Whether the interval after adaptation is clear of the interval before, or of the adapted untrained network's.
 
-    The latter where the support set makes the head, so that nothing is without adaptation.
+    The second comparison is for algorithms whose head comes from the support set: they have no result before adaptation.
     """
     before, after = row["untrained_after" if row["algorithm"] in NEEDS_CLASSES else "before"], row["after"]
     if after["mean"] is None:
@@ -283,7 +283,7 @@ def above_baseline(row: Mapping[str, Any]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is not done yet, print and write the table. 1 if a cell failed, 130 if interrupted."""
+    """Run the unfinished cells, print and write the table. Returns 1 if a cell failed, 130 if interrupted."""
     args = _parser().parse_args(argv)
     wanted = cells(args.algorithms, args.datasets, args.root, args.seed, args.iterations, args.eval_tasks)
     runs = Path(args.runs)
@@ -298,10 +298,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"[{number}/{len(wanted)}] {cell.name}", flush=True)
             code, sentence = _in_a_process(cell, sys.argv[1:] if argv is None else argv)
             if code == 130:
-                print("stopped and saved; the same command goes on")
+                print("stopped and saved; repeat the command to continue")
                 return 130
             row = finished(cell, runs / cell.name) if code == 0 else None
-            for place, name in ((args.root, "ROOT"), (args.runs, "RUNS")):  # a result file names no folder of a machine
+            for place, name in (
+                (args.root, "ROOT"),
+                (args.runs, "RUNS"),
+            ):  # a result file must not name a machine's folders
                 sentence = sentence.replace(place, name) if place else sentence
         else:
             print(f"[{number}/{len(wanted)}] {cell.name}: done before", flush=True)
@@ -319,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _in_a_process(cell: Cell, argv: Sequence[str]) -> tuple[int, str]:
-    """(exit code, the last line that it wrote to stderr) of a cell in a process of its own."""
+    """Runs a cell in its own process. Returns (exit code, its last line on stderr)."""
     with subprocess.Popen(
         [sys.executable, "-m", "bench.algorithms", *argv, "--cell", cell.name],
         stderr=subprocess.PIPE,
@@ -333,7 +336,7 @@ def _in_a_process(cell: Cell, argv: Sequence[str]) -> tuple[int, str]:
                 last = line.strip() or last
             return child.wait(), last
         except KeyboardInterrupt:
-            child.terminate()  # a second request to stop is harmless: a step ends, then it saves
+            child.terminate()  # a second request to stop is harmless: the child finishes its step and saves
             child.wait()
             return 130, ""
 
@@ -354,11 +357,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=DATASETS, metavar="NAME")
     parser.add_argument("--runs", default="runs/algorithms", help="folder of the run folders (default runs/algorithms)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of networks and tasks")
-    parser.add_argument("--iterations", type=int, metavar="N", help="so many in every cell, to try the command out")
-    parser.add_argument("--eval-tasks", type=int, default=600, metavar="N", help="test tasks of a cell (default 600)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of networks and tasks (default 0)")
+    parser.add_argument("--iterations", type=int, metavar="N", help="iterations in every cell, to try the command")
+    parser.add_argument("--eval-tasks", type=int, default=600, metavar="N", help="test tasks per cell (default 600)")
     parser.add_argument(
-        "--out", default=str(RESULTS / "algorithms.json"), help='JSON file, the table beside it as .md; "" writes none'
+        "--out",
+        default=str(RESULTS / "algorithms.json"),
+        help='JSON file; the table goes next to it as .md; "" writes none',
     )
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser

@@ -1,8 +1,8 @@
-"""Memory of one task in flight in the meta-gradient of Conv4-64 (28x28, 5-way), against the number of inner steps K.
+"""Memory of one task in flight in the meta-gradient of Conv4-64 (28x28, 5-way), for several numbers of inner steps K.
 
-With memory="low" the adjoint sweep recomputes activations, so the arena may grow by the K - 1 further parameter vectors
-phi[k] and by nothing else: (K - 1) x P x 4 bytes. The arena is planned before it is allocated, and a worker allocates what
-was planned; the figures are the plan's. "stash" keeps the activations of every inner step, for comparison.
+With memory="low" the adjoint sweep recomputes activations. So the arena may only grow by the K - 1 further parameter
+vectors phi[k]: (K - 1) x P x 4 bytes. The arena is planned first, and a worker allocates exactly the planned size. The
+figures come from the plan. For comparison, "stash" keeps the activations of every inner step.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import fastmaml as fm
 from bench.measure import RESULTS, facts, write_json
 from fastmaml.benchmark.text import table
 
-CACHE_LINE = 64  # every slot of the arena starts on one, so a parameter vector may take up to 63 bytes more
+CACHE_LINE = 64  # every slot of the arena is aligned to it, so a parameter vector may take up to 63 bytes more
 MIB = 2**20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, plan, print, write. 1 if the arena of memory="low" grows by anything but phi."""
+    """Parse, plan, print, write. Returns 1 if the arena of memory="low" grows by more than phi."""
     args = _parser().parse_args(argv)
     model = fm.models.conv4(ways=5, filters=args.filters)
     arena = {
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Conv4-{args.filters}, P = {size:,}, {5 * args.shots} support and {5 * args.query_shots} query images, one task, MiB"
     )
     print(table(head, [[str(row["inner_steps"]), *(f"{row[key] / MIB:.3f}" for key in list(row)[1:])] for row in rows]))
-    print("growth is phi alone" if explained else "the growth is NOT explained by phi")
+    print("only phi grows" if explained else "phi does NOT explain the growth")
     if args.out:
         shape = {"filters": args.filters, "parameters": size, "support": 5 * args.shots, "query": 5 * args.query_shots}
         what = (__doc__ or "").split("\n")[0]
@@ -55,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench.arena", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[1, 5, 20], metavar="K", help="default 1 5 20")
-    parser.add_argument("--filters", type=int, default=64, help="of Conv4 (default 64)")
-    parser.add_argument("--shots", type=int, default=1, help="support images of a class (default 1)")
-    parser.add_argument("--query-shots", type=int, default=15, help="query images of a class (default 15)")
+    parser.add_argument("--filters", type=int, default=64, help="filters of Conv4 (default 64)")
+    parser.add_argument("--shots", type=int, default=1, help="support images per class (default 1)")
+    parser.add_argument("--query-shots", type=int, default=15, help="query images per class (default 15)")
     parser.add_argument("--out", default=str(RESULTS / "memory.json"), help='JSON file; "" writes none')
     return parser
 

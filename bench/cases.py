@@ -1,4 +1,4 @@
-"""The workloads W1 to W8 as data. W1 to W6 are built into the package (fastmaml/benchmark/cases.py); W7 and W8 are here."""
+"""The workloads W7 and W8 as data. W1 to W6 are in the package (fastmaml/benchmark/cases.py)."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class PolicyCase:
     action: int = 6
     hidden: tuple[int, ...] = (64, 64)
     inner_lr: float = 0.1
-    products: int = 10  # of the Fisher matrix, as conjugate gradients ask for
-    candidates: int = 5  # steps that the line search looks at
+    products: int = 10  # of the Fisher matrix, for conjugate gradients
+    candidates: int = 5  # steps that the line search tries
 
     def __str__(self) -> str:
         return self.name
 
     @property
     def samples(self) -> int:
-        """Of a task, in each of the two phases of sampling."""
+        """Samples per task in each of the two sampling phases."""
         return self.rollouts * self.horizon
 
 

@@ -1,4 +1,4 @@
-"""Plain conjugate gradients from zero, without a stopping rule: what the implementations of W7 and W8 share."""
+"""Plain conjugate gradients from zero, without a stopping rule. Shared by the implementations of W7 and W8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def conjugate_gradients(system: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
-    """[P] near the solution of system(x) = b, b [P]."""
+    """An approximate solution x [P] of system(x) = b, b [P]."""
     solution, residual, direction = torch.zeros_like(b), b, b
     size = residual @ residual
     for _ in range(steps):

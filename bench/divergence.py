@@ -1,10 +1,10 @@
 """Does the compiled engine train like autodiff? Exact MAML on real images, Conv4, 5-way 1-shot, Adam, step by step.
 
-float64: the first training losses of `cpu` and `autodiff` must agree to 1e-8 (relative), or the exit code is 1.
-float32, at the start: over ten task batches the median error of loss and meta-gradient against the exact ones (unrolled
-double backward in float64) must be at most twice plain torch's plus 8 eps (DESIGN section 5), or the exit code is 1.
-float32, in training: rounding differs, and training amplifies it. The distance of `cpu`'s losses from `autodiff`'s is shown
-beside the distance that `autodiff` has from itself when its initial weights are moved by 1e-7 of their size.
+float64: the first training losses of `cpu` and `autodiff` must agree to 1e-8 (relative). Otherwise the exit code is 1.
+float32, at the start: takes the median error of loss and meta-gradient over ten task batches, against unrolled double
+backward in float64. It must be at most twice plain torch's plus 8 eps (DESIGN section 5). Otherwise the exit code is 1.
+float32, in training: training amplifies different rounding. Shows the distance of `cpu`'s losses from `autodiff`'s. For
+comparison, shows `autodiff`'s distance from itself after moving its initial weights by 1e-7 of their size.
 
 Writes comparison.json and divergence.png into --run, where `fastmaml report` shows them. Quick: --dataset glyphs
 --filters 8 --meta-batch 4 --steps 20 --steps64 5.
@@ -70,18 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", choices=("omniglot", "glyphs"), default="omniglot")
     parser.add_argument("--root", help="folder of the data set's files (default $FASTMAML_DATA)")
-    parser.add_argument("--filters", type=int, default=64, help="of Conv4 (default 64)")
-    parser.add_argument("--meta-batch", type=int, default=8, help="tasks of an outer step (default 8)")
-    parser.add_argument("--query-shots", type=int, default=1, help="query images of a class (default 1)")
+    parser.add_argument("--filters", type=int, default=64, help="filters of Conv4 (default 64)")
+    parser.add_argument("--meta-batch", type=int, default=8, help="tasks per outer step (default 8)")
+    parser.add_argument("--query-shots", type=int, default=1, help="query images per class (default 1)")
     parser.add_argument("--inner-lr", type=float, default=0.5)
     parser.add_argument("--inner-steps", type=int, default=1)
     parser.add_argument("--outer-lr", type=float, default=1e-3)
     parser.add_argument("--steps64", type=int, default=20, help="outer steps in float64 (default 20)")
     parser.add_argument("--steps", type=int, default=60, help="outer steps in float32 (default 60)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the tasks")
-    parser.add_argument("--run", metavar="RUN", help="run folder that gets the pictures (default bench/results)")
-    parser.add_argument("--out", metavar="FILE", help="also write everything that was found as JSON")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the tasks (default 0)")
+    parser.add_argument("--run", metavar="RUN", help="run folder for the pictures (default bench/results)")
+    parser.add_argument("--out", metavar="FILE", help="also write all results as JSON")
     return parser
 
 
@@ -97,7 +97,7 @@ def _model(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> nn.M
 
 
 def train(model: nn.Module, tasks: TaskSource, args: argparse.Namespace, backend: str, steps: int) -> list[float]:
-    """The query losses of the first outer steps, in the model's own float type; the model is trained in place."""
+    """The query losses of the first outer steps, in the model's float type. Trains the model in place."""
     maml = fm.MAML(model, args.inner_lr, args.inner_steps, backend=backend)
     optimizer = torch.optim.Adam(maml.parameters(), lr=args.outer_lr, foreach=False)
     dtype = next(model.parameters()).dtype
@@ -134,7 +134,7 @@ def compare_float64(start: nn.Module, tasks: TaskSource, args: argparse.Namespac
 def compare_float32_start(
     start: nn.Module, tasks: TaskSource, args: argparse.Namespace
 ) -> tuple[bool, list[dict[str, float | str]]]:
-    """Whether cpu meets the float32 rule over ten task batches, with the median errors of loss and meta-gradient."""
+    """Whether cpu meets the float32 rule over ten task batches. Prints the median errors of loss and meta-gradient."""
     errors: dict[tuple[str, str], list[float]] = {}
     engines = {backend: fm.Engine(start, backend=backend) for backend in ("cpu", "autodiff")}
     theta = engines["cpu"].flatten()
@@ -180,7 +180,7 @@ def _error(result: Tensor, answer: Tensor) -> float:
 
 
 def compare_float32_training(start: nn.Module, tasks: TaskSource, args: argparse.Namespace) -> Block:
-    """The three curves; prints how far the second and third are from the first."""
+    """The three curves. Prints the distances of the second and third from the first."""
     nudged = copy.deepcopy(start)
     random = torch.Generator().manual_seed(args.seed)
     with torch.no_grad():
@@ -221,7 +221,7 @@ def _block(title: str, losses: dict[str, list[float]], note: str) -> Block:
 
 
 def write_blocks(path: Path, blocks: list[Block]) -> None:
-    """Writes the blocks over those of the same title; others that a run folder already has stay."""
+    """Writes the blocks. Replaces blocks of the same title, keeps all others of the run folder."""
     kept: list[Block] = []
     if path.is_file():
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -231,7 +231,7 @@ def write_blocks(path: Path, blocks: list[Block]) -> None:
 
 
 def picture(path: Path, single: Block, double: Block) -> None:
-    """A PNG: the float32 losses over each other, and every distance from autodiff on one log scale."""
+    """A PNG: the float32 losses in one plot, and every distance from autodiff on a log scale."""
     looks = {"cpu": ("learner", "-"), "autodiff": ("plain", "-")}
     with plots.drawing(LIGHT) as Figure:
         figure = Figure(figsize=(10.4, 3.6), layout="constrained", facecolor=LIGHT["paper"])

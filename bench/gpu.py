@@ -1,6 +1,6 @@
-"""Everything to do on the day a GPU is there: all tests on it, compute-sanitizer, and timings beside the peers (`make gpu`).
+"""All checks on a GPU: the tests, compute-sanitizer, and timings against the peers (`make gpu`).
 
-Results go to one file, part by part, so that a run that is interrupted goes on where it stopped; --again forgets them.
+Results go to one file, part by part, so an interrupted run can continue. --again forgets them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fastmaml.compiled import loading
 from fastmaml.engine import backend as choosing
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Each op once, whole meta-gradients in both walks and all inner optimizers: sanitizers slow a kernel down a hundred times.
+# Each op once, and whole meta-gradients in both walks with all inner optimizers. Sanitizers are a hundred times slower.
 SANITIZED = ("tests/numerics/test_ops.py", "tests/numerics/test_meta_gradient.py", "tests/numerics/test_inner_loops.py")
 PEERS = [name for name in meta_gradient.PEERS if name != learn2learn_maml.NAME]
 HVP_PEERS = {**hvp.PEERS, **jax_hvp.PEERS}
@@ -46,7 +46,7 @@ CASES_TIMED = tuple(
 
 @dataclass(frozen=True)
 class Target:
-    """What is tested and timed. `emulated` stands in for a device, to test this file where there is none."""
+    """The backend to test and time. `emulated` replaces a device, to test this file without a GPU."""
 
     backend: str = "cuda"
     device: str = "cuda"
@@ -66,14 +66,12 @@ class Target:
 
 
 def main(argv: Sequence[str] | None = None, target: Target | None = None) -> int:
-    """0 when all parts ran and were good, 1 when one was not, 3 when there is no GPU."""
+    """Returns 0 if all parts passed, 1 if one failed, 3 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="default: all of them")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each timing (default 15)")
     parser.add_argument("--out", metavar="FILE", help="JSON (default: bench/results/gpu-DEVICE.json)")
-    parser.add_argument(
-        "--again", action="store_true", help="forget the parts that an earlier run of this commit has done"
-    )
+    parser.add_argument("--again", action="store_true", help="forget finished parts of an earlier run of this commit")
     args = parser.parse_args(argv)
     if target is None:
         target = Target()
@@ -100,7 +98,7 @@ def main(argv: Sequence[str] | None = None, target: Target | None = None) -> int
 
 
 def why_no_gpu() -> str:
-    """ "" where the CUDA backend runs here, or the sentence that says why not. Builds its library where that is missing."""
+    """ "" if the CUDA backend runs here, else a sentence that says why not. Builds its library if missing."""
     reason = loading.load_cuda()
     if not reason and not torch.cuda.is_available():
         reason = f"torch {torch.__version__} sees no CUDA device; install a build of torch for CUDA"
@@ -108,7 +106,7 @@ def why_no_gpu() -> str:
 
 
 def earlier(out: Path) -> dict[str, Any]:
-    """What an earlier run of the same commit left; nothing where the commit is another or the tree has changes."""
+    """The results of an earlier run of the same commit. Empty for another commit or a changed tree."""
     if not out.is_file():
         return {}
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
@@ -116,7 +114,7 @@ def earlier(out: Path) -> dict[str, Any]:
 
 
 def device_facts(target: Target) -> dict[str, Any]:
-    """Name, capability, driver and clocks."""
+    """The device's name, capability, driver and clocks."""
     if target.device != "cuda":
         return {"device": f"none, {target.backend} in its place"}
     properties = torch.cuda.get_device_properties(0)
@@ -160,7 +158,7 @@ def run_sanitizers(target: Target, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for tool in SANITIZERS:
         command = [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", sys.executable]
-        # Without torch's own cache every tensor is an allocation of its own, whose ends memcheck knows.
+        # Without torch's cache every tensor is a separate allocation, so memcheck knows its bounds.
         found[tool] = _pytest(command, target.sanitized, target.selected, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         print(f"   {tool}: {found[tool]['summary']}", flush=True)
     return {"good": all(tool["good"] for tool in found.values()), "tools": found}
@@ -180,7 +178,7 @@ def _pytest(
 
 
 def time_meta_gradients(target: Target, rounds: int) -> dict[str, Any]:
-    """The cases of bench.meta_gradient, each implementation held to the exact result first."""
+    """The cases of bench.meta_gradient. Each implementation is first compared with the exact result."""
     versions, missing = meta_gradient.peer_versions(target.peers)
     how = meta.How(rounds, target.backend, device=target.device, clock=target.clock)
     measured = []

@@ -1,4 +1,4 @@
-"""W5: Hessian-vector products a second of an MLP or Conv4, every task with its own weights, beside the peers."""
+"""W5: Hessian-vector products of an MLP or Conv4, every task with its own weights, against the peers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMPILED = "func_jvp+compile"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, print, write; 2 for a file of another run."""
+    """Parse, measure, print, write. Returns 2 for a file of another run."""
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     settings = {"rounds": args.rounds, "seed": args.seed, "backend": args.backend, "budget": args.budget}
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def why_not(case: HvpCase, peer: str) -> str:
-    """Why a peer is not measured on a case unless --peers names it; "" where it is."""
+    """Why a peer is not measured on a case by default; "" if it is."""
     if peer == COMPILED and not case.compiled:
         return f"half a minute to compile; --peers {COMPILED} measures it"
     if peer in jax_hvp.PEERS and not case.common:
@@ -62,12 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=15, help="samples of each implementation (default 15)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of {', '.join(PEERS)}")
-    parser.add_argument(
-        "--budget", type=float, default=60.0, metavar="S", help="of the samples of one case (default 60)"
-    )
+    parser.add_argument("--budget", type=float, default=60.0, metavar="S", help="seconds to time one case (default 60)")
     parser.add_argument("--backend", default="cpu", help="fastmaml's backend (default cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, examples and directions")
-    parser.add_argument("--again", action="store_true", help="forget what an earlier run has measured")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, examples and directions (default 0)")
+    parser.add_argument("--again", action="store_true", help="forget the results of an earlier run")
     parser.add_argument("--out", default=str(RESULTS / "hvp.json"), help='JSON file; "" writes none')
     return parser
 

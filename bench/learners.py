@@ -1,6 +1,6 @@
-"""W7: one step of FOMAML, Reptile, MAML++ and iMAML on W3's tasks, beside the same written as a loop in plain torch.
+"""W7: one step of FOMAML, Reptile, MAML++ and iMAML on W3's tasks, against a loop in plain torch.
 
-The loop in float64 is the exact answer, and both are held to it before they are timed.
+The loop in float64 is the exact answer. Both are compared with it before timing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastmaml.benchmark.text import number, share, table
 from fastmaml.benchmark.timing import interleaved, sgemm
 
 Step = Callable[[], Tensor]  # the gradient of the network's parameters [P]
-SOLVED = 1e-6  # conjugate gradients amplify rounding by the condition of the system
+SOLVED = 1e-6  # conjugate gradients amplify rounding by the system's condition number
 LOOP = "torch_loop"
 
 
@@ -54,7 +54,7 @@ def learner_step(case: LearnerCase, of: Problem, backend: str = "cpu") -> Step:
 
 
 def loop_step(case: LearnerCase, of: Problem) -> Step:
-    """The same in plain torch, a task at a time."""
+    """The learner's step in plain torch, one task at a time."""
     apply, loss, rate = network(of.model, written_norms=False), mean_loss(of.case.loss), case.on.inner_lr
     theta = flat(of.model)
 
@@ -95,7 +95,7 @@ def loop_step(case: LearnerCase, of: Problem) -> Step:
 
 
 def measure(case: LearnerCase, rounds: int, seed: int, budget: float) -> dict[str, Any]:
-    """Check, time, and the entry for the result file."""
+    """Checks and times one case. Returns the entry for the result file."""
     single = problem(case.on, seed)
     double = single.double()
     answer = loop_step(case, double)().detach()
@@ -131,7 +131,7 @@ def measure(case: LearnerCase, rounds: int, seed: int, budget: float) -> dict[st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, print, write. 1 if fastmaml disagrees somewhere, 2 for a file of another run."""
+    """Parse, measure, print, write. Returns 1 if fastmaml disagrees somewhere, 2 for a file of another run."""
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     settings = {"rounds": args.rounds, "seed": args.seed, "budget": args.budget}
@@ -162,11 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(LEARNERS)}")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each implementation (default 15)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
-    parser.add_argument(
-        "--budget", type=float, default=90.0, metavar="S", help="of the samples of one case (default 90)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and tasks")
-    parser.add_argument("--again", action="store_true", help="forget what an earlier run has measured")
+    parser.add_argument("--budget", type=float, default=90.0, metavar="S", help="seconds to time one case (default 90)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and tasks (default 0)")
+    parser.add_argument("--again", action="store_true", help="forget the results of an earlier run")
     parser.add_argument("--out", default=str(RESULTS / "learners.json"), help='JSON file; "" writes none')
     return parser
 

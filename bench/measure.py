@@ -1,4 +1,4 @@
-"""Where results lie, what commit and sources a number belongs to, and result files that an interrupted run goes on with."""
+"""The folder of results, the commit and sources of a number, and result files that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def facts() -> dict[str, Any]:
-    """Machine, threads, versions, commit, instruction set and load: what is needed to measure the same again."""
+    """Machine, threads, versions, commit, instruction set and load: the facts needed to repeat a measurement."""
     return {**results.facts(), "commit": commit()}
 
 
@@ -28,7 +28,7 @@ def commit() -> str:
 
 
 def sources(own: str | None = None) -> str:
-    """A digest of what decides a time, committed or not: csrc/, fastmaml/, the peers, the cases, and the benchmark's `own` file."""
+    """A digest of the files that decide a time: csrc/, fastmaml/, the peers, the cases, and the benchmark's `own` file."""
     found = [p for pattern in ("*.[ch]*", "*.cu*") for p in (ROOT / "csrc").rglob(pattern)]
     found += [p for p in (ROOT / "fastmaml").rglob("*.py") if not {"cli", "report"} & set(p.relative_to(ROOT).parts)]
     found += [*(ROOT / "bench" / "peers").glob("*.py"), ROOT / "bench" / "cases.py", *([Path(own)] if own else [])]
@@ -39,9 +39,9 @@ def sources(own: str | None = None) -> str:
 
 
 def open_results(path: str, what: str, settings: Mapping[str, Any], again: bool, own: str | None = None) -> Results:
-    """The result file of a benchmark with these settings; an earlier one of another machine or other settings is refused.
+    """The result file of a benchmark with these settings. Refuses a file of another machine or other settings.
 
-    own: the file of a benchmark that holds implementations itself.
+    own: the benchmark's file, if it holds implementations itself.
     """
     described = facts()
     kept = ("machine", "processor", "threads", "instruction_set", "versions")
@@ -50,13 +50,13 @@ def open_results(path: str, what: str, settings: Mapping[str, Any], again: bool,
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """Writes a result file and says so."""
+    """Writes a result file and prints its path."""
     results.write(path, value)
     print(f"wrote {path}")
 
 
 def known(chosen: Sequence[str], names: Mapping[str, object]) -> list[str]:
-    """The chosen names, or all of them; ends the program with one sentence where one is not known."""
+    """The chosen names, or all names. An unknown name ends the program with one sentence."""
     for name in chosen:
         if name not in names:
             print(f"there is no {name!r}; there are {', '.join(names)}", file=sys.stderr)

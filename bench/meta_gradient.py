@@ -1,4 +1,4 @@
-"""Times one meta-gradient of every implementation on every case (W1 to W4), after each one's result has agreed with the exact one."""
+"""Times one meta-gradient of every implementation on every case (W1 to W4), after checking it against the exact result."""
 
 from __future__ import annotations
 
@@ -38,37 +38,37 @@ PEERS: dict[str, Implementation] = {
 }
 
 HELP = """
-what it does
-  Every implementation gets the same weights and the same tasks. First its result is held to the exact one, an unrolled
-  float64 loop (fastmaml/checking/oracle.py): run in float64 it must agree to 1e-8, in float32 to 1e-2 or ten times plain
-  torch's own error. One that disagrees, cannot be had or cannot run a case is named with the reason and not timed. Then
-  all are timed in turn in this process, round by round, so that a busy machine hits all alike. A sample during which
-  other processes had more than a tenth of the machine is taken again, at most once a round on average.
-  Each case is written as it is done; the same command goes on with the next one.
+method
+  Every implementation gets the same weights and tasks. First its result is compared with an unrolled float64 loop
+  (fastmaml/checking/oracle.py). In float64 it must agree to 1e-8. In float32 it must agree to 1e-2, or to ten times plain
+  torch's own error. An implementation that disagrees, is not available or cannot run a case is listed with the reason
+  and not timed. The others are timed in turn in this process, round by round, so a busy machine hits all. A sample is
+  repeated if other processes used more than a tenth of the machine, at most once per round on average.
+  Each case is written when it is done. Repeat the command to continue with the next one.
 
-what the columns mean
-  ms        median over the rounds of one meta-gradient (all tasks), +- half the distance between the quartiles
+columns
+  ms        median time of one meta-gradient (all tasks), +- half the distance between the quartiles
   tasks/s   tasks of one meta-gradient over the median
-  GFLOP/s   arithmetic of the matrix products (gradient 3F - F1, exact inner step 9F - 5F1; recomputation does not count)
-            over the median; beside it its share of a 1,024 cubed sgemm that takes its turn in the same rounds
-  MiB       peak memory above what the process held before, each implementation in a process of its own
+  GFLOP/s   arithmetic of the matrix products over the median (gradient 3F - F1, exact inner step 9F - 5F1, without
+            recomputation); next to it the share of a 1,024 cubed sgemm, timed in the same rounds
+  MiB       rise of the peak memory during the call, each implementation in its own process
   error     of loss and meta-gradient against the exact ones, in float64 and in float32
-  others    share of the machine that other processes had during the samples (median)
+  others    share of the machine that other processes used during the samples (median)
   ratio     how many times faster fastmaml is: the row's median over fastmaml's
 
 peers
-  torch_loop, torch_func and fo_rev_torch are plain torch; learn2learn, higher and torchopt are fetched by pip into the
-  cache folder ($FASTMAML_CACHE/peers) where they are not installed; jax is measured where it is installed.
-  Without --peers all are measured, but torch_func+compile (a minute or two of compilation) on W1 and W2 only, and the
-  JAX ones (minutes of compilation and calls of 10 to 30 s on convolutions) on three of the Conv4 cases.
+  torch_loop, torch_func and fo_rev_torch are plain torch. If learn2learn, higher and torchopt are not installed, pip
+  downloads them into the cache folder ($FASTMAML_CACHE/peers). jax is measured if it is installed.
+  By default all peers are measured, with two exceptions. torch_func+compile (a minute or two of compilation) runs on W1
+  and W2 only. JAX (minutes of compilation, and calls of 10 to 30 s on convolutions) runs on three Conv4 cases.
 
 other benchmarks: python -m bench.hvp, bench.arena, bench.learners, bench.policy, bench.scaling, bench.startup,
-bench.sinusoid, bench.divergence, each with --help; python -m bench runs them; python -m bench.tables makes the tables
+bench.sinusoid, bench.divergence, each with --help. python -m bench runs them all; python -m bench.tables makes the tables.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, print, write. 1 if fastmaml itself could not be measured on some case, 2 for a file of another run."""
+    """Parse, measure, print, write. Returns 1 if fastmaml could not be measured on a case, 2 for a file of another run."""
     parser = _parser()
     args = parser.parse_args(argv)
     names = [name for given in args.cases or CASES for name in WORKLOADS.get(given, (given,))]
@@ -87,9 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     described = facts()
     print(", ".join(f"{key} {described[key]}" for key in ("machine", "threads", "instruction_set", "commit", "load")
                     if key in described))  # fmt: skip
-    print(
-        f"a case has {args.budget:.0f} s for its samples; what does not get {args.rounds} rounds in its share has fewer"
-    )
+    print(f"a case has {args.budget:.0f} s for its samples; slow implementations get fewer than {args.rounds} rounds")
     versions, missing = peer_versions(args.peers or PEERS)
     results.content["versions"] |= versions
     how = meta.How(args.rounds, args.backend, args.memory, budget_s=args.budget, peak=not args.no_peak)
@@ -108,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _keep_from_being_killed() -> None:
-    """A peer that asks for more memory than the machine has fails, and is named with that, and the other rows stay."""
+    """Makes a peer that needs too much memory fail with an error, so the other rows survive."""
     of_machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     most = 9 * of_machine // 10
@@ -126,7 +124,7 @@ def _measure(case: Case, args: argparse.Namespace, how: meta.How, missing: dict[
 
 
 def why_not(case: Case, peer: str, quick: bool = False) -> str:
-    """Why a peer is not measured on a case unless --peers names it; "" where it is."""
+    """Why a peer is not measured on a case by default; "" if it is."""
     if quick and peer in {m.NAME for m in _JAX} and case.workload not in ("W1", "W2"):
         return "left out by --quick: minutes of compilation and calls of 10 to 30 s"
     if peer == "torch_func+compile" and case.workload not in ("W1", "W2"):
@@ -144,25 +142,27 @@ def _parser() -> argparse.ArgumentParser:
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"W1 to W4, or of {', '.join(CASES)}; default: all")
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"W1 to W4, or some of {', '.join(CASES)} (default: all)"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="samples of each implementation (default 15)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), metavar="PEER", help=f"of {', '.join(PEERS)}")
     parser.add_argument(
-        "--budget", type=float, default=180.0, metavar="S", help="of the samples of one case (default 180)"
+        "--budget", type=float, default=180.0, metavar="S", help="seconds to time one case (default 180)"
     )
     parser.add_argument("--backend", default="cpu", help="fastmaml's backend (default cpu)")
     parser.add_argument("--memory", default="auto", choices=("auto", "low", "stash"), help="fastmaml's memory mode")
-    parser.add_argument("--quick", action="store_true", help="leave JAX out of all convolutions")
-    parser.add_argument("--no-peak", action="store_true", help="leave out peak memory, a process for each row")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and tasks")
-    parser.add_argument("--again", action="store_true", help="forget what an earlier run has measured")
+    parser.add_argument("--quick", action="store_true", help="skip JAX on all convolutions")
+    parser.add_argument("--no-peak", action="store_true", help="skip peak memory, which needs a process per row")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and tasks (default 0)")
+    parser.add_argument("--again", action="store_true", help="forget the results of an earlier run")
     parser.add_argument("--out", default=str(RESULTS / "meta.json"), help='JSON file; "" writes none')
     return parser
 
 
 def peer_versions(peers: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The versions of the peers that can be had, and why others cannot."""
+    """The versions of the available peers, and why others are missing."""
     versions, missing = {}, {}
     for name in peers:
         try:

@@ -1,4 +1,4 @@
-"""W6: peak memory and time of four tasks' meta-gradient against the number of inner steps, each a process of its own."""
+"""W6: peak memory and time of four tasks' meta-gradient for several numbers of inner steps, each in its own process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastmaml.benchmark.peak import Peak, Source
 from fastmaml.benchmark.peers import fastmaml_maml
 from fastmaml.benchmark.text import progress
 
-# A JAX call takes minutes here, and torch.compile would be measured with its compiler's memory.
+# A JAX call takes minutes here. With torch.compile the compiler's memory would count.
 DEFAULT_PEERS = [name for name in meta_gradient.PEERS if "jax" not in name and "compile" not in name]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, print, write; 2 for a file of another run."""
+    """Parse, measure, print, write. Returns 2 for a file of another run."""
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
@@ -67,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", nargs="*", default=DEFAULT_PEERS, choices=list(meta_gradient.PEERS), metavar="PEER",
                         help=f"default: {', '.join(DEFAULT_PEERS)}")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and tasks")
-    parser.add_argument("--again", action="store_true", help="forget what an earlier run has measured")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and tasks (default 0)")
+    parser.add_argument("--again", action="store_true", help="forget the results of an earlier run")
     parser.add_argument("--out", default=str(RESULTS / "peak_memory.json"), help='JSON file; "" writes none')
     return parser
 

@@ -1,10 +1,9 @@
-"""Compares `fastmaml plan` with what is measured: time and peak memory of W1 to W6, each within 30 % and 15 %.
+"""Compares `fastmaml plan` with measurements of W1 to W6: time within 30 %, peak memory within 15 %.
 
-Time: the fastest of interleaved rounds against the predicted meta-gradient (or Hessian product). A pass measures the machine
-anew and then every case; of both numbers the smallest of all passes counts, as clocks move.
-Memory: how far VmHWM rises in a process of its own, above what it held with the tasks and after a tiny run, against the
-predicted parts but for the batch and the outer optimizer, which does not run here. A rise below a few MiB is more the
-allocator's doing than the engine's: the limit is 15 % or 1 MiB.
+Time: the fastest of interleaved rounds against the predicted meta-gradient (or Hessian product). Each pass measures the
+machine again and then every case. Clocks change, so the smallest value of all passes counts, for both numbers.
+Memory: the rise of VmHWM in a new process, which first makes the tasks and a tiny run. The prediction leaves out the batch
+and the outer optimizer, which does not run here. Below a few MiB the allocator dominates, so the limit is 15 % or 1 MiB.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ HEAD = ["case", "memory", "ms", "predicted", "off by", "MiB", "predicted", "off 
 
 
 class Row(NamedTuple):
-    """One case, measured and predicted."""
+    """One case with its measurement and prediction."""
 
     case: str
     memory: str
     measured_s: float
     predicted_s: float
-    others: float | None  # share of the machine that other programs had
+    others: float | None  # share of the machine that other programs used
     measured_bytes: int | None
     predicted_bytes: int | None
     passes: int = 1
@@ -70,7 +69,7 @@ class Row(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, compare, print, write. 1 if a prediction is off by more than it may be."""
+    """Measure, compare, print, write. Returns 1 if a prediction exceeds its limit."""
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     known = [*CASES, *(f"{name}-k{steps}" for name in MEMORY for steps in MEMORY_STEPS), *HVP]
@@ -101,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def of_entries(entries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """The rows of a result file; older ones know nothing of passes."""
+    """The rows of a result file. Older files have no passes."""
     return [Row(**{field: entry[field] for field in Row._fields if field in entry}) for entry in entries.values()]
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """How many rows keep to the limits, and which do not."""
+    """A sentence: the number of rows within the limits, and the names of the others."""
     bad = [f"{row.case} {row.memory}".strip() for row in rows if not row.good]
     limits = f"{share(TIME_LIMIT)} of the time and {share(MEMORY_LIMIT)} or {MEMORY_FLOOR // 2**20} MiB of the memory"
     text = f"{len(rows) - len(bad)} of {len(rows)} rows within {limits}"
@@ -117,17 +116,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="of W1 to W6 (default: all)")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="cases of W1 to W6 (default: all)")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each case (default 7)")
-    parser.add_argument("--passes", type=int, default=3, help="over all cases (default 3)")
+    parser.add_argument("--passes", type=int, default=3, help="passes over all cases (default 3)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
-    parser.add_argument("--again", action="store_true", help="forget what an earlier run has measured")
+    parser.add_argument("--again", action="store_true", help="forget the results of an earlier run")
     parser.add_argument("--out", default=str(RESULTS / "plan.json"), help='JSON file; "" writes none')
     return parser
 
 
 def runs(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """key -> case and memory: what the engine chooses, for W6 both modes; Hessian products have no choice."""
+    """key -> (case, memory mode). W6 takes both modes, other cases the engine's choice; Hessian products have none."""
     found = {}
     for name in names:
         for mode in ("low", "stash") if name.rpartition("-k")[0] in MEMORY else ("",) if name in HVP else ("auto",):
@@ -136,7 +135,7 @@ def runs(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 class _Machines:
-    """The machine as one pass finds it, by its workers; what `fastmaml plan` keeps of it stays as it is."""
+    """One pass' measurements of the machine, by number of workers. Does not change the cache of `fastmaml plan`."""
 
     def __init__(self) -> None:
         self.known: dict[int, Machine] = {}
@@ -150,7 +149,7 @@ class _Machines:
 def measured(
     name: str, mode: str, rounds: int, threads: int, machine_of: Callable[[int], Machine], kept: Row | None
 ) -> Row:
-    """One row of one pass, or of earlier ones and it."""
+    """One row, from this pass and earlier ones."""
     row = _one_pass(name, mode, rounds, threads, machine_of, kept is None)
     if kept is None:
         return row
@@ -184,7 +183,7 @@ def _meta(
     threads: int,
     machine_of: Callable[[int], Machine],
 ) -> Row:
-    """source: where a process that measures its memory gets the case from; None: none does."""
+    """Measures a meta-gradient. source: the case for a process that measures memory; None: no memory."""
     given = problem(case)
     learner = fm.MAML(given.own().model, case.inner_lr, case.inner_steps, case.loss, backend="cpu", memory=mode)
     found = predict(learner, given.batch, threads, machine_of)
@@ -194,7 +193,7 @@ def _meta(
 
 
 def without_optimizer(found: Prediction) -> int:
-    """The predicted rise of a process that has the batch already and takes no outer step."""
+    """The predicted rise of a process that already holds the batch and takes no outer step."""
     return found.peak_bytes - found.parts[BATCH] - found.parts[OPTIMIZER_STATE]
 
 

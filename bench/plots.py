@@ -1,4 +1,4 @@
-"""Plots of result files, each a PNG beside its file: how far behind the peers are, and memory against inner steps."""
+"""Plots of result files, each a PNG next to its file: the peers' times against fastmaml's, and memory against inner steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastmaml.report import plots
 from fastmaml.report.style import LIGHT
 
 MIB = 2**20
-# Colours tell what kind of implementation it is, markers which one of the kind.
+# Colours show the kind of implementation, markers the implementation.
 FAMILIES = (("jax", "early"), ("torch_func", "plain"), ("fo_rev", "plain"), ("", "random"))
 MARKERS = "osD^vP*X<>"
 
@@ -24,7 +24,7 @@ def _look(name: str, names: list[str]) -> dict[str, Any]:
 
 
 def meta(content: Content, path: Path) -> None:
-    """A row for every case: each implementation's time as a multiple of fastmaml's, log scale."""
+    """A row per case: each implementation's time as a multiple of fastmaml's, on a log scale."""
     entries = {n: e for n, e in content["entries"].items() if any(r["name"] == OURS for r in e["rows"])}
     names = list(dict.fromkeys(row["name"] for entry in entries.values() for row in entry["rows"]))
     with plots.drawing(LIGHT, **{"axes.grid.axis": "x"}) as Figure:

@@ -1,10 +1,10 @@
-"""W8: what MAML-TRPO asks of an engine on one recorded batch: meta-policy-gradient, 10 Fisher products, line search.
+"""W8: the computations of MAML-TRPO on one recorded batch: meta-policy-gradient, 10 Fisher products, line search.
 
-The policy is a Gaussian of fixed unit deviation whose mean is a tanh MLP; every task has its own adapted weights. With
-unit deviation the policy gradient's surrogate, -A log pi, is squared error weighted by 3 A / N (6 action dimensions),
-so fastmaml's built-in loss is exact for it; the engine needs nothing else of reinforcement learning. A Fisher product is
-(I - aH) G (I - aH) v: H the Hessian of the support surrogate, G that of the divergence from the adapted policy.
-Batch: recorded sizes, random numbers. The loop in float64 is the exact answer; all are held to it first.
+The policy is a Gaussian of unit deviation whose mean is a tanh MLP. Every task has its own adapted weights. The policy
+gradient's surrogate is -A log pi. For unit deviation it equals squared error weighted by 3 A / N (6 action dimensions), so
+fastmaml's built-in loss is exact. The engine needs nothing else of reinforcement learning. A Fisher product is
+(I - aH) G (I - aH) v. H is the Hessian of the support surrogate, G the Hessian of the divergence from the adapted policy.
+Batch: recorded sizes, random numbers. The loop in float64 is the exact answer; all implementations are checked first.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_policy(case: PolicyCase) -> nn.Module:
 
 
 def recorded(case: PolicyCase, seed: int = 0) -> Batch:
-    """The seed decides all numbers. Actions are the policy's own with unit noise, advantages are normalised."""
+    """The batch of a case. The seed decides all numbers. Actions are the policy's with unit noise; advantages are normalised."""
     random = torch.Generator().manual_seed(seed)
     model = random_model(lambda: make_policy(case), seed)
 
@@ -71,7 +71,7 @@ def recorded(case: PolicyCase, seed: int = 0) -> Batch:
 
 
 def gflop(case: PolicyCase) -> dict[str, float]:
-    """Of the matrix products of each part, all tasks."""
+    """GFLOP of the matrix products of each part, for all tasks."""
     forward, first = forward_flops(make_policy(case), torch.zeros(1, case.observation))
     gradient, product = 3 * forward - first, 9 * forward - 5 * first
     samples = case.tasks * case.samples / 1e9
@@ -95,7 +95,7 @@ class Parts(ABC):
 
     @abstractmethod
     def fisher(self) -> Callable[[Tensor], Tensor]:
-        """Prepares what all products of one outer step share."""
+        """Prepares the shared work of all products of one outer step. Returns v -> product."""
         ...
 
     @abstractmethod
@@ -104,12 +104,12 @@ class Parts(ABC):
         ...
 
     def solved(self) -> Tensor:
-        """[P] after so many steps of conjugate gradients on the damped Fisher matrix."""
+        """[P]: the solution after `products` steps of conjugate gradients on the damped Fisher matrix."""
         product = self.fisher()
         return conjugate_gradients(lambda v: product(v) + DAMPING * v, self.direction, self.case.products)
 
     def searched(self) -> Tensor:
-        """[candidates, 2]: every step of the line search is looked at, as if none but the last were accepted."""
+        """[candidates, 2]: tries every step of the line search, as if only the last were accepted."""
         steps = [0.01 * SHRINK**j * self.direction for j in range(self.case.candidates)]
         return torch.stack([self.judged(self.theta - step) for step in steps])
 
@@ -157,13 +157,13 @@ class Fastmaml(Parts):
 
 
 def judgement(means: Tensor, before: Tensor, actions: Tensor, advantages: Tensor) -> Tensor:
-    """(surrogate with likelihood ratios, KL divergence), means over samples and tasks."""
+    """(surrogate with likelihood ratios, KL divergence), averaged over samples and tasks."""
     apart = 0.5 * ((actions - before).square() - (actions - means).square()).sum(-1)
     return torch.stack([-(apart.exp() * advantages).mean(), 0.5 * (means - before).square().sum(-1).mean()])
 
 
 class Batched(Parts):
-    """Every task's weights side by side, layers as batched products, derivatives by autograd through the inner step.
+    """All tasks at once: layers as batched products, derivatives by autograd through the inner step.
 
     The graph of the divergence's gradient is built once for all products of an outer step.
     """
@@ -215,7 +215,7 @@ class Batched(Parts):
 
 
 class Loop(Parts):
-    """A task at a time, as the published implementations do."""
+    """One task at a time, like the published implementations."""
 
     def __init__(self, batch: Batch):
         super().__init__(batch)
@@ -246,7 +246,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Batch], Parts]] = {OURS: Fastmaml, BATCHED:
 
 
 def measure(case: PolicyCase, rounds: int, seed: int, budget: float) -> dict[str, Any]:
-    """Check, time every part, and the entry for the result file."""
+    """Checks and times every part. Returns the entry for the result file."""
     batch = recorded(case, seed)
     double = batch.double()
 
@@ -313,7 +313,7 @@ def show(entry: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, print, write. 1 if fastmaml disagrees somewhere, 2 for a file of another run."""
+    """Parse, measure, print, write. Returns 1 if fastmaml disagrees somewhere, 2 for a file of another run."""
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     settings = {"rounds": args.rounds, "seed": args.seed, "budget": args.budget}
@@ -344,10 +344,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7, help="samples of each part (default 7)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
     parser.add_argument(
-        "--budget", type=float, default=300.0, metavar="S", help="of the samples of one case (default 300)"
+        "--budget", type=float, default=300.0, metavar="S", help="seconds to time one case (default 300)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batch")
-    parser.add_argument("--again", action="store_true", help="forget what an earlier run has measured")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batch (default 0)")
+    parser.add_argument("--again", action="store_true", help="forget the results of an earlier run")
     parser.add_argument("--out", default=str(RESULTS / "policy.json"), help='JSON file; "" writes none')
     return parser
 

@@ -1,14 +1,16 @@
-"""Cost beyond this machine, on paper: tasks x ranks x network sizes, from the measured time of a task and the bytes that ranks exchange.
+"""The cost of many machines, on paper: from the measured time of a batch and the bytes that ranks exchange.
 
 One outer step of R ranks, each with the tasks of a measured case, takes
 
     C  +  2 (R - 1) / R  P b / B  +  2 ceil(log2 R) L
 
-C: the measured seconds of the case's batch on one machine of bench/results/meta.json (two threads); P parameters of b = 4 bytes; every
-rank sends and receives 2 (R - 1) / R of the gradient, by halving and doubling; L: time of a message. Nothing overlaps: the gradient is
-ready when the sweep ends. Assumed of the network: B and L below. A batch is what a rank is given: fewer tasks would not take less time in
-proportion, because a task is not divided among threads and small networks' tasks share lanes. Halving and doubling adds blocks of tasks in
-the order of the tree over the global task index (csrc/README.md) where the ranks and their tasks are powers of two.
+C: measured seconds of the case's batch on one machine, from bench/results/meta.json (two threads).
+P: number of parameters, of b = 4 bytes. Every rank sends and receives 2 (R - 1) / R of the gradient, by halving and doubling.
+B, L: assumed bandwidth and latency of the network, below.
+
+Nothing overlaps, because the gradient is ready only when the sweep ends. Every rank keeps a whole batch: fewer tasks would
+not be faster in proportion, because tasks are not split among threads and small networks' tasks share lanes. If the numbers
+of ranks and tasks are powers of two, halving and doubling adds tasks in the order of csrc/README.md's global tree.
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ RANKS = (1, 8, 64, 1024)
 MODELLED = ("sinusoid-k5", "mlp-k5", "omniglot-t8-k5", "mini-s5-t2-k1")
 NETWORKS = {"10 Gbit/s Ethernet": (1.25e9, 30e-6), "200 Gbit/s InfiniBand": (25e9, 2e-6)}  # bytes and seconds
 
-# An adapter of a language model: Llama 3's sizes of 8 billion parameters, rank 16 on all seven matrices of a layer.
+# A LoRA adapter of a language model with the sizes of Llama 3 8B: rank 16 on all seven matrices of a layer.
 LAYERS, WIDTH, KEYS, HIDDEN, RANK = 32, 4096, 1024, 14336, 16
 ADAPTER = LAYERS * RANK * (2 * (WIDTH + WIDTH) + 2 * (WIDTH + KEYS) + 3 * (WIDTH + HIDDEN))
 FROZEN = 8.0e9
-TOKENS, STEPS = 10 * 512, 5  # of a support set, and of a query set; inner steps
-RATE = 400e12  # operations a second that a large GPU does in bfloat16
+TOKENS, STEPS = 10 * 512, 5  # tokens of a support set and of a query set; inner steps
+RATE = 400e12  # operations per second of a large GPU in bfloat16
 
 
 def exchange_s(ranks: int, parameters: float, network: str) -> float:
-    """Seconds in which all ranks have the sum of their gradients."""
+    """Seconds until all ranks have the sum of their gradients."""
     bandwidth, latency = NETWORKS[network]
     return 2 * (ranks - 1) / ranks * 4 * parameters / bandwidth + 2 * math.ceil(math.log2(ranks)) * latency
 
@@ -44,7 +46,7 @@ def parameters_of(name: str) -> int:
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """Tasks a second of R ranks, and the share of R times one rank's, for the measured cases."""
+    """Tasks per second of R ranks, and their share of R times one rank's, for the measured cases."""
     lines = []
     for name in (name for name in MODELLED if name in content["entries"]):
         entry = content["entries"][name]
@@ -63,8 +65,8 @@ def table(content: Mapping[str, Any]) -> str:
 
 
 def adapter() -> str:
-    """The adapter case in words."""
-    # A frozen matrix has no weight gradient and no tangent: forward F, back F, and once more each for the tangents.
+    """The adapter case as text."""
+    # A frozen matrix has no weight gradient and no tangent: forward F, backward F, and both again for the tangents.
     forward = 2 * FROZEN * TOKENS
     task = STEPS * (2 + 4) * forward + 2 * forward
     seconds = task / RATE

@@ -1,7 +1,7 @@
-"""Scaling of fastmaml's meta-gradient: time against tasks, inner steps, examples, width and threads, each a log-log slope.
+"""Scaling of fastmaml's meta-gradient: time against tasks, inner steps, examples, width and threads, as log-log slopes.
 
-Everything but width should cost in proportion (slope 1) once the fixed cost of a call is small; width goes to slope 2. The
-slope is fitted over the points whose time is at least three times the smallest, and over all of them.
+For large sizes the slope should be 1, and 2 for width. The slope is fitted twice: over all points, and over the points
+that take at least three times as long as the fastest.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from fastmaml.benchmark.problem import Case, problem
 from fastmaml.benchmark.text import number, table
 from fastmaml.benchmark.timing import interleaved
 
-LIMIT_S = 4.0  # a point that would take longer by the one before it ends the curve
+LIMIT_S = 4.0  # a curve ends before a point that is expected to take longer
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One case with one of its sizes growing."""
+    """One case with one growing size."""
 
     name: str
     along: str  # "tasks" | "inner steps" | "examples" | "width" | "threads"
     values: tuple[int, ...]
     case_at: Callable[[int], Case]
-    wanted: float | None = 1.0  # the slope that the arithmetic asks for
+    wanted: float | None = 1.0  # the slope of the arithmetic
 
 
 def _powers(last: int, first: int = 1) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ CURVES = {
 
 
 def measure(curve: Curve, rounds: int, threads: int, limit_s: float = LIMIT_S) -> dict[str, Any]:
-    """The curve's points (size, seconds) and slopes; all points of a curve take turns."""
+    """The curve's points (size, seconds) and slopes. All points of a curve are timed in turn."""
     calls: dict[str, Callable[[], Any]] = {}
     for value in curve.values:
         given = problem(curve.case_at(value))
@@ -114,7 +114,7 @@ def _with_threads(threads: int, call: Callable[[], Any]) -> None:
 
 
 def slope(points: Sequence[tuple[int, float]]) -> float | None:
-    """Least squares of log seconds on log size; None of a single point."""
+    """The slope of log seconds over log size, by least squares. None for a single point."""
     if len(points) < 2:
         return None
     x, y = [math.log(n) for n, _ in points], [math.log(s) for _, s in points]
@@ -123,7 +123,7 @@ def slope(points: Sequence[tuple[int, float]]) -> float | None:
 
 
 def plot(entries: dict[str, dict[str, Any]], path: Path) -> None:
-    """A PNG: a panel for everything that grows, log-log, with a dotted line of the wanted slope."""
+    """A PNG: a log-log panel per growing size, with a dotted line of the expected slope."""
     from fastmaml.report import plots
     from fastmaml.report.style import LIGHT
 
@@ -149,7 +149,7 @@ def plot(entries: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, print, write, draw; 2 for a file of another run."""
+    """Parse, measure, print, write, draw. Returns 2 for a file of another run."""
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
@@ -189,11 +189,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("curves", nargs="*", metavar="CURVE", help=f"of {', '.join(map(repr, CURVES))}")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each point (default 7)")
-    parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="S", help=f"of one call (default {LIMIT_S:g})")
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
-    parser.add_argument("--again", action="store_true", help="forget what an earlier run has measured")
     parser.add_argument(
-        "--out", default=str(RESULTS / "scaling.json"), help='JSON file, the plot beside it; "" writes none'
+        "--limit", type=float, default=LIMIT_S, metavar="S", help=f"limit of one call in seconds (default {LIMIT_S:g})"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
+    parser.add_argument("--again", action="store_true", help="forget the results of an earlier run")
+    parser.add_argument(
+        "--out", default=str(RESULTS / "scaling.json"), help='JSON file; the plot goes next to it; "" writes none'
     )
     return parser
 

@@ -1,9 +1,9 @@
-"""Wall time of the sinusoid meta-training loop of the MAML paper, fastmaml beside learn2learn.
+"""Wall time of the MAML paper's sinusoid training loop, fastmaml against learn2learn.
 
 The whole loop counts: sampling, meta-gradient, Adam. 25 tasks, 10 support and 10 query points, one inner step of 0.01,
-Adam at 1e-3, network 1-40-40-1 (Finn et al. 2017, section 5.1). Both draw the same tasks and start from the same weights;
-first, in float64, their losses must agree to 1e-8 on every one of 20 iterations. Then blocks of iterations take turns.
-With --paper fastmaml alone runs all 70,000 iterations, by the wall clock.
+Adam at 1e-3, network 1-40-40-1 (Finn et al. 2017, section 5.1). Both draw the same tasks and start from the same weights.
+First, in float64, their losses must agree to 1e-8 in each of 20 iterations. Then they are timed in turn, in blocks.
+With --paper only fastmaml runs, for all 70,000 iterations, by the wall clock.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from fastmaml.benchmark.timing import summarise
 TASKS, SHOTS, INNER_LR, OUTER_LR = 25, 10, 0.01, 1e-3
 PAPER_ITERATIONS = 70_000
 AGREE_ITERATIONS, AGREE_LIMIT = 20, 1e-8
-PAPER_BLOCKS, SLOWDOWN = 70, 1.1  # a later block may take so much longer on a machine that is never quite quiet
+PAPER_BLOCKS, SLOWDOWN = 70, 1.1  # later blocks may be slower by this factor, because no machine is quite quiet
 
-Loop = Callable[[int], list[float]]  # runs so many iterations on from where it stands; their losses
+Loop = Callable[[int], list[float]]  # continues for so many iterations and returns their losses
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, time, print, write. 1 if the two loops disagree."""
+    """Parse, check, time, print, write. Returns 1 if the two loops disagree."""
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.paper:
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def paper_run(iterations: int, seed: int, out: str) -> int:
-    """All iterations of the paper: wall time, and whether later blocks are slower than earlier ones."""
+    """Runs all iterations of the paper. Reports the wall time, and whether later blocks are slower."""
     block = max(1, iterations // PAPER_BLOCKS)
     began = time.perf_counter()
     loop = fastmaml_loop(torch.float32, seed)
@@ -127,13 +127,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench.sinusoid", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--iterations", type=int, default=300, help="measured iterations of each loop (default 300)")
-    parser.add_argument("--blocks", type=int, default=10, help="turns that they are cut into (default 10)")
+    parser.add_argument("--blocks", type=int, default=10, help="blocks of each loop, timed in turn (default 10)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the start and the tasks")
-    parser.add_argument("--paper", action="store_true", help="run all 70,000 iterations, fastmaml alone")
-    parser.add_argument("--paper-iterations", type=int, default=PAPER_ITERATIONS, metavar="N", help="to try it out")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the tasks (default 0)")
+    parser.add_argument("--paper", action="store_true", help="run all 70,000 iterations with fastmaml alone")
+    parser.add_argument(
+        "--paper-iterations",
+        type=int,
+        default=PAPER_ITERATIONS,
+        metavar="N",
+        help="iterations of --paper (default 70,000)",
+    )
     paper = str(RESULTS / "sinusoid_paper.json")
-    parser.add_argument("--paper-out", default=paper, metavar="FILE", help='of --paper: JSON file; "" writes none')
+    parser.add_argument("--paper-out", default=paper, metavar="FILE", help='JSON file of --paper; "" writes none')
     parser.add_argument("--out", default=str(RESULTS / "sinusoid.json"), help='JSON file; "" writes none')
     return parser
 
@@ -150,7 +156,7 @@ def _adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def fastmaml_loop(dtype: torch.dtype, seed: int) -> Loop:
-    """The loop as fastmaml's users write it."""
+    """The training loop as fastmaml's users write it."""
     model, tasks = _start(dtype, seed)
     maml = fm.MAML(model, INNER_LR, loss="mse", backend="cpu")
     optimizer = _adam(model)
@@ -169,7 +175,7 @@ def fastmaml_loop(dtype: torch.dtype, seed: int) -> Loop:
 
 
 def learn2learn_loop(dtype: torch.dtype, seed: int) -> Loop:
-    """The loop of learn2learn's MAML examples."""
+    """The training loop of learn2learn's MAML examples."""
     model, tasks = _start(dtype, seed)
     maml = learn2learn_maml.wrapper()(model, lr=INNER_LR)
     optimizer, mse = _adam(model), nn.MSELoss()

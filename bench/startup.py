@@ -1,7 +1,7 @@
-"""What the first second costs: import of fastmaml beyond torch's own, and the first meta-gradient against later ones.
+"""The cost of the start: importing fastmaml on top of torch, and the first meta-gradient against later ones.
 
-Medians over several fresh processes. The compiled module is built beforehand, and Python's bytecode is there, as pip leaves
-it: an environment that forbids to write it (PYTHONDONTWRITEBYTECODE) would have every process compile the sources again.
+Medians over several fresh processes. The compiled module and Python's bytecode exist already, as after pip install.
+(With PYTHONDONTWRITEBYTECODE every process would compile the Python sources again.)
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def _measure(args: argparse.Namespace, bytecode: str) -> int:
     print(table(["first call", "ms", "later, ms", "more, ms", "of it collector, ms"],
                 [[r["case"], *(f"{r[key]:.4g}" for key in keys)] for r in rows]))  # fmt: skip
     print(
-        "the first call includes making the learner: tracing the module, planning, allocating; and what Python's garbage collector"
+        "The first call includes making the learner: tracing the module, planning, allocating. It may also include Python's"
     )
-    print("takes to look through all that importing torch has made, which falls due in this call or in another")
+    print("garbage collector, which looks through all objects of torch's import, in this call or in another one.")
     if args.out:
         what = (__doc__ or "").split("\n")[0]
         imports = {"import_torch_s": torch_s, "import_fastmaml_s": ours_s, "processes": args.processes}
@@ -86,7 +86,7 @@ def _measure(args: argparse.Namespace, bytecode: str) -> int:
 
 
 def _medians(program: str, arguments: list[str], processes: int, bytecode: str) -> list[float]:
-    """Of the numbers that a program prints as a list, over so many processes behind one that leaves its bytecode in the folder."""
+    """Medians of the numbers that a program prints, over `processes` runs. An extra first run writes the bytecode."""
     found = []
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = bytecode
@@ -102,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench.startup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", default=["sinusoid-k1", "mlp-k1", "omniglot-t8-k1"], choices=list(CASES),
-                        metavar="CASE", help="for the first call (default sinusoid-k1 mlp-k1 omniglot-t8-k1)")  # fmt: skip
-    parser.add_argument("--processes", type=int, default=7, help="fresh processes of each measurement (default 7)")
+                        metavar="CASE", help="cases of the first call (default sinusoid-k1 mlp-k1 omniglot-t8-k1)")  # fmt: skip
+    parser.add_argument("--processes", type=int, default=7, help="fresh processes per measurement (default 7)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
     parser.add_argument("--out", default=str(RESULTS / "startup.json"), help='JSON file; "" writes none')
     return parser

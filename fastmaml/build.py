@@ -3,7 +3,8 @@
 `python -m fastmaml.build` builds in place. `load()` imports the compiled module. If the module is missing, `load()` builds
 it once, into the user's cache. The module uses torch's stable ABI, so one build serves every torch from 2.10 on.
 The CUDA backend is a separate library without torch (`--cuda`, `load_cuda()`). Only this library needs nvcc.
-This file imports neither fastmaml nor torch, because setup.py runs it before they are installed.
+This file imports neither fastmaml nor torch, because setup.py runs it before they are installed. For the same reason it is one
+file: setup.py and the Makefile load it by its path, and stamp() hashes it alone.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MODULE = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 STAMP = "_C.stamp"  # next to the module: a hash of the sources it was built from
 CUDA_LIBRARY = "_cuda.so"
 
-BASE_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra")
+BASE_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Werror=switch")
 # The oldest torch the module runs with (torch's stable ABI). pybind11's headers come with torch.
 TORCH_ABI = "0x020a000000000000"
 

@@ -15,6 +15,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "gelu": nn.GELU,
     "silu": nn.SiLU,
+    "elu": nn.ELU,
 }
 INITS = ("torch", "xavier", "truncated_normal")
 NORMS = ("batch", "layer", "group", "none")

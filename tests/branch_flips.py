@@ -1,12 +1,11 @@
-# Finds masks and argmaxes that fall differently in float32 than in the float64 reference. A flip is a decision, not an
-# error of arithmetic: such draws are left out of the float32 rule, by name (ALGORITHMS section 7).
+# Finds masks and argmaxes that differ between float32 and the float64 reference. A flip is a decision, not an arithmetic
+# error, so such draws are left out of the float32 rule, by name (ALGORITHMS section 7).
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from cases import KINKED
 from torch import Tensor
-
-KINKED = ("relu", "leaky_relu", "max_pool2d")
 
 
 def _prefixes(text: str) -> list[tuple[str, dict[str, str], str]]:
@@ -17,7 +16,7 @@ def _prefixes(text: str) -> list[tuple[str, dict[str, str], str]]:
     found = []
     for i, line in enumerate(lines):
         kind, *words = line.split()
-        if is_layer[i] and kind in KINKED:
+        if is_layer[i] and kind in (*KINKED, "max_pool2d"):
             value = int(words[0])
             kept = lines[: first + value]  # layer line k makes value k + 1; the layer's own input is `value`
             settings = dict(word.split("=") for word in words[1:])
@@ -28,7 +27,7 @@ def _prefixes(text: str) -> list[tuple[str, dict[str, str], str]]:
 
 
 def branch_flips(text: str, params: Tensor, exact_params: Tensor, x: Tensor, buffers: Tensor) -> list[str]:
-    """Names of `cpu`'s float32 decisions at params that differ from `reference`'s at exact_params, on inputs x."""
+    """Names of `cpu`'s float32 decisions at params that differ from `reference`'s at exact_params, for inputs x."""
     flips = []
     shape = [int(word) for word in text.splitlines()[1].split()[1:]]
     for name, settings, prefix in _prefixes(text):

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+import pytest
 import torch
 import torch.nn.functional as F
 from oracle import normalise, written_batch_norm
 from torch import Tensor, nn
+
+_C = pytest.importorskip("fastmaml._C", reason="make build")
 
 Function = Callable[[list[Tensor], Tensor], Tensor]  # ([parameters], x [N, *input]) -> y [N, *output], of one task
 
@@ -221,21 +224,30 @@ def group_norm(shape, groups, affine=True, eps=1e-5, **how) -> OpCase:
     return OpCase(name, tuple(shape), (line,), function, plain, params=params, gains=(0,), **how)
 
 
-POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "leaky_relu": lambda x: F.leaky_relu(x, 0.1),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
+# The engine's pointwise functions: the word in a program's text, and the key of the number behind it or "".
+RECTIFIERS: dict[str, str] = _C.vocabulary()["rectifiers"]
+SMOOTH: dict[str, str] = _C.vocabulary()["smooth"]
+POINTWISE = {**RECTIFIERS, **SMOOTH}
+NUMBER = 0.1  # of those that take one
+KINKED = (*RECTIFIERS, "elu")  # whose first or second derivative jumps at 0
+
+
+def torch_pointwise(kind: str, x: Tensor, number: float = NUMBER) -> Tensor:
+    """torch's function of that name. Only one whose name torch does not know needs a line here."""
+    if kind == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    function = getattr(torch, kind, None) or getattr(F, kind)
+    return function(x, number) if POINTWISE[kind] else function(x)
+
+
+def pointwise_line(kind: str, value: int) -> str:
+    """The line of a program's text."""
+    return f"{kind} {value}" + (f" {POINTWISE[kind]}={NUMBER:g}" if POINTWISE[kind] else "")
 
 
 def pointwise(kind: str, shape, **how) -> OpCase:
-    line = f"{kind} 0" + (" slope=0.1" if kind == "leaky_relu" else "")
     name = kind + (f" scale {how['scale']:g}" if "scale" in how else "") + (" with zeros" if "grid" in how else "")
-    return OpCase(name, tuple(shape), (line,), lambda p, x: POINTWISE[kind](x), **how)
+    return OpCase(name, tuple(shape), (pointwise_line(kind, 0),), lambda p, x: torch_pointwise(kind, x), **how)
 
 
 def pool2d(kind: str, image, kernel, stride, padding=(0, 0), count_include_pad=True, **how) -> OpCase:
@@ -261,7 +273,7 @@ def norm_pool_act(
     stride = stride or kernel
 
     def act_and_pool(y: Tensor) -> Tensor:
-        y = POINTWISE[act](y)
+        y = torch_pointwise(act, y)
         return F.max_pool2d(y, kernel, stride, padding) if kernel else y
 
     def function(p: list[Tensor], x: Tensor) -> Tensor:
@@ -278,7 +290,7 @@ def norm_pool_act(
 
     mode = "frozen mean=0 var=1" if frozen else "batch"
     affines = "weight=0 bias=1" if affine else "weight=-1 bias=-1"
-    lines = [f"batch_norm 0 {affines} eps={eps:g} mode={mode}", f"{act} 1" + (" slope=0.1" if "leaky" in act else "")]
+    lines = [f"batch_norm 0 {affines} eps={eps:g} mode={mode}", pointwise_line(act, 1)]
     name = f"batch_norm {act}"
     if kernel:
         window = [f"{key}={h},{w}" for key, (h, w) in (("kernel", kernel), ("stride", stride), ("padding", padding))]
@@ -300,26 +312,24 @@ def rectified(name: str, shape, params, lines: Sequence[str], function: Function
 
 def linear_rectified_linear(sizes: Sequence[int], act: str = "relu", **how) -> OpCase:
     a, b, c = sizes
-    slope = " slope=0.1" if act == "leaky_relu" else ""
     return rectified(
         f"linear {act} linear {a} {b} {c}",
         (a,),
         ((b, a), (b,), (c, b), (c,)),
-        ("linear 0 weight=0 bias=1", f"{act} 1{slope}", "linear 2 weight=2 bias=3"),
-        lambda p, x: POINTWISE[act](x @ p[0].T + p[1]) @ p[2].T + p[3],
+        ("linear 0 weight=0 bias=1", pointwise_line(act, 1), "linear 2 weight=2 bias=3"),
+        lambda p, x: torch_pointwise(act, x @ p[0].T + p[1]) @ p[2].T + p[3],
         **how,
     )
 
 
 def conv_rectified_conv(image, filters: int, act: str = "leaky_relu", stride=(1, 1), **how) -> OpCase:
-    slope = " slope=0.1" if act == "leaky_relu" else ""
     window = "stride={},{} padding=1,1".format(*stride)
     return rectified(
         f"conv2d {act} conv2d F{filters} s{stride[0]}x{stride[1]}",
         image,
         ((filters, image[0], 3, 3), (filters,), (5, filters, 3, 3)),
-        (f"conv2d 0 weight=0 bias=1 {window}", f"{act} 1{slope}", f"conv2d 2 weight=2 bias=-1 {window}"),
-        lambda p, x: F.conv2d(POINTWISE[act](F.conv2d(x, p[0], p[1], stride, 1)), p[2], None, stride, 1),
+        (f"conv2d 0 weight=0 bias=1 {window}", pointwise_line(act, 1), f"conv2d 2 weight=2 bias=-1 {window}"),
+        lambda p, x: F.conv2d(torch_pointwise(act, F.conv2d(x, p[0], p[1], stride, 1)), p[2], None, stride, 1),
         **how,
     )
 
@@ -387,11 +397,9 @@ OP_CASES: list[OpCase] = [
     *(pointwise(kind, (13,), tasks=3) for kind in POINTWISE),
     *(pointwise(kind, (3, 4, 5)) for kind in POINTWISE),
     *(pointwise(kind, (16,), examples=1, tasks=9) for kind in ("relu", "gelu", "silu")),
-    *(
-        pointwise(kind, (37,), scale=20.0) for kind in ("tanh", "sigmoid", "gelu", "gelu_tanh", "silu")
-    ),  # saturated, no NaN
+    *(pointwise(kind, (37,), scale=20.0) for kind in SMOOTH),  # saturated, no NaN
     pointwise("relu", (4, 5, 5), grid=1.0),
-    pointwise("leaky_relu", (21,), grid=1.0),
+    *(pointwise(kind, (21,), grid=1.0) for kind in POINTWISE if kind != "relu"),
     pool2d("max", (3, 7, 5), (2, 2), (2, 2)),
     pool2d("max", (1, 4, 4), (2, 2), (2, 2), examples=1, tasks=1),
     pool2d("max", (17, 6, 6), (3, 3), (2, 2), (1, 1)),
@@ -857,6 +865,10 @@ NETWORK_CASES: list[NetworkCase] = [
             nn.Linear(12, 7), nn.BatchNorm1d(7), nn.Linear(7, 3),
         ),
         (2, 4, 6), 3,
+    ),
+    NetworkCase(
+        "elu",
+        lambda: nn.Sequential(nn.Linear(5, 9), nn.ELU(), nn.Linear(9, 8), nn.ELU(0.4), nn.Linear(8, 3)), (5,), 3,
     ),
     NetworkCase(
         "layer norm first",

@@ -1,5 +1,5 @@
-# How results are judged. `expect_close` compares against an exact result; `float32_rule` and `float32_fuzz` hold a
-# float32 result to what plain torch float32 reaches on the same numbers (DESIGN section 5).
+# Compares results. `expect_close` compares with an exact result. `float32_rule` and `float32_fuzz` limit a float32 error by
+# plain torch's float32 error on the same numbers (DESIGN section 5).
 from __future__ import annotations
 
 import statistics
@@ -13,10 +13,9 @@ EPS32 = torch.finfo(torch.float32).eps
 
 
 def expect_close(actual: Tensor, expected: Tensor, rtol: float, label: object = "", atol: float = 0.0) -> None:
-    """Every entry within `rtol` of the largest magnitude of `expected` (plus `atol`: results that are zero by algebra).
+    """Every entry is within `rtol` of the largest magnitude of `expected`, plus `atol` (for algebraic zeros).
 
-    The scale is the tensor's largest entry, not each entry's own: sums cancel, and what is left of them carries the
-    rounding of their terms.
+    The scale is the tensor's largest entry, not each entry's own: a sum that cancels keeps the rounding of its terms.
     """
     assert isinstance(actual, Tensor), f"{label}: got a {type(actual).__name__}, not a tensor"
     assert actual.shape == expected.shape, f"{label}: shape {list(actual.shape)} instead of {list(expected.shape)}"
@@ -45,7 +44,7 @@ def expect_close(actual: Tensor, expected: Tensor, rtol: float, label: object = 
 
 
 def expect_same_bits(actual: Tensor, expected: Tensor, label: object = "") -> None:
-    """Equal to the last bit (and NaN nowhere)."""
+    """Equal to the last bit, and finite."""
     assert actual.shape == expected.shape, f"{label}: shape {list(actual.shape)} instead of {list(expected.shape)}"
     assert bool(torch.isfinite(actual).all()), f"{label}: not finite"
     if torch.equal(actual, expected):
@@ -60,7 +59,7 @@ def expect_same_bits(actual: Tensor, expected: Tensor, label: object = "") -> No
 
 @dataclass
 class Draw:
-    """One random draw: results by name, in float32 by the engine and by plain torch, and exact in float64."""
+    """One random draw. Results by name: the engine's and plain torch's in float32, and the exact ones in float64."""
 
     ours: dict[str, Tensor]
     plain: dict[str, Tensor]
@@ -77,9 +76,8 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
 def float32_rule(label: object, draw: Callable[[int], Draw], draws: int = 10) -> None:
     """DESIGN section 5: over >= 10 draws the median error is at most twice plain torch float32's plus 8 eps.
 
-    Errors are 2-norms over the norm of the exact result. A draw with a branch flip is left out and named; if that
-    leaves fewer than `draws` among the first 3 x `draws` seeds, the rule fails with their names: flips would hide the
-    arithmetic.
+    Errors are 2-norms over the norm of the exact result. A draw with a branch flip is left out and named. The rule fails
+    if fewer than `draws` of the first 3 x `draws` seeds remain, because flips would hide the arithmetic.
     """
     assert draws >= 10, "the rule wants the median of at least 10 draws"
     ours: dict[str, list[float]] = {}

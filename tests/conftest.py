@@ -1,12 +1,17 @@
-# Backends by name. `backend` runs a test on every one, `compiled` on the C++ ones, `cpu` on each instruction set of
-# this machine, `device` on the CUDA kernels, on a GPU and emulated.
+# Backends by name, as fixtures. `backend`: every backend. `compiled`: the C++ ones. `cpu`: each instruction set of this
+# machine. `device`: the CUDA kernels, on a GPU and emulated.
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+# Two workers and their subprocesses on two cores: an OpenMP thread that spins while it waits takes the core from one that works.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest
@@ -16,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # cases, compare and oracle are 
 import kernel_launches
 from on_device import moved_to, why_no_cuda
 
-# The same examples on every run and machine: a red suite must be red twice. No deadline: the first call plans and
-# allocates. Function-scoped fixtures are welcome: the backend must not change between the examples of one test.
+# The same examples on every run and machine, so a failure can be repeated. No deadline, because the first call plans and
+# allocates. Function-scoped fixtures are allowed: the backend must not change between the examples of one test.
 hypothesis.settings.register_profile(
     "fastmaml",
     deadline=None,
@@ -30,13 +35,13 @@ hypothesis.settings.load_profile("fastmaml")
 
 ISAS = ("portable", "avx2", "avx2x16", "avx512")
 
-# Tests are many and tiny: waiting for a second thread costs more than it does. What needs two asks for `threads`.
+# Tests are many and tiny, so waiting for a second thread costs more than it gains. Use the fixture `threads` for two.
 torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What a test needs to know of a backend; `name` is Engine's and the ops' word for it."""
+    """A backend for a test. `name`: its name for Engine and the operators."""
 
     name: str
     isa: str = ""
@@ -53,7 +58,7 @@ DEVICES = [Backend("cuda"), Backend("cuda_emulated")]
 
 
 def activate(backend: Backend) -> Iterator[Backend]:
-    """Chooses the backend's instruction set for one test; skips, with the reason, what cannot run here."""
+    """Chooses the backend's instruction set for one test. Skips, with the reason, if it cannot run here."""
     if backend.name == "autodiff":
         yield backend
         return
@@ -106,7 +111,7 @@ def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """For tests that change torch's thread count: puts it back."""
+    """For tests that change torch's thread count. Restores the count afterwards."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -118,10 +123,16 @@ def worker_of(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Which kernels were launched is asked last, after the tests that launch them; no worker knows what the others did."""
+    """Runs the tests of launched kernels last, after the tests that launch them. Workers do not know each other's launches."""
     items.sort(key=lambda item: item.path.name == "test_kernel_coverage.py")
     if worker_of(config):
         items[:] = [item for item in items if item.path.name != "test_kernel_coverage.py"]
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of items stay until the end: the garbage collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -135,7 +146,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What the emulator executed, and how much the race build checked."""
+    """Prints where the time went, the launches on the emulator, and the number of checks of the race build."""
+    folders, files = Counter[str](), Counter[str]()
+    for report in [r for of_one in terminalreporter.stats.values() for r in of_one if isinstance(r, pytest.TestReport)]:
+        file = report.nodeid.partition("::")[0]
+        files[file] += report.duration
+        folders[file.rpartition("/")[0]] += report.duration
+    if len(files) > 10:
+        for title, seconds in (("folders", folders), ("slowest files", files)):
+            listed = ", ".join(f"{Path(name).name} {s:.0f}" for name, s in seconds.most_common(10))
+            terminalreporter.write_line(f"seconds of all workers by {title}: {listed}")
     if line := kernel_launches.summary():
         terminalreporter.write_line(line)
     checks = [

@@ -1,5 +1,4 @@
-# An Engine beside the oracle of the same network case, and cached exact results (every backend is held to the same
-# numbers).
+# An Engine and the oracle for a network case. The exact results are cached: every backend is compared with the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -44,7 +43,7 @@ def setup(case: NetworkCase, seed: int = 0) -> Setup:
 
 
 def engine(case: NetworkCase, backend, seed: int = 0, **how) -> fm.Engine:
-    """The case's Engine; fails where a backend is asked for and another one answers."""
+    """The case's Engine. Fails if another backend than the requested one runs."""
     made = fm.Engine(
         setup(case, seed).model, loss=case.loss, backend=backend.name, label_smoothing=case.label_smoothing, **how
     )

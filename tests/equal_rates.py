@@ -1,4 +1,4 @@
-# One rate for all parameters against the vector that repeats it: the engine goes another way, to the same results.
+# One rate for all parameters, against a vector that repeats the rate. The engine takes another path to the same results.
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,4 @@
-"""Hypothesis for tests that run on every backend: the emulator, a thousand times as slow, sees fewer of the examples."""
+"""Hypothesis for tests on every backend. The emulator is a thousand times slower, and autodiff ten times: they get fewer examples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 from hypothesis import given, seed, settings
 
-EMULATED_EXAMPLES = 4  # the first is always the simplest
+FEW = 4  # the first is always the simplest
+EMULATED_NUMBERS = 2  # where numbers alone are drawn, and all examples launch the same kernels with the same sizes
+NUMBERS = ("seed", "a", "b", "scale")
 BACKENDS = ("backend", "compiled")  # the fixtures of conftest.py that name one
 
 
@@ -23,12 +25,16 @@ def for_all(**strategies: Any) -> Callable[[Callable[..., None]], Callable[..., 
 
         @functools.wraps(test)
         def run(**fixtures: Any) -> None:
-            emulated = fixtures[named].name == "cuda_emulated"
-            # Hypothesis, which sees one function, would show all tests the same examples.
+            most = settings.default.max_examples
+            if fixtures[named].name in ("cuda_emulated", "autodiff"):
+                most = FEW
+            if fixtures[named].name == "cuda_emulated" and set(strategies) <= set(NUMBERS):
+                most = EMULATED_NUMBERS
+            # Hypothesis sees one function, so all tests would get the same examples.
             own = f"{test.__module__} {test.__qualname__} {fixtures.get('case')}"
 
             @seed(zlib.crc32(own.encode()))
-            @settings(max_examples=EMULATED_EXAMPLES if emulated else settings.default.max_examples)
+            @settings(max_examples=most)
             @given(**strategies)
             def on_example(**drawn: Any) -> None:
                 test(**fixtures, **drawn)

@@ -1,5 +1,5 @@
-# Unrolled inner loops in plain torch, one task at a time, differentiated by double backward: what every row of
-# ALGORITHMS 1.2 to 1.4 is held to. Nothing of the engine is in it; the optimizers are written from torch.optim's rules.
+# The oracle for every row of ALGORITHMS 1.2 to 1.4: unrolled inner loops in plain torch, one task at a time, by double
+# backward. It uses no engine code. The optimizers follow torch.optim's rules.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def unrolled(
 ) -> Unrolled:
     """theta [P], rates [1 or K, P]. rule: {"momentum": .9, ...} for SGD, {"adam": 1, "beta1": ...} for Adam.
 
-    order J: the part before the last J steps is a constant start (its value enters theta straight through); order 0
+    order J: the steps before the last J count as a constant start, and the gradient passes straight to theta. order 0
     stops the gradient at every raw g. rows: (places [R], values [K, R]).
     """
     rule = rule or {}
@@ -96,7 +96,7 @@ def sgd(phi: Tensor, g: Tensor, rate: Tensor, rule: dict[str, float], state: dic
 
 
 def adam(phi: Tensor, g: Tensor, rate: Tensor, rule: dict[str, float], state: dict[str, Tensor], k: int) -> Tensor:
-    """torch.optim.Adam and AdamW; the square root has derivative zero where the second moment is zero."""
+    """torch.optim.Adam and AdamW. If the second moment is zero, the square root has derivative zero."""
     beta1, beta2, decay = rule.get("beta1", 0.9), rule.get("beta2", 0.999), rule.get("weight_decay", 0.0)
     if not rule.get("decoupled"):
         g = g + decay * phi

@@ -1,4 +1,4 @@
-"""Which CUDA kernels were launched on the emulator: by the C++ test programs of csrc, and by this process through _C."""
+"""The CUDA kernels launched on the emulator: by the C++ test programs of csrc, and by this process through _C."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CORE, CUDA = ROOT / "build" / "core", ROOT / "build" / "cuda"
 
 
 def make(target: str) -> None:
-    """`make -C csrc TARGET`, which does nothing where that is up to date. Raises AssertionError with the end of its output."""
+    """Runs `make -C csrc TARGET`. Raises AssertionError with the end of its output."""
     jobs = f"-j{len(os.sched_getaffinity(0))}"
     command = ["make", jobs, "-C", str(ROOT / "csrc"), target, f"BUILT={built()}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -25,13 +25,13 @@ def make(target: str) -> None:
 
 
 def built() -> str:
-    """The folder with the objects of the Python module where it has been built in place, of these sources; "" elsewhere."""
+    """The folder with the objects of the Python module, if it was built in place from these sources; else ""."""
     folder, stamp = ROOT / "build" / str(sys.implementation.cache_tag), build.PACKAGE / build.STAMP
     return str(folder) if folder.is_dir() and stamp.is_file() and stamp.read_text().strip() == build.stamp() else ""
 
 
 class Launched(NamedTuple):
-    """What a program launched of one kernel: how often, with blocks of how many threads and how much shared memory at most."""
+    """A program's launches of one kernel: their number, and the largest block and shared memory."""
 
     launches: int
     threads: int
@@ -39,13 +39,13 @@ class Launched(NamedTuple):
 
 
 def parse(text: str) -> dict[str, Launched]:
-    """The lines "launches threads shared_bytes symbol" that a program leaves behind, by symbol; what never ran has 0."""
+    """A program's lines "launches threads shared_bytes symbol", by symbol. A kernel that never ran has 0 launches."""
     lines = [line.split() for line in text.splitlines()]
     return {symbol: Launched(int(launches), int(threads), int(shared)) for launches, threads, shared, symbol in lines}
 
 
 def sizes() -> dict[str, Launched]:
-    """What the C++ programs launched when they ran last: by symbol, launches added up and the largest sizes."""
+    """The launches of the C++ programs' last run, by symbol: the sum of launches and the largest sizes."""
     all_of_them: dict[str, Launched] = {}
     for file in sorted(set(CORE.glob("test_cuda_*.launched")) - set(CORE.glob("*_race.launched"))):
         for symbol, more in parse(file.read_text()).items():
@@ -62,7 +62,7 @@ def of_programs() -> Counter[str]:
 
 
 def of_this_process() -> Counter[str]:
-    """What this process launched through fastmaml._C, if it imported that."""
+    """This process' launches through fastmaml._C; empty if the module is not imported."""
     module = sys.modules.get("fastmaml._C")
     if not hasattr(module, "emulated_kernels"):  # not imported, or built where there is no emulator
         return Counter()
@@ -75,14 +75,14 @@ def forget_workers() -> None:
 
 
 def leave(worker: str) -> None:
-    """Writes what this process launched for of_workers(): pytest's `worker` ends before the kernels are asked for."""
+    """Writes this process' launches for of_workers(), because pytest's `worker` ends before they are needed."""
     CORE.mkdir(parents=True, exist_ok=True)
     lines = [build.stamp(), *(f"{launches} 0 0 {symbol}" for symbol, launches in of_this_process().items())]
     (CORE / f"pytest_{worker}.launched").write_text("\n".join(lines) + "\n")
 
 
 def of_workers() -> Counter[str]:
-    """symbol -> launches by the workers of `pytest -n`, when that ran last on these sources."""
+    """symbol -> launches by the workers of the last `pytest -n` on these sources."""
     found: Counter[str] = Counter()
     for file in CORE.glob("pytest_*.launched"):
         stamp, _, text = file.read_text().partition("\n")
@@ -98,12 +98,12 @@ def readable_names() -> dict[str, str]:
 
 
 def of_nvcc() -> set[str]:
-    """The symbols of the kernels that nvcc compiled for the CUDA library, as ptxas names them in the build's logs."""
+    """The symbols of the kernels in the CUDA library, from ptxas' lines in the build logs."""
     return ptxas_entries("".join(log.read_text() for log in sorted((CUDA / "cuda").glob("*.log"))))
 
 
 def why_no_nvcc() -> str:
-    """ "" where `make cuda` has built the library of these sources, or why there is nothing to compare with."""
+    """ "" if `make cuda` has built the library from these sources, else why there is nothing to compare with."""
     library = build.PACKAGE / build.CUDA_LIBRARY
     if not library.is_file() or not (CUDA / "cuda").is_dir():
         return "the CUDA library is not built here: make cuda"
@@ -115,7 +115,7 @@ def ptxas_entries(log: str) -> set[str]:
 
 
 def summary() -> str:
-    """One line on what was launched, "" where nothing was."""
+    """One line about the launches; "" if there were none."""
     here, programs = of_this_process(), of_programs()
     here.update(of_workers())
     if not sum(here.values()) + sum(programs.values()):

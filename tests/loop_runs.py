@@ -1,5 +1,5 @@
-# One LoopCase through the compiled inner loop and its sweep, and by unrolled autograd: the inner optimizers written out
-# once more, in torch, one task at a time, with nothing of the engine in them.
+# Runs one LoopCase through the compiled inner loop and its sweep, and by unrolled autograd. The unrolled inner optimizers
+# are written again in torch, one task at a time, without engine code.
 from __future__ import annotations
 
 import torch
@@ -55,7 +55,7 @@ def clipped(g: Tensor, how: dict[str, str], mask: Tensor | None) -> Tensor:
 
 
 class Rule:
-    """sgd and adam as torch.optim has them, on one vector, differentiably."""
+    """torch.optim's sgd and adam on one vector, differentiable."""
 
     def __init__(self, how: dict[str, str]) -> None:
         self.how = how
@@ -66,7 +66,7 @@ class Rule:
         return float(self.how.get(key, otherwise))
 
     def direction(self, g: Tensor, phi: Tensor) -> Tensor:
-        """What the rate multiplies; g is clipped, decayed and pulled already."""
+        """The direction that the rate multiplies. g is already clipped, decayed and pulled to the start."""
         self.steps += 1
         if self.how.get("rule") == "adam":
             beta1, beta2 = self.number("beta1", 0.9), self.number("beta2", 0.999)
@@ -86,7 +86,7 @@ class Rule:
 
 
 def unrolled(case: LoopCase, i: LoopInputs) -> dict[str, Tensor]:
-    """meta_gradient's results and adapt's, tasks averaged, by reverse-over-reverse through the whole inner loop."""
+    """The results of meta_gradient and adapt, averaged over tasks, by reverse over reverse through the whole inner loop."""
     how = words_of(case.loop)
     K, order, B = int(how["steps"]), int(how.get("order", how["steps"])), int(how.get("minibatch", 0))
     queries = sorted({K, *(int(k) for k in how.get("queries", str(K)).split(","))})

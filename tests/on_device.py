@@ -1,5 +1,5 @@
-# Tests hold their tensors on the CPU. Under `moved_to` the operators of backend "cuda" take them to the device and their results
-# back, so that every test runs on a GPU as it is.
+# Tests hold their tensors on the CPU. Under `moved_to` the operators of backend "cuda" copy them to the device, and the
+# results back. So every test runs unchanged on a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ ON_THE_HOST = ("plain_meta_gradient", "scaled_parts")  # refuse backend "cuda", 
 
 @contextmanager
 def moved_to(device: str, backend: str) -> Iterator[None]:
-    """Within the block "cuda" means `backend` on `device`: ("cuda", "cuda"), or the emulator in its place."""
+    """Within the block "cuda" means `backend` on `device`: ("cuda", "cuda"), or the emulator instead."""
 
     def moving(op: Any) -> Any:
         def call(text: str, name: str, *given: Any) -> Any:
@@ -40,7 +40,7 @@ def moved_to(device: str, backend: str) -> Iterator[None]:
 
 
 def why_no_cuda() -> str:
-    """ "" where this machine can run the CUDA backend, or the sentence that says why it cannot."""
+    """ "" if this machine can run the CUDA backend, else a sentence that says why not."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return loading.load_cuda()

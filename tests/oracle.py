@@ -1,7 +1,6 @@
-# The independent oracle: unrolled autograd with double backward in plain torch, one task at a time, nothing of the
-# engine in it. Batch norm is written out of elementary operations and tasks are looped over: torch.func.vmap of
-# reverse-over-reverse through F.batch_norm(training=True) is silently wrong in torch 2.13 (relative error 1.7e-2), and
-# this file must not share such a trap.
+# The independent oracle: unrolled autograd with double backward in plain torch, one task at a time, without engine code.
+# It builds batch norm from elementary operations and loops over tasks. The reason: on torch 2.13 torch.func.vmap of
+# reverse over reverse through F.batch_norm(training=True) is silently wrong (relative error 1.7e-2).
 from __future__ import annotations
 
 import copy
@@ -74,9 +73,8 @@ def network(
 ) -> Apply:
     """The model as a function of a flat parameter vector.
 
-    plain=True keeps torch's own batch norm (what a user's float32 loop runs). In `support` mode
-    `apply(phi, x, support_x)` normalises x with the statistics that support_x leaves in every batch norm; the gradient
-    flows through them unless `detach_stats`.
+    plain=True keeps torch's own batch norm, as in a user's float32 loop. In `support` mode `apply(phi, x, support_x)`
+    normalises x with support_x's statistics in every batch norm. The gradient flows through them unless `detach_stats`.
     """
     model = copy.deepcopy(model).train()
     names = [(name, p.shape, p.numel()) for name, p in model.named_parameters()]
@@ -156,7 +154,7 @@ def meta_gradient(
     mask: Tensor | None = None,
     support_statistics: bool = False,
 ) -> Result:
-    """Unrolled double backward of sum_t w_t L_query(phi_t[K]), a task at a time.
+    """Unrolled double backward of sum_t w_t L_query(phi_t[K]), one task at a time.
 
     rates: [P] or [K, P]. mask [P]: 1 on parameters that are adapted and meta-trained.
     """

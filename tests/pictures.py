@@ -7,7 +7,7 @@ from fastmaml.tasks.image_tasks import ImageTasks
 
 
 class Pictures(ImageTasks):
-    """Stands in for Glyphs, with its arguments."""
+    """Replaces Glyphs, with the same arguments."""
 
     name = "glyphs"
 

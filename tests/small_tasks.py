@@ -1,5 +1,5 @@
-# What the tests of the learners share: small smooth networks in float64, a batch of tasks, the loss as a function of the
-# flat parameters for inner_oracle.py, and a learner's gradients as that oracle orders them.
+# Shared by the learners' tests: small smooth networks in float64 and a batch of tasks. For inner_oracle.py: the loss as a
+# function of the flat parameters, and a learner's gradients in the oracle's order.
 from __future__ import annotations
 
 import torch
@@ -15,7 +15,7 @@ NORM = ("1.weight", "1.bias")  # the batch norm of network("conv")
 
 
 def network(name: str = "mlp", seed: int = 1) -> nn.Module:
-    """Smooth: with ReLU the engine and the oracle may take different branches near a kink."""
+    """A smooth network. With ReLU the engine and the oracle may take different branches near a kink."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "mlp":

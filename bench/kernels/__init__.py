@@ -1,1 +1,1 @@
-"""CUDA kernels judged without a GPU, and tried one by one: see README.md."""
+"""Analyses CUDA kernels without a GPU, and tries them one by one. See README.md."""

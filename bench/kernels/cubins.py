@@ -1,4 +1,4 @@
-"""The kernels as nvcc builds them for one architecture: compiled here, read from ptxas' report and from the disassembly."""
+"""Compiles the kernels with nvcc for one architecture, and reads ptxas' report and the disassembly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUILD = ROOT / "build" / "kernels"
 
 
 class Missing(RuntimeError):
-    """What this machine lacks, in one sentence."""
+    """A missing tool, in one sentence."""
 
 
 # ---------------------------------------------------------------- tools
@@ -66,7 +66,7 @@ def _hash(files: Iterable[Path]) -> str:
 
 
 def compile_all(arch: str, jobs: int = 2) -> list[Path]:
-    """A cubin for each .cu, with ptxas' report beside it as .log. Those of unchanged sources are kept from the run before."""
+    """A cubin for each .cu, with ptxas' report next to it as .log. Cubins of unchanged sources are reused."""
     headers = sorted(
         f for folder in ("cuda", "ops", "program") for f in (CSRC / folder).rglob("*") if f.suffix in (".h", ".cuh")
     )
@@ -101,7 +101,7 @@ def compile_all(arch: str, jobs: int = 2) -> list[Path]:
 
 
 def disassemble(cubin: Path) -> str:
-    """The SASS of all kernels of a cubin, with labels; kept beside it."""
+    """The SASS of all kernels of a cubin, with labels. Saved next to the cubin."""
     text = cubin.with_suffix(".sass")
     if not text.is_file() or text.stat().st_mtime < cubin.stat().st_mtime:
         done = subprocess.run([nvdisasm(), "-c", str(cubin)], capture_output=True, text=True, check=False)
@@ -116,13 +116,13 @@ def disassemble(cubin: Path) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What ptxas says of one kernel."""
+    """ptxas' report on one kernel."""
 
     registers: int
     spill_bytes: int  # stores and loads; of the kernel itself
     stack_bytes: int
     shared_bytes: int  # static
-    called_spill_bytes: int = 0  # of the functions that it calls, all together
+    called_spill_bytes: int = 0  # of all functions that it calls
 
     @property
     def spills(self) -> int:
@@ -130,7 +130,7 @@ class Report:
 
 
 def parse_report(log: str) -> dict[str, Report]:
-    """The -Xptxas -v report by kernel. Functions that are not entries count with the kernel they come after."""
+    """The -Xptxas -v report by kernel. A function that is no entry belongs to the kernel before it."""
     properties = r"properties for (\w+)\s+(?:ptxas\s+\.\s+)?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     result = {}
     for name, body in re.findall(
@@ -152,10 +152,10 @@ def parse_report(log: str) -> dict[str, Report]:
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What the blocks of one multiprocessor share."""
+    """The resources that the blocks of one multiprocessor share."""
 
     shared_bytes: int
-    block_shared_bytes: int  # at most a block
+    block_shared_bytes: int  # limit per block
     registers: int = 65536
     warps: int = 64
     blocks: int = 32
@@ -171,14 +171,14 @@ ARCHS = {"sm_80": Multiprocessor(164 * 1024, 163 * 1024), "sm_90": Multiprocesso
 class Occupancy:
     blocks: int  # of a multiprocessor
     warps: int
-    limit: str  # what allows no more: registers, shared memory, warps, blocks
+    limit: str  # the limiting resource: registers, shared memory, warps, blocks
 
     def share(self, machine: Multiprocessor) -> float:
         return self.warps / machine.warps
 
 
 def occupancy(machine: Multiprocessor, threads: int, registers: int, shared_bytes: int) -> Occupancy:
-    """Blocks of so many threads that one multiprocessor runs at a time. Raises ValueError where not even one fits."""
+    """The number of such blocks that one multiprocessor runs at once. Raises ValueError if not even one fits."""
     warps = -(-threads // 32)
     of_warp = -(-registers * 32 // machine.register_unit) * machine.register_unit
     shared = -(-(shared_bytes + machine.reserved_shared) // machine.shared_unit) * machine.shared_unit

@@ -1,4 +1,4 @@
-"""The kernel laboratory: compiles one kernel of csrc/cuda at run time (NVRTC, through cupy) and says what became of it."""
+"""The kernel laboratory: compiles one kernel of csrc/cuda at run time (NVRTC, through cupy) and prints its resources."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ examples
   python -m bench.kernels.nvrtc "map<float, SgdUpdate>"
   python -m bench.kernels.nvrtc --threads 128 --shared 29184 --sass \\
       "product<TileProduct<float, Tile<64, 64, 8, 4, 3>, Gemm<Order::along_k, Order::along_rows>, false>>"
-  python -m bench.kernels.nvrtc --include trial.cuh "my_kernel<float, 4>"       a trial beside the kernels that are there
+  python -m bench.kernels.nvrtc --include trial.cuh "my_kernel<float, 4>"       a trial kernel of your own
   python -m bench.kernels.nvrtc --time trial.py "map<float, SgdUpdate>"         on a machine with a GPU
 
-KERNEL is an expression in namespace fastmaml::cuda. All of csrc/cuda/kernels is included before it, and files of --include.
+KERNEL is an expression in namespace fastmaml::cuda. All of csrc/cuda/kernels and the files of --include are included first.
 --time FILE: FILE defines  GRID, BLOCK, SHARED = 0  and  arguments(cupy) -> tuple  of cupy arrays, numbers and pack(...)
-(structs, such as  pack(array.data.ptr, stride)  for a PerTask). Without a GPU the kernel is compiled alone.
+(structs, such as  pack(array.data.ptr, stride)  for a PerTask). Without a GPU the kernel is only compiled.
 """
 
 
@@ -39,14 +39,14 @@ class Compiled:
 
 
 def api() -> Any:
-    """cupy's binding of NVRTC. Raises Missing, in one sentence, where it cannot be used."""
+    """cupy's binding of NVRTC. Raises Missing, in one sentence, if it cannot be used."""
     try:
         from cupy_backends.cuda.libs import nvrtc
 
         nvrtc.getVersion()
     except ImportError as error:
         raise Missing(f'cupy is not installed (pip install "fastmaml[cuda]"): {error}') from error
-    except Exception as error:  # the library is looked for by name, and each way to miss it has its own exception
+    except Exception as error:  # a missing library can raise several exceptions
         raise Missing(
             f"NVRTC cannot be loaded (pip install nvidia-cuda-nvrtc): {str(error).splitlines()[0]}"
         ) from error
@@ -54,7 +54,7 @@ def api() -> Any:
 
 
 def source(includes: Sequence[str] = ()) -> str:
-    """Every kernel of csrc/cuda/kernels, and further files."""
+    """A source that includes every kernel of csrc/cuda/kernels, and further files."""
     kernels = [f"cuda/kernels/{file.name}" for file in sorted((CSRC / "cuda" / "kernels").glob("*.cuh"))]
     lines = [f'#include "{name}"' for name in [*kernels, *includes]]
     return "\n".join([*lines, "using namespace fastmaml::cuda;", ""])
@@ -67,7 +67,7 @@ def options(arch: str) -> list[str]:
 def compile_kernels(
     expressions: Sequence[str], arch: str = "sm_90", includes: Sequence[str] = ()
 ) -> dict[str, Compiled]:
-    """Expression -> what it was compiled to. Raises ValueError with the compiler's words."""
+    """Expression -> its compiled form. Raises ValueError with the compiler's message."""
     nvrtc = api()
     program = nvrtc.createProgram(source(includes), "laboratory.cu", [], [])
     try:
@@ -86,7 +86,7 @@ def compile_kernels(
 
 
 def whole_elf(data: bytes) -> bytes:
-    """cupy (14.2) takes a cubin for a string and cuts its last byte off: puts it back where the ELF header misses it."""
+    """Restores the last byte of a cubin: cupy 14.2 treats cubins as strings and cuts it off."""
     program_headers = (
         struct.unpack_from("<Q", data, 32)[0]
         + struct.unpack_from("<HH", data, 54)[0] * struct.unpack_from("<HH", data, 54)[1]
@@ -109,7 +109,7 @@ def disassembly(cubin: bytes) -> str:
 
 
 def pack(*fields: float) -> Any:
-    """A struct of 8-byte integers (also pointers), or numpy scalars of their own size, as a kernel takes it by value."""
+    """A struct for a kernel argument by value: 8-byte integers (also pointers), or numpy scalars of their own size."""
     import numpy as np
 
     data, widest = b"", 1
@@ -122,7 +122,7 @@ def pack(*fields: float) -> Any:
 
 
 def gpu() -> str:
-    """What stands in the way of timing, "" for nothing."""
+    """Why kernels cannot be timed here; "" if they can."""
     import cupy
 
     try:

@@ -1,4 +1,4 @@
-"""What a kernel's inner loop is made of, read from nvdisasm's text."""
+"""The instructions of a kernel's inner loop, read from nvdisasm's text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 _KERNEL = re.compile(r"^\s*\.section\s+\.text\.(\w+),", re.MULTILINE)
 _LABEL = re.compile(r"^(\.L_x_\d+):")
-_FUNCTION = re.compile(r"^\$\w+\$(\w+):")  # that the kernel calls; it lies behind the kernel
+_FUNCTION = re.compile(r"^\$\w+\$(\w+):")  # a function that the kernel calls; it comes after the kernel
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
-MATH = ("ffma", "hmma", "fp64")  # what the loops of products should be made of
+MATH = ("ffma", "hmma", "fp64")  # the useful instructions in loops of products
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Instruction:
 
 @dataclass
 class Code:
-    """A kernel: its instructions, and the index that each label stands before."""
+    """A kernel: its instructions, and the index of each label."""
 
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    functions: dict[str, int] = field(default_factory=dict)  # where those that it calls begin
+    functions: dict[str, int] = field(default_factory=dict)  # the start of each called function
 
     def of_functions(self, name: str) -> Code:
-        """The functions alone whose symbols hold `name`; empty where there are none."""
+        """Only the functions whose symbols contain `name`. Empty if there are none."""
         part = Code()
         starts = sorted(self.functions.values())
         for first in sorted(at for symbol, at in self.functions.items() if name in symbol):
@@ -65,7 +65,7 @@ def parse(text: str) -> dict[str, Code]:
 
 
 def loops(code: Code) -> list[Loop]:
-    """By their branches back; branches to the same place are one loop."""
+    """The loops, found by backward branches. Branches to the same place are one loop."""
     ends: dict[int, int] = {}
     for i, instruction in enumerate(code.instructions):
         if instruction.name.startswith("BRA") and instruction.target in code.labels:
@@ -76,8 +76,10 @@ def loops(code: Code) -> list[Loop]:
 
 
 def kind(name: str) -> str:
-    """ffma, hmma, fp64, fp32 (other arithmetic), special, convert, sync, branch, integer, or with its width an access of memory: lds, sts,
-    ldg, stg, ldgsts, and ld and st, which may be of any memory."""
+    """The kind of an instruction: ffma, hmma, fp64, fp32 (other arithmetic), special, convert, sync, branch or integer.
+
+    Memory accesses come with their width: lds, sts, ldg, stg, ldgsts; ld and st may access any memory.
+    """
     base, *modifiers = name.split(".")
     width = next((m for m in modifiers if m in ("64", "128")), "32")
     if base in ("LD", "ST", "LDS", "STS", "LDG", "STG", "LDGSTS", "LDSM", "LDL", "STL"):
@@ -103,10 +105,10 @@ def kind(name: str) -> str:
 
 @dataclass(frozen=True)
 class Mix:
-    """Instructions by kind of the loop that a kernel spends its time in, without the loops inside it."""
+    """The instructions, by kind, of a kernel's hot loop, without inner loops."""
 
     counts: dict[str, int]
-    loop: bool  # False: the kernel has none, and this is all of it
+    loop: bool  # False: the kernel has no loop, and this is the whole kernel
     nested: int  # loops inside that are not counted
 
     @property
@@ -119,7 +121,7 @@ class Mix:
 
     @property
     def share(self) -> float:
-        """Of the products among all instructions."""
+        """The share of MATH among all instructions."""
         return self.math / self.total if self.total else 0.0
 
     def text(self) -> str:
@@ -128,10 +130,10 @@ class Mix:
 
 
 def hot_loop(code: Code, shortest: bool = False) -> Mix:
-    """The loop with the most multiply-adds of its own, and where there are none that with the most memory accesses.
+    """The loop with the most own multiply-adds, or with the most memory accesses if there are no multiply-adds.
 
-    A loop inside it belongs to a way that is not the fast one (element-wise copies) or to its edge. Of several ways to compute the
-    same, `shortest` is the fast one: that with the fewest instructions.
+    Loops inside it belong to slow paths (element-wise copies) or to edges. shortest: of several equivalent loops, take the
+    one with the fewest instructions, which is the fast path.
     """
     found = loops(code)
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels judged without a GPU: registers, occupancy, inner loops, bytes, launches and roofline times."""
+"""Analyses the CUDA kernels without a GPU: registers, occupancy, inner loops, bytes, launches and roofline times."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from typing import Any
 
 from bench.kernels import cubins, sass, workloads
 from bench.kernels.cubins import ARCHS, Missing
+from bench.kernels.history import history_text, key_of, line, snapshot
 from bench.kernels.workloads import FLOPS, LAUNCH_S, MULTIPROCESSORS, Resident, Workload
 from bench.measure import RESULTS, facts, write_json
 from tests import kernel_launches
 
 HELP = """
-what it does
-  Compiles the kernels by nvcc for sm_80 and sm_90 (sources that did not change are kept), reads ptxas' report and the
-  disassembly, and counts whole meta-gradients on the emulator: launches for all tasks, and the bytes of global memory
-  that one inner step of one task requests, each kernel executed. The tables go to bench/results/cuda_static.{md,json};
-  with --note "what was done" an entry of the history is added. Nothing here was timed on a GPU.
+method
+  Compiles the kernels with nvcc for sm_80 and sm_90 (unchanged sources are kept). Reads ptxas' report and the disassembly.
+  Counts whole meta-gradients on the emulator: launches for all tasks, and the global memory bytes that one inner step of
+  one task requests. The tables go to bench/results/cuda_static.{md,json}. --note "what was done" adds an entry to the
+  history. Nothing here was timed on a GPU.
 
-what the columns mean
-  regs        registers a thread; spills are named if there are any
-  shared      bytes of shared memory a block, static and dynamic (the most that a test or a workload asked for)
-  occupancy   warps of a multiprocessor of 64, and what allows no more
-  inner loop  the loop with the most multiply-adds, without loops inside it: all instructions, and the share of FFMA and
-              HMMA (and of fp64) among them; of the resident walk, that of its products
-  requested   bytes that the kernels ask of global memory; caches answer many. Less than compulsory: a ReLU does not
-              need all operands
+columns
+  regs        registers per thread; spills are named if there are any
+  shared      bytes of shared memory per block, static and dynamic (the maximum of all tests and workloads)
+  occupancy   warps of a multiprocessor of 64, and the limiting resource
+  inner loop  the loop with the most multiply-adds, without inner loops: all instructions, and the share of FFMA, HMMA and
+              fp64; for the resident walk, the loop of its products
+  requested   bytes that the kernels request from global memory; caches serve many of them. May be below compulsory, because
+              a ReLU does not need all operands
   compulsory  every operand of a launch once
   roofline    the longer of compulsory bytes at 3.35 TB/s and products at 67 TFLOP/s (TF32: 495), launch after launch; a
-              resident walk has the arithmetic of its blocks' multiprocessors alone
+              resident walk only has the arithmetic of its blocks' multiprocessors
 """
 
 
@@ -46,7 +47,7 @@ ENUMS = {"Order": ("along_k", "along_rows"), "Numbers": ("tf32", "tf32x3", "bf16
 
 
 def short(name: str) -> str:
-    """A kernel's readable name without what is the same in all, and with enumerators by name."""
+    """A kernel's readable name, without the common parts and with enumerators by name."""
     name = name.replace("fastmaml::cuda::", "")
     for enum, values in ENUMS.items():
         for i, value in enumerate(values):
@@ -54,15 +55,10 @@ def short(name: str) -> str:
     return re.sub(r"\s+>", ">", name)
 
 
-def lasting(name: str) -> str:
-    """What the history calls a kernel: without the stages of its tile, which it may gain and lose."""
-    return re.sub(r"\b(Tile<\d+, \d+, \d+, \d+), \d+>", r"\1>", name)
-
-
 def kernel_rows(
     names: Mapping[str, str], launched: Mapping[str, kernel_launches.Launched], jobs: int
 ) -> list[dict[str, Any]]:
-    """One row per kernel of the sources: by arch what ptxas and the disassembly say."""
+    """One row per kernel: by architecture, the facts of ptxas and the disassembly."""
     rows: dict[str, dict[str, Any]] = {}
     for arch, machine in ARCHS.items():
         for cubin in cubins.compile_all(arch, jobs):
@@ -103,13 +99,13 @@ def kernel_rows(
 
 def kernel_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     head = ["kernel", "threads", "shared", "regs 80 / 90", "occupancy 80", "occupancy 90", "inner loop on sm_90"]
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     for row in rows:
         a, b = row["sm_80"], row["sm_90"]
         spills = max(a["spill_bytes"], b["spill_bytes"])
         shared = f"{row['static_shared'] + row['dynamic_shared']:,}"
         lines.append(
-            _line(
+            line(
                 [
                     f"`{row['kernel']}`",
                     str(row["threads"]),
@@ -144,10 +140,10 @@ def workload_table(all_of_them: Sequence[Workload]) -> list[str]:
         "meta-gradient", "tasks", "K", "memory", "walk", "launches", "launching", "GFLOP", "MB requested", "MB compulsory", "ratio",
         "roofline", "with requested bytes",
     ]  # fmt: skip
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     for w in all_of_them:
         lines.append(
-            _line(
+            line(
                 [
                     f"{w.case.network}, {w.case.support} + {w.case.query} examples",
                     str(w.case.tasks),
@@ -173,18 +169,18 @@ def memory_text(w: Workload) -> str:
 
 
 def walks_table(all_of_them: Sequence[Workload]) -> list[str]:
-    """Each meta-gradient by both walks, or why there is but one."""
+    """Each meta-gradient by both walks, or why there is only one."""
     head = [
         "meta-gradient", "tasks", "K", "memory", "launches", "MB requested", "launching and roofline", "of the H100's arithmetic",
         "the resident walk",
     ]  # fmt: skip
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     residents = {_same_work(w): w for w in all_of_them if w.resident}
     for w in (w for w in all_of_them if not w.resident):
         other = residents.get(_same_work(w))
         both = [w, other] if other else [w]
         lines.append(
-            _line(
+            line(
                 [
                     w.case.network,
                     str(w.case.tasks),
@@ -213,13 +209,13 @@ def _same_work(w: Workload) -> tuple[str, int, str, str]:
 
 
 def step_table(w: Workload, most: int) -> list[str]:
-    """The Steps that take the longest by their requested bytes or arithmetic."""
+    """The slowest Steps by requested bytes or arithmetic."""
     head = ["Step", "launches", "blocks", "MB requested", "ratio", "GFLOP", "roofline", "with requested bytes"]
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     speed = FLOPS[w.precision]
     for a in sorted(w.asked, key=lambda a: -a.seconds(speed, requested=True))[:most]:
         lines.append(
-            _line(
+            line(
                 [
                     a.name,
                     str(a.launches),
@@ -241,102 +237,6 @@ def _time(seconds: float) -> str:
 
 def _megabytes(number: float) -> str:
     return f"{number / 1e6:,.1f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-# ---------------------------------------------------------------- history
-
-
-def snapshot(
-    note: str, rows: Sequence[Mapping[str, Any]], all_of_them: Sequence[Workload], described: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What the history keeps of one state of the kernels."""
-    return {
-        "note": note,
-        "date": described["date"],
-        "commit": described["commit"],
-        "kernels": {
-            lasting(row["kernel"]): {
-                "registers": row["sm_90"]["registers"],
-                "warps": row["sm_90"]["warps"],
-                "instructions": row["sm_90"]["instructions"],
-                "math": row["sm_90"]["math"],
-            }
-            for row in rows
-            if row["type"] == "float32"
-        },
-        "workloads": {
-            key_of(w): {
-                "launches": w.launches,
-                "requested": w.requested,
-                "compulsory": w.compulsory,
-                "roofline_us": 1e6 * w.seconds(),
-                "requested_us": 1e6 * w.seconds(requested=True),
-            }
-            for w in all_of_them
-        },
-    }
-
-
-def key_of(w: Workload) -> str:
-    words = [w.precision] if w.precision != "float32" else []
-    words += [w.memory] if w.memory != "low" else []
-    words += [w.walk] if w.walk != "layered" else []
-    return ", ".join([f"{w.case.network}, K = {w.inner_steps}", *words])
-
-
-def history_text(entries: Sequence[Mapping[str, Any]], most: int = 24) -> list[str]:
-    """Every entry with what it changed against the one before: workloads, and the kernels that changed most."""
-    lines: list[str] = []
-    before: dict[str, Any] = {}
-    for after in entries:
-        lines += [f"### {after['date']}, {after['commit']}: {after['note']}", ""]
-        changed = changes(before, after, most) if before else []
-        if before and not changed:
-            lines += ["No number of this table changed.", ""]
-        elif changed:
-            lines += [_line(["what", "before", "after"]), _line(["---"] * 3), *(_line(row) for row in changed), ""]
-        # An entry need not hold all workloads.
-        before = {"kernels": after["kernels"], "workloads": {**before.get("workloads", {}), **after["workloads"]}}
-    return lines
-
-
-def changes(before: Mapping[str, Any], after: Mapping[str, Any], most: int) -> list[list[str]]:
-    rows = []
-    for name, now in after["workloads"].items():
-        # A resident walk is first of all one instead of a layered walk.
-        was = before["workloads"].get(name) or before["workloads"].get(name.removesuffix(", resident"))
-        if was and (was["launches"], was["requested"]) != (now["launches"], now["requested"]):
-            rows.append([name, workload_text(was), workload_text(now)])
-    kernels = []
-    for name, now in after["kernels"].items():
-        was = before["kernels"].get(name)
-        if was is None or was == now:
-            continue
-        by = max(abs(now[key] - was[key]) / max(was[key], 1) for key in now)
-        kernels.append((by, [f"`{name}`", *(kernel_text(k) for k in (was, now))]))
-    kernels.sort(key=lambda item: -item[0])
-    rows += [row for _, row in kernels[:most]]
-    fresh = sorted(set(after["kernels"]) - set(before["kernels"]))
-    gone = sorted(set(before["kernels"]) - set(after["kernels"]))
-    rows += [[f"`{name}`", "", kernel_text(after["kernels"][name])] for name in fresh[:most]]
-    rows += [[f"`{name}`", kernel_text(before["kernels"][name]), ""] for name in gone[:most]]
-    left = max(len(kernels) - most, 0) + max(len(fresh) - most, 0) + max(len(gone) - most, 0)
-    if left:
-        rows.append([f"and {left} kernels more", "", ""])
-    return rows
-
-
-def workload_text(w: Mapping[str, Any]) -> str:
-    return f"{w['launches']} launches, {w['requested'] / 1e6:,.1f} MB, {w['requested_us']:,.1f} us"
-
-
-def kernel_text(k: Mapping[str, Any]) -> str:
-    share = f" ({100 * k['math'] / k['instructions']:.0f} % math)" if k["math"] else ""
-    return f"{k['registers']} registers, {k['warps']} warps, loop of {k['instructions']}{share}"
 
 
 # ---------------------------------------------------------------- the page
@@ -413,7 +313,7 @@ def around_text(all_of_them: Sequence[Workload]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, read, count, write. 2 with one sentence where a tool is missing, 1 if a float32 kernel of the layered walk spills."""
+    """Compile, read, count, write. Returns 2 if a tool is missing, 1 if a float32 kernel of the layered walk spills."""
     args = _parser().parse_args(argv)
     try:
         return run(args)
@@ -423,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    cubins.nvcc(), cubins.nvdisasm()  # before minutes of work
+    cubins.nvcc(), cubins.nvdisasm()  # fail before minutes of work
     described = {**facts(), "nvcc": nvcc_version()}
     kernel_launches.make("emulated")
     counted: list[Workload] = []

@@ -1,4 +1,4 @@
-"""Whole meta-gradients counted on the emulator: launches, bytes of global memory, arithmetic, and the time an H100 needs at least."""
+"""Counts whole meta-gradients on the emulator: launches, global memory bytes, arithmetic, and an H100's minimum time."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fastmaml.benchmark.problem import Case
 from tests import kernel_launches
 from tests.kernel_launches import Launched
 
-# H100 SXM, by its data sheet.
+# H100 SXM, from its data sheet.
 BYTES_PER_S = 3.35e12
 FLOPS = {
     "float32": 67e12,
     "tf32": 495e12,
     "tf32x3": 495e12 / 3,
     "bf16x3": 990e12 / 3,
-}  # dense; x3 makes three products of each
-MULTIPROCESSORS, LANES = 132, 128  # LANES: multiply-adds at a time of a multiprocessor
-LAUNCH_S = 2.5e-6  # assumed, of one launch outside of a CUDA graph
+}  # dense; x3 splits each product into three
+MULTIPROCESSORS, LANES = 132, 128  # LANES: simultaneous multiply-adds of a multiprocessor
+LAUNCH_S = 2.5e-6  # assumed seconds of one launch outside of a CUDA graph
 
 SIZES = {
     "sinusoid": "sinusoid-k1",
@@ -47,7 +47,7 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """By Steps that ask for the same: sizes of all tasks together, of all such Steps."""
+    """Equal Steps: their sizes summed over all tasks and all such Steps."""
 
     name: str
     op: str
@@ -68,18 +68,18 @@ class Asked:
 
 @dataclass(frozen=True)
 class Resident:
-    """What the block of a task takes where it walks a whole Schedule."""
+    """The resources of a task's block that walks a whole Schedule."""
 
     threads: int
     shared: int  # bytes, dynamic
-    arena: int  # bytes of device memory, for what shared memory has no room for
+    arena: int  # bytes of device memory, for values that do not fit into shared memory
     arena_sm_80: int
     steps: int
-    stages: int  # of Steps that do not wait for each other; each ends with a barrier
+    stages: int  # groups of independent Steps; each ends with a barrier
     code: int  # bytes of encoded Steps, which every block reads
 
     def share(self, tasks: int) -> float:
-        """Of an H100's arithmetic, what these blocks have: one multiprocessor each, and there a lane a thread."""
+        """The blocks' share of an H100's arithmetic: one multiprocessor each, with one lane per thread."""
         return min(tasks, MULTIPROCESSORS) / MULTIPROCESSORS * min(self.threads, LANES) / LANES
 
 
@@ -92,11 +92,9 @@ class Workload:
     parameters: int
     asked: tuple[Asked, ...]
     memory: str = "low"  # or "stash"
-    auto: bool = False  # that is what memory="auto" takes
-    around: tuple[
-        Asked, ...
-    ] = ()  # what the engine launches before and after: gathers of parameters, copies of results
-    resident: Resident | None = None  # of that walk
+    auto: bool = False  # whether memory="auto" chooses this mode
+    around: tuple[Asked, ...] = ()  # launches of the engine before and after: gathers of parameters, copies of results
+    resident: Resident | None = None  # of the resident walk
     declines: str = ""  # why there is no resident walk
 
     @property
@@ -116,7 +114,7 @@ class Workload:
         return sum(a.compulsory for a in self.asked)
 
     def seconds(self, requested: bool = False) -> float:
-        """Roofline time, launch after launch; what is no product runs on float32 units."""
+        """Roofline time, launch after launch. Everything but products runs on float32 units."""
         share = self.resident.share(self.case.tasks) if self.resident else 1.0
         return sum(a.seconds(share * FLOPS[self.precision], requested) for a in self.asked)
 
@@ -127,7 +125,7 @@ class Workload:
 
 
 def build_counter() -> Path:
-    """Builds build/core/count. Raises Missing where that does not work."""
+    """Builds build/core/count. Raises Missing if the build fails."""
     try:
         kernel_launches.make("count")
     except AssertionError as error:
@@ -144,8 +142,10 @@ def program_text(case: Case) -> str:
 
 
 def count(size: str, inner_steps: tuple[int, ...], precision: str = "float32") -> list[Workload]:
-    """The meta-gradients of one case of bench.cases, for several numbers of inner steps: with memory "low", and with "stash" where that is
-    what "auto" takes; layered, and resident where that does not decline."""
+    """The meta-gradients of one case of bench.cases, for several numbers of inner steps.
+
+    With memory "low", and with "stash" if "auto" chooses it. Layered, and resident if possible.
+    """
     case = CASES[SIZES[size]]
     file = BUILD / f"{size}.program"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def count(size: str, inner_steps: tuple[int, ...], precision: str = "float32") -
 
 
 def parse(case: Case, precision: str, counted: Mapping[str, Any]) -> Workload:
-    """One element of count's list, layered. Bytes and arithmetic are of a task there, but those of the sum over tasks."""
+    """One layered element of count's list. Its bytes and arithmetic are per task, except for the sum over tasks."""
     return Workload(
         case,
         counted["steps"],
@@ -200,7 +200,7 @@ def _asked(step: Mapping[str, Any], tasks: int) -> Asked:
 
 
 def parse_resident(layered: Workload, counted: Mapping[str, Any]) -> Workload:
-    """The same Schedule in one launch. Compulsory there: every argument and every result of a task once, and the encoded Steps."""
+    """The same Schedule in one launch. Compulsory: every argument and result of a task once, and the encoded Steps."""
     launch = Launch(counted["kernel"], counted["blocks"], counted["threads"], counted["shared"])
     tasks = layered.case.tasks
     whole = Asked(
@@ -218,7 +218,7 @@ def parse_resident(layered: Workload, counted: Mapping[str, Any]) -> Workload:
 
 
 def largest_launches(sizes: Mapping[str, Launched], all_of_them: Sequence[Workload]) -> dict[str, Launched]:
-    """`sizes` with the blocks of these workloads, where they are larger."""
+    """`sizes`, with the blocks of these workloads if they are larger."""
     result = dict(sizes)
     for launch in (launch for w in all_of_them for asked in (*w.asked, *w.around) for launch in asked.asked_launches):
         one = result.get(launch.kernel, Launched(0, 0, 0))

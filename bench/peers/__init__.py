@@ -1,4 +1,4 @@
-"""Implementations of other libraries, one file each, in the form of fastmaml/benchmark/peers (NAME, version, prepare)."""
+"""Implementations with other libraries, one file each, with the interface of fastmaml/benchmark/peers."""
 
 from __future__ import annotations
 

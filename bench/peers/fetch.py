@@ -1,4 +1,4 @@
-"""Libraries that are only measured against: fetched by pip into the cache folder at run time, never into the environment."""
+"""Downloads the libraries that we only measure against. pip puts them into the cache folder, never into the environment."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastmaml.tasks.cache import cache_folder
 
 
 def folder(name: str) -> Path:
-    """Where a fetched library lies."""
+    """The folder of a downloaded library."""
     return cache_folder() / "peers" / name
 
 
 def installed(package: str, version: str) -> types.ModuleType:
-    """The package, from the environment or else from the cache folder, where its wheel is put on first use."""
+    """The package, from the environment or else from the cache folder. The first use downloads its wheel."""
     if importlib.util.find_spec(package) is None:
         place = folder(f"{package}-{version}")
         if not place.is_dir():
@@ -36,7 +36,7 @@ def installed(package: str, version: str) -> types.ModuleType:
 
 
 def unpacked_source(package: str, version: str) -> Path:
-    """The folder of a package's released sources, fetched and unpacked on first use; nothing of it is built."""
+    """The folder of a package's released sources. The first use downloads and unpacks them; nothing is built."""
     place = folder(f"{package}-{version}-source")
     if not place.is_dir():
 
@@ -53,7 +53,7 @@ def unpacked_source(package: str, version: str) -> Path:
 
 
 def _into(place: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a new folder beside `place` and moves it there once it is complete."""
+    """Fills a temporary folder and moves it to `place` when it is complete."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as part:
         inside = Path(part) / "new"

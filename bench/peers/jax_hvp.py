@@ -1,4 +1,4 @@
-"""JAX: Hessian-vector products as the jvp of grad, vmapped over tasks; jax.linearize where the parameters stay fixed."""
+"""JAX: Hessian-vector products as the jvp of grad, vmapped over tasks. For fixed parameters, jax.linearize."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A torch.nn.Sequential as a function of JAX arrays, for networks of the layers below; batch norm is written out.
+"""A torch.nn.Sequential as a function of JAX arrays, for the layers below. Batch norm uses elementary operations.
 
-Max pooling is lax.reduce_window: written as reshape and max, JAX on CPU gives a wrong second derivative.
+Max pooling is lax.reduce_window, because for reshape and max JAX on CPU gives a wrong second derivative.
 JAX chooses its own thread count (the cores this process may use).
 """
 
@@ -33,7 +33,7 @@ def array(value: torch.Tensor) -> Any:
 
 
 def loss_of(model: nn.Module, kind: Loss) -> Callable[[Any, Any, Any], Any]:
-    """(parameters as a list, x [N, ...], y) -> the mean loss. Raises Missing for a layer or loss that is not written here."""
+    """(parameters as a list, x [N, ...], y) -> the mean loss. Raises Missing for an unknown layer or loss."""
     version()
     jax, jnp = importlib.import_module("jax"), importlib.import_module("jax.numpy")
     if kind not in ("mse", "cross_entropy"):
@@ -54,7 +54,7 @@ def loss_of(model: nn.Module, kind: Loss) -> Callable[[Any, Any, Any], Any]:
 
 
 def _layer(layer: nn.Module, jax: Any, jnp: Any) -> tuple[int, Callable[[Any, Any], Any]]:
-    """(how many parameters it takes, what it computes from them and x)."""
+    """(number of parameters, function of the parameters and x)."""
     if isinstance(layer, nn.Linear) and layer.bias is not None:
         return 2, lambda p, x: x @ p[0].T + p[1]
     if isinstance(layer, nn.Conv2d) and layer.bias is not None and layer.groups == 1:

@@ -1,7 +1,7 @@
-"""learn2learn 0.2.0's MAML wrapper, used as its examples do: clone, adapt, backward, task by task.
+"""learn2learn 0.2.0's MAML wrapper, used as in its examples: clone, adapt, backward, task by task.
 
-The release does not build on Python 3.11 and later (a Cython file includes a header that is gone), and importing all of it
-needs gym. So the sources are unpacked, and of them only algorithms/maml.py with what it imports is loaded.
+The release does not build on Python 3.11 and later, because a Cython file includes a removed header. The whole package
+also needs gym. So we unpack the sources and load only algorithms/maml.py with its imports.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def wrapper() -> Any:
     if "learn2learn.algorithms.maml" not in sys.modules:
         package = fetch.unpacked_source("learn2learn", VERSION) / "learn2learn"
         for name, path in (("learn2learn", package), ("learn2learn.algorithms", package / "algorithms")):
-            empty = types.ModuleType(name)  # in place of an __init__.py that imports everything
+            empty = types.ModuleType(name)  # replaces an __init__.py that imports everything
             empty.__path__ = [str(path)]
             sys.modules[name] = empty
     try:

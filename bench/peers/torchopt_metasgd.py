@@ -1,4 +1,4 @@
-"""torchopt 0.7.3's MetaSGD as its examples use it: differentiable inner steps, state taken back after every task."""
+"""torchopt 0.7.3's MetaSGD as in its examples: differentiable inner steps, with the state restored after every task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def prepare(problem: Problem) -> Call:
     problem, case = problem.own(), problem.case
     model, loss = problem.model, mean_loss(case.loss)
     inner = torchopt.MetaSGD(model, lr=case.inner_lr)
-    meta_params = list(model.parameters())  # MetaSGD puts adapted tensors in their place, and recover puts them back
+    meta_params = list(model.parameters())  # MetaSGD replaces them by adapted tensors, and recover restores them
 
     parameters = list(model.parameters())
 

@@ -114,8 +114,17 @@ int64_t CallArguments::examples(Arg arg, const char* name, const Tensor& x) {
 }
 
 void CallArguments::targets(Arg arg, const char* name, const Tensor& y, int64_t examples) {
-  if (program_->loss.kind == Loss::Kind::caller) return;  // the loss written in Python holds them
-  if (program_->loss.kind != Loss::Kind::cross_entropy) return outputs(arg, name, y, examples);
+  switch (target_of(program_->loss.kind)) {
+    case Target::nothing:  // the loss written in Python holds them
+      return;
+    case Target::row:
+      return outputs(arg, name, y, examples);
+    case Target::label:
+      return labels(arg, name, y, examples);
+  }
+}
+
+void CallArguments::labels(Arg arg, const char* name, const Tensor& y, int64_t examples) {
   expect_place(name, y);
   if (y.scalar_type() != ScalarType::Long) throw std::invalid_argument(described(name, y) + " must hold labels as int64");
   expect_sizes(name, y, {tasks_, examples});

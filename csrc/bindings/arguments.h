@@ -24,6 +24,7 @@ class CallArguments {
   // Inputs. A tensor that does not fit raises std::invalid_argument with its name and shape in the sentence.
   int64_t examples(Arg arg, const char* name, const Tensor& x);                               // [T, N, *input]; returns N
   void targets(Arg arg, const char* name, const Tensor& y, int64_t examples);                 // labels [T, N], or [T, N, *output]
+  void labels(Arg arg, const char* name, const Tensor& y, int64_t examples);                  // [T, N]
   void outputs(Arg arg, const char* name, const Tensor& dy, int64_t examples);                // [T, N, *output]
   bool weights(Arg arg, const char* name, const std::optional<Tensor>& w, int64_t examples);  // [T, N]; false where absent
   void shared_params(Arg arg, const char* name, const Tensor& params);                        // [P] for all tasks

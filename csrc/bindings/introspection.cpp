@@ -61,6 +61,28 @@ std::vector<int64_t> output_shape(const std::string& text) {
   return shape.image ? std::vector<int64_t>{shape.C, shape.H, shape.W} : std::vector<int64_t>{shape.C};
 }
 
+pybind11::dict vocabulary() {
+  using namespace pybind11::literals;
+  pybind11::list ops, rules;
+#define X(name, ...) ops.append(#name);
+  FASTMAML_ALL_OPS(X)
+#undef X
+#define X(name, ...) rules.append(#name);
+  FASTMAML_RULES(X)
+#undef X
+  pybind11::dict rectifiers, smooth, losses;
+#define X(name, key) rectifiers[#name] = key;
+  FASTMAML_RECTIFIERS(X)
+#undef X
+#define X(name, key) smooth[#name] = key;
+  FASTMAML_SMOOTH(X)
+#undef X
+#define X(name, key, target) losses[#name] = key;
+  FASTMAML_LOSSES(X)
+#undef X
+  return pybind11::dict("ops"_a = ops, "rectifiers"_a = rectifiers, "smooth"_a = smooth, "losses"_a = losses, "rules"_a = rules);
+}
+
 #ifdef __linux__
 std::map<std::string, std::pair<int64_t, std::string>> emulated_kernels() {
   std::map<std::string, emu::Kernel> ran = emu::kernels();

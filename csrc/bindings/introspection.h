@@ -30,6 +30,8 @@ pybind11::dict loop_sizes(const std::string& program, const std::string& text); 
 std::tuple<int64_t, int64_t, int64_t> tape_sizes_of(const std::string& program, const std::string& backend, bool gauss_newton,
                                                     int64_t real_bytes, int64_t examples, bool weights);
 
+pybind11::dict vocabulary();  // the lists that the engine is made from
+
 #ifdef __linux__
 // By symbol: (launches, readable name).
 std::map<std::string, std::pair<int64_t, std::string>> emulated_kernels();

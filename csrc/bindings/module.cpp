@@ -91,6 +91,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "describe", [](const std::string& program) { return to_string(*program_of(program)); }, "program"_a,
       "The network before a backend fuses its layers, a line per value.");
+  m.def("vocabulary", &vocabulary,
+        "The words the engine knows: ops, rules; and rectifiers, smooth (pointwise functions) and losses, each with the key of the one\n"
+        "number that may follow it in a program's text.");
   m.def("output_shape", &output_shape, "program"_a, "The output of one example, in torch's order.");
   m.def("tape_sizes", &tape_sizes_of, "program"_a, "backend"_a, "gauss_newton"_a, "real_bytes"_a, "examples"_a, "weights"_a,
         "What linearise leaves of a task: elements of (tape, tape_index, tape_tap).");

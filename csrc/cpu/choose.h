@@ -30,7 +30,7 @@ inline bool lanes_run(const Program& net) {
 // Side by side every number is as wide as a vector, so that layers of 32 and more are read from L2 where they were read from L1; and a
 // group keeps one thread busy that might be sixteen tasks on two. Up to these sizes lanes were at least one and a half times as fast as
 // tasks one after the other, with 8 and with 16 lanes: a gain that a half-filled group does not lose.
-inline bool lanes_pay(const Program& net, int64_t examples) {
+inline bool lanes_pay_off(const Program& net, int64_t examples) {
   constexpr int64_t kMostParams = 8192, kMostProducts = 65536;
   return net.param_count <= kMostParams && net.param_count * examples <= kMostProducts;
 }

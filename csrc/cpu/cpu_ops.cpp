@@ -33,7 +33,7 @@ OpTable lane_table() {
 template <class T>
 OpTable task_table() {
   static const OpTable lanes = lane_table<T>();
-  static const LaneOps in_lanes{&lanes, lanes_run, lanes_pay};
+  static const LaneOps in_lanes{&lanes, lanes_run, lanes_pay_off};
   OpTable table = elementwise_table<TaskMajor<T>>();
   table.in_lanes = &in_lanes;
   table.out_in = true;

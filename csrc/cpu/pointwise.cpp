@@ -62,28 +62,45 @@ inline V complementary_error(V x) {
   }
 }
 
-template <Kind kKind, class V>
-inline __attribute__((always_inline)) Derivatives<V> smooth(V x) {
-  using T = typename Scalar<V>::type;
-  if constexpr (kKind == Kind::tanh) {
-    const Tanh<V> t(x);
-    return {t.y, t.slope, T(-2) * t.y * t.slope};
-  } else if constexpr (kKind == Kind::sigmoid) {
-    const Sigmoid<V> s(x);
-    return {s.s, s.slope, s.slope * (T(1) - T(2) * s.s)};
-  } else if constexpr (kKind == Kind::silu) {
-    const Sigmoid<V> s(x);
-    return {x * s.s, s.s + x * s.slope, s.slope * (T(2) + x * (T(1) - T(2) * s.s))};
-  } else if constexpr (kKind == Kind::gelu) {
-    const V cdf = T(0.5) * complementary_error(x * T(-0.70710678118654752440));
-    const V pdf = T(0.39894228040143267794) * exp_negative(T(-0.5) * x * x);
-    return {x * cdf, cdf + x * pdf, pdf * (T(2) - x * x)};
-  } else {
-    const T k = T(0.79788456080286535588), c = T(0.044715);
-    const Tanh<V> t(k * (x + c * x * x * x));
-    const V u1 = k * (T(1) + T(3) * c * x * x), u2 = (T(6) * k * c) * x, half = T(0.5) * x;
-    return {half * (T(1) + t.y), T(0.5) * (T(1) + t.y) + half * t.slope * u1, t.slope * u1 + half * t.slope * (u2 - T(2) * t.y * u1 * u1)};
-  }
+// One for each name of FASTMAML_SMOOTH: of x and the function's number.
+template <class V, class T>
+inline __attribute__((always_inline)) Derivatives<V> tanh_derivatives(V x, T) {
+  const Tanh<V> t(x);
+  return {t.y, t.slope, T(-2) * t.y * t.slope};
+}
+
+template <class V, class T>
+inline __attribute__((always_inline)) Derivatives<V> sigmoid_derivatives(V x, T) {
+  const Sigmoid<V> s(x);
+  return {s.s, s.slope, s.slope * (T(1) - T(2) * s.s)};
+}
+
+template <class V, class T>
+inline __attribute__((always_inline)) Derivatives<V> silu_derivatives(V x, T) {
+  const Sigmoid<V> s(x);
+  return {x * s.s, s.s + x * s.slope, s.slope * (T(2) + x * (T(1) - T(2) * s.s))};
+}
+
+// At 0 torch has f' = alpha and f'' = 0.
+template <class V, class T>
+inline __attribute__((always_inline)) Derivatives<V> elu_derivatives(V x, T alpha) {
+  const V low = where(x < V{}, x, V{}), e = alpha * exp_negative(low);
+  return {where(x <= V{}, alpha * expm1_negative(low), x), where(x <= V{}, e, V{} + T(1)), where(x < V{}, e, V{})};
+}
+
+template <class V, class T>
+inline __attribute__((always_inline)) Derivatives<V> gelu_derivatives(V x, T) {
+  const V cdf = T(0.5) * complementary_error(x * T(-0.70710678118654752440));
+  const V pdf = T(0.39894228040143267794) * exp_negative(T(-0.5) * x * x);
+  return {x * cdf, cdf + x * pdf, pdf * (T(2) - x * x)};
+}
+
+template <class V, class T>
+inline __attribute__((always_inline)) Derivatives<V> gelu_tanh_derivatives(V x, T) {
+  const T k = T(0.79788456080286535588), c = T(0.044715);
+  const Tanh<V> t(k * (x + c * x * x * x));
+  const V u1 = k * (T(1) + T(3) * c * x * x), u2 = (T(6) * k * c) * x, half = T(0.5) * x;
+  return {half * (T(1) + t.y), T(0.5) * (T(1) + t.y) + half * t.slope * u1, t.slope * u1 + half * t.slope * (u2 - T(2) * t.y * u1 * u1)};
 }
 
 template <class V>
@@ -91,30 +108,39 @@ struct Pair {
   V value, tangent;
 };
 
-template <Kind kKind>
+template <Kind kKind, class T>
 struct Smooth {
+  T number;
+
+  template <class V>
+  inline __attribute__((always_inline)) Derivatives<V> derivatives(V x) const {
+#define X(name, key) \
+  if constexpr (kKind == Kind::name) return name##_derivatives(x, number);
+    FASTMAML_SMOOTH(X)
+#undef X
+  }
   template <class V>
   V value(V x) const {
-    return smooth<kKind>(x).f;
+    return derivatives(x).f;
   }
   template <class V>
   V times_first(V x, V d) const {
-    return smooth<kKind>(x).first * d;
+    return derivatives(x).first * d;
   }
   // f'(x) dy_dot + f''(x) x_dot dy
   template <class V>
   V times_both(V x, V x_dot, V dy, V dy_dot) const {
-    const Derivatives<V> v = smooth<kKind>(x);
+    const Derivatives<V> v = derivatives(x);
     return v.first * dy_dot + v.second * x_dot * dy;
   }
   template <class V>
   Pair<V> forward(V x, V x_dot) const {
-    const Derivatives<V> v = smooth<kKind>(x);
+    const Derivatives<V> v = derivatives(x);
     return {v.f, v.first * x_dot};
   }
   template <class V>
   Pair<V> backward(V x, V x_dot, V dy, V dy_dot) const {
-    const Derivatives<V> v = smooth<kKind>(x);
+    const Derivatives<V> v = derivatives(x);
     return {v.first * dy, v.first * dy_dot + v.second * x_dot * dy};
   }
 };
@@ -138,18 +164,14 @@ void with_function(const Pointwise& s, const Body& body) {
     case Kind::relu:
       return body(PiecewiseLinear<T>{{T(0)}});
     case Kind::leaky_relu:
-      return body(PiecewiseLinear<T>{{T(s.slope)}});
-    case Kind::tanh:
-      return body(Smooth<Kind::tanh>{});
-    case Kind::sigmoid:
-      return body(Smooth<Kind::sigmoid>{});
-    case Kind::gelu:
-      return body(Smooth<Kind::gelu>{});
-    case Kind::gelu_tanh:
-      return body(Smooth<Kind::gelu_tanh>{});
-    case Kind::silu:
-      return body(Smooth<Kind::silu>{});
+      return body(PiecewiseLinear<T>{{T(s.number)}});
+#define X(name, key) \
+  case Kind::name:   \
+    return body(Smooth<Kind::name, T>{T(s.number)});
+      FASTMAML_SMOOTH(X)
+#undef X
   }
+  __builtin_trap();
 }
 
 template <class Layout>

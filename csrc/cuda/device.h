@@ -30,6 +30,16 @@ using uint64_t = unsigned long long;
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
+// Behind a switch that knows all cases: a kernel that gets here ends with an error, and computes nothing.
+#ifdef FASTMAML_EMULATED
+[[noreturn]] inline void no_such_case() { __builtin_trap(); }
+#else
+__device__ __forceinline__ void no_such_case() {
+  __trap();
+  __builtin_unreachable();
+}
+#endif
+
 // ---------------------------------------------------------------- copies from global to shared memory
 // Start copies, commit() them as a group, and wait<n>() until no more than the n latest groups are under way; then a barrier, before
 // other threads read them. `from` must be aligned to kBytes (4, 8 or 16); it is not touched where !valid, and zeros are written.

@@ -111,14 +111,22 @@ struct MapOp<T, Op::adam_adjoint> : MapOf<T, AdamAdjoint<T>, At<0, 1, 2, 3, 4>, 
 
 // ---------------------------------------------------------------- pointwise functions: with a kink (ReLU, leaky ReLU), or smooth
 
-inline bool rectifies(const Pointwise& s) { return s.kind == Pointwise::Kind::relu || s.kind == Pointwise::Kind::leaky_relu; }
-
 template <class T>
 struct Rectifying {
   using Function = Rectifier<T>;
   static Rectifier<T> of(const Layer& layer) {
     const Pointwise& s = std::get<Pointwise>(layer);
-    return {s.kind == Pointwise::Kind::relu ? T(0) : T(s.slope)};
+    switch (s.kind) {
+      case Pointwise::Kind::relu:
+        return {T(0)};
+      case Pointwise::Kind::leaky_relu:
+        return {T(s.number)};
+#define X(name, key) case Pointwise::Kind::name:
+        FASTMAML_SMOOTH(X)
+#undef X
+        break;
+    }
+    throw std::logic_error("not a rectifier");
   }
 };
 
@@ -126,18 +134,19 @@ template <class T>
 struct Smoothing {
   using Function = SmoothFunction<T>;
   static SmoothFunction<T> of(const Layer& layer) {
-    switch (std::get<Pointwise>(layer).kind) {
-      case Pointwise::Kind::tanh:
-        return {Smooth::tanh};
-      case Pointwise::Kind::sigmoid:
-        return {Smooth::sigmoid};
-      case Pointwise::Kind::silu:
-        return {Smooth::silu};
-      case Pointwise::Kind::gelu:
-        return {Smooth::gelu};
-      default:
-        return {Smooth::gelu_tanh};
+    const Pointwise& s = std::get<Pointwise>(layer);
+    switch (s.kind) {
+#define X(name, key)          \
+  case Pointwise::Kind::name: \
+    return {Smooth::name, T(s.number)};
+      FASTMAML_SMOOTH(X)
+#undef X
+#define X(name, key) case Pointwise::Kind::name:
+      FASTMAML_RECTIFIERS(X)
+#undef X
+      break;
     }
+    throw std::logic_error("not a smooth function");
   }
 };
 

@@ -7,7 +7,7 @@ namespace {
 
 template <class T, Op op>
 void run_pointwise(const Call& call) {
-  if (rectifies(call.shape<Pointwise>()))
+  if (is_rectifier(call.shape<Pointwise>().kind))
     run_map<PointwiseOp<T, op, Rectifying<T>>>(call);
   else
     run_map<PointwiseOp<T, op, Smoothing<T>>>(call);

@@ -75,7 +75,7 @@ class Drafts {
 
   template <Op op>
   void pointwise(const Step& step, const Layer& layer) {
-    const bool smooth = !rectifies(std::get<Pointwise>(layer));
+    const bool smooth = !is_rectifier(std::get<Pointwise>(layer).kind);
     smooth ? map<PointwiseOp<T, op, Smoothing<T>>>(step, layer) : map<PointwiseOp<T, op, Rectifying<T>>>(step, layer);
     all.back().step.smooth = smooth;
   }
@@ -113,8 +113,10 @@ class Drafts {
         return product(Op::linear_bwd_data_dual, step, data, {0, 1, 2, 3, 4, 5});
       case Op::linear_bwd_weight:
         return product(Op::linear_bwd_weight, step, weight, {0, -1, 2, -1, 3, -1, -1, -1, 1});
-      default:
+      case Op::linear_bwd_weight_jvp:
         return product(Op::linear_bwd_weight, step, weight, {0, -1, 2, 3, 5, 4, -1, -1, 1});
+      default:
+        throw std::logic_error(std::string("the resident walk has no ") + op_name(step.op));
     }
   }
 

@@ -25,14 +25,28 @@ Operand buffers(Schedule& out, const Program& net) { return net.buffer_count ? o
 
 // Labels, rows like the output's, or nothing where a loss written in Python has its own.
 Operand targets(Schedule& out, const Program& net, Arg arg, int64_t examples) {
-  switch (net.loss.kind) {
-    case Loss::Kind::cross_entropy:
+  switch (target_of(net.loss.kind)) {
+    case Target::label:
       return out.external(arg, examples, Type::label);
-    case Loss::Kind::caller:
-      return {};
-    default:
+    case Target::row:
       return out.external(arg, examples * net.output_shape().size());
+    case Target::nothing:
+      return {};
   }
+  throw std::logic_error("not a loss's target");
+}
+
+// Of that argument, where row `rows` starts.
+Operand targets_from(const Program& net, Operand y, int64_t rows) {
+  switch (target_of(net.loss.kind)) {
+    case Target::label:
+      return offset(y, rows);
+    case Target::row:
+      return offset(y, rows * net.output_shape().size());
+    case Target::nothing:
+      return {};
+  }
+  throw std::logic_error("not a loss's target");
 }
 
 // The loss sees the last rows of the batch; the gradient by the others is zero.
@@ -103,7 +117,7 @@ Batch step_batch(const Program& net, const InnerLoopSpec& spec, const Batch& sup
   batch.first_row = k * rows;
   batch.examples = batch.stat_examples = rows;
   batch.x = offset(batch.x, batch.first_row * net.input_shape().size());
-  batch.y = offset(batch.y, batch.first_row * (net.loss.kind == Loss::Kind::cross_entropy ? 1 : net.output_shape().size()));
+  batch.y = targets_from(net, batch.y, batch.first_row);
   batch.weights = offset(batch.weights, batch.first_row);
   return batch;
 }

@@ -1,5 +1,5 @@
 // Reads the text form of an inner loop:
-//   steps=K rule=sgd|adam | momentum= dampening= nesterov=1 | beta1= beta2= eps= decoupled=1 | weight_decay= | clip_value= or clip_norm=
+//   steps=K rule= and its settings (FASTMAML_RULES), weight_decay= | clip_value= or clip_norm=
 //   order=J minibatch=B queries=k,k,.. rows=parameter,parameter,.. proximal=1 per_task=1 rate_grad=1
 #include "meta/inner_loop.h"
 
@@ -13,6 +13,18 @@ namespace fastmaml {
 namespace {
 
 constexpr int kMostSteps = 1'000'000;
+
+struct RuleRow {
+  InnerLoop::Rule rule;
+  std::string name;
+  std::vector<std::string> keys;  // of its settings
+  bool has(const std::string& key) const { return std::find(keys.begin(), keys.end(), key) != keys.end(); }
+};
+const RuleRow kRules[] = {
+#define X(name, ...) {InnerLoop::Rule::name, #name, {__VA_ARGS__}},
+    FASTMAML_RULES(X)
+#undef X
+};
 
 class Word {
  public:
@@ -71,13 +83,20 @@ class Word {
   }
 };
 
+std::string names_of_rules() {
+  std::string names;
+  for (const RuleRow& row : kRules) names += (names.empty() ? "" : ", ") + row.name;
+  return names;
+}
+
 void take(InnerLoop& loop, const Word& word, bool& has_order) {
   const std::string key = word.key();
   if (key == "steps") {
     loop.steps = word.integer(0);
   } else if (key == "rule") {
-    if (word.value() != "sgd" && word.value() != "adam") word.fail("is neither sgd nor adam");
-    loop.rule = word.value() == "adam" ? InnerLoop::Rule::adam : InnerLoop::Rule::sgd;
+    const auto known = std::find_if(std::begin(kRules), std::end(kRules), [&](const RuleRow& row) { return row.name == word.value(); });
+    if (known == std::end(kRules)) word.fail("is not one of " + names_of_rules());
+    loop.rule = known->rule;
   } else if (key == "momentum") {
     loop.momentum = word.number(0, false);
   } else if (key == "dampening") {
@@ -122,6 +141,16 @@ void take(InnerLoop& loop, const Word& word, bool& has_order) {
 
 bool InnerLoop::is_query(int k) const { return std::binary_search(queries.begin(), queries.end(), k); }
 
+int InnerLoop::states() const {
+  switch (rule) {
+    case Rule::sgd:
+      return momentum != 0 ? 1 : 0;
+    case Rule::adam:
+      return 2;
+  }
+  throw std::logic_error("not an update rule");
+}
+
 InnerLoop InnerLoop::parse(const std::string& text) {
   const auto fail = [&](const std::string& why) { throw std::invalid_argument("inner loop \"" + text + "\" " + why); };
   InnerLoop loop;
@@ -136,11 +165,10 @@ InnerLoop InnerLoop::parse(const std::string& text) {
   }
   if (!seen.count("steps")) fail("does not say steps=");
   loop.order = has_order ? std::min(loop.order, loop.steps) : loop.steps;
-  const bool adam = loop.rule == InnerLoop::Rule::adam;
-  for (const char* key : {"momentum", "dampening", "nesterov"})
-    if (adam && seen.count(key)) fail(std::string("has ") + key + "=, which goes with rule=sgd");
-  for (const char* key : {"beta1", "beta2", "eps", "decoupled"})
-    if (!adam && seen.count(key)) fail(std::string("has ") + key + "=, which goes with rule=adam");
+  const RuleRow& own = kRules[static_cast<int>(loop.rule)];
+  for (const RuleRow& other : kRules)
+    for (const std::string& key : other.keys)
+      if (seen.count(key) && !own.has(key)) fail("has " + key + "=, which goes with rule=" + other.name);
   if (loop.nesterov && loop.momentum == 0) fail("has nesterov=1 without momentum=");
   if (loop.clip_value > 0 && loop.clip_norm > 0) fail("clips by value and by norm; choose one");
   if (loop.proximal && loop.clips()) fail("clips the gradient beside a proximal term, which is not defined");

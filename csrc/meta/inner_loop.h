@@ -7,8 +7,17 @@
 
 namespace fastmaml {
 
+// The update rules: the word behind rule=, and the settings that not all rules take. Momentum is a setting of sgd, AdamW one of adam.
+#define FASTMAML_RULES(X)                     \
+  X(sgd, "momentum", "dampening", "nesterov") \
+  X(adam, "beta1", "beta2", "eps", "decoupled")
+
 struct InnerLoop {
-  enum class Rule : uint8_t { sgd, adam };
+  enum class Rule : uint8_t {
+#define X(name, ...) name,
+    FASTMAML_RULES(X)
+#undef X
+  };
 
   std::string text;  // what it was read from; plans are cached by it
   int steps = 0;     // K
@@ -33,7 +42,7 @@ struct InnerLoop {
   bool has_hessian(int k) const { return k >= steps - order; }
   // The first step that the adjoint sweep goes back through. First-order MAML drops the Hessian terms and keeps the rest.
   int first_swept() const { return order == 0 ? 0 : steps - order; }
-  int states() const { return rule == Rule::adam ? 2 : momentum != 0 ? 1 : 0; }  // vectors that the rule carries on
+  int states() const;  // vectors that the rule carries on
   bool is_query(int k) const;
 
   // Words "key=value" between blanks, in any order; only steps= must be there. Throws std::invalid_argument with one sentence that

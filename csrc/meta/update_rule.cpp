@@ -1,6 +1,22 @@
 #include "meta/update_rule.h"
 
+#include <stdexcept>
+
 namespace fastmaml {
+
+namespace {
+
+bool counts_steps(InnerLoop::Rule rule) {
+  switch (rule) {
+    case InnerLoop::Rule::sgd:
+      return false;
+    case InnerLoop::Rule::adam:
+      return true;
+  }
+  throw std::logic_error("not an update rule");
+}
+
+}  // namespace
 
 // First-order sweeps and `stash` keep the gradients. Clipping needs the raw one again, so it is kept and the rest is done again.
 UpdateRule::UpdateRule(Schedule& out, const Program& net, const InnerLoopSpec& spec, Operand theta)
@@ -15,7 +31,7 @@ UpdateRule::UpdateRule(Schedule& out, const Program& net, const InnerLoopSpec& s
       again_(spec.loop.rate_grad && spec.loop.states() == 0 && !spec.loop.clips() && spec.loop.order > 0 && !spec.stash) {
   if (spec.state && loop_.states() > 0) {
     first_ = out.external(Arg::state, loop_.states() * size_);
-    if (adam()) second_ = offset(first_, size_);
+    if (loop_.states() > 1) second_ = offset(first_, size_);
   }
   if (loop_.steps == 0) return;
   const int64_t rates = (rates_per_step_ ? loop_.steps : 1) * (uniform_ ? 1 : size_);
@@ -23,7 +39,17 @@ UpdateRule::UpdateRule(Schedule& out, const Program& net, const InnerLoopSpec& s
   if (loop_.rate_grad) rate_grad_ = out.external(Arg::rate_grad, rates);
   if (loop_.proximal) lam_ = out.external(Arg::lam, 1);
   if (loop_.clip_norm > 0 && spec.mask) mask_ = out.external(Arg::mask, size_);
-  if (adam() && spec.step_count) step_count_ = out.external(Arg::step_count, 1);
+  if (spec.step_count && counts_steps(loop_.rule)) step_count_ = out.external(Arg::step_count, 1);
+}
+
+bool UpdateRule::own_rate_grad() const {
+  switch (loop_.rule) {
+    case InnerLoop::Rule::sgd:
+      return false;
+    case InnerLoop::Rule::adam:
+      return true;
+  }
+  throw std::logic_error("not an update rule");
 }
 
 Operand UpdateRule::of_step(Operand rates, int k) const { return offset(rates, rates_per_step_ ? k * (uniform_ ? 1 : size_) : 0); }
@@ -67,20 +93,27 @@ void UpdateRule::step(int k, Operand phi, Operand g, Operand phi_next) {
   trace.raw = g;
   trace.g = entering(g, phi);
   const Operand rate = of_step(rates_, k);
-  if (adam()) {
-    trace.m = out_.arena(size_);
-    trace.s = out_.arena(size_);
-    out_.step(Op::adam_update, adam(k), 1, {phi_next, trace.m, trace.s, phi, trace.g, rate, first_, second_, step_count_});
-    first_ = trace.m;
-    second_ = trace.s;
-  } else if (loop_.momentum != 0) {
-    const Operand b = out_.arena(size_), d = loop_.nesterov && loop_.rate_grad ? out_.arena(size_) : Operand{};
-    out_.step(Op::momentum_update, momentum(k), 1, {phi_next, b, d, phi, trace.g, rate, first_});
-    trace.direction = d ? d : b;
-    first_ = b;
-  } else {
-    out_.step(uniform_ ? Op::uniform_update : Op::sgd_update, Vector{size_}, 1, {phi_next, phi, trace.g, rate});
+  switch (loop_.rule) {
+    case InnerLoop::Rule::sgd: {
+      if (loop_.momentum == 0) {
+        out_.step(uniform_ ? Op::uniform_update : Op::sgd_update, Vector{size_}, 1, {phi_next, phi, trace.g, rate});
+        return;
+      }
+      const Operand b = out_.arena(size_), d = loop_.nesterov && loop_.rate_grad ? out_.arena(size_) : Operand{};
+      out_.step(Op::momentum_update, momentum(k), 1, {phi_next, b, d, phi, trace.g, rate, first_});
+      trace.direction = d ? d : b;
+      first_ = b;
+      return;
+    }
+    case InnerLoop::Rule::adam:
+      trace.m = out_.arena(size_);
+      trace.s = out_.arena(size_);
+      out_.step(Op::adam_update, adam(k), 1, {phi_next, trace.m, trace.s, phi, trace.g, rate, first_, second_, step_count_});
+      first_ = trace.m;
+      second_ = trace.s;
+      return;
   }
+  throw std::logic_error("not an update rule");
 }
 
 void UpdateRule::deliver_state() {
@@ -93,7 +126,7 @@ void UpdateRule::deliver_state() {
       out_.step(Op::fill_zero, Vector{size_}, 1, {to});
   };
   deliver(state, first_);
-  if (adam()) deliver(offset(state, size_), second_);
+  if (loop_.states() > 1) deliver(offset(state, size_), second_);
 }
 
 // ---------------------------------------------------------------- the sweep
@@ -110,20 +143,36 @@ void UpdateRule::start_sweep() {
   if (loop_.proximal) anchor_ = zeros(size_, out_.arena(size_));
 }
 
+// Of the rule alone, from lambda back to the gradient that entered it.
+Operand UpdateRule::adjoint(int k, Operand lambda) {
+  Trace& trace = traces_[k];
+  const Operand rate = of_step(rates_, k);
+  switch (loop_.rule) {
+    case InnerLoop::Rule::sgd: {
+      const Operand u = trace.u = out_.arena(size_);
+      if (loop_.momentum != 0)
+        out_.step(Op::momentum_adjoint, momentum(k), 1, {u, p_, rate, lambda});
+      else
+        out_.step(Op::scale_by_rate, Vector{size_}, 1, {u, rate, lambda});
+      return u;
+    }
+    case InnerLoop::Rule::adam: {
+      const Operand g = entered(trace), u = trace.u = out_.arena(size_);
+      const Operand decayed = loop_.decoupled && loop_.weight_decay > 0 ? trace.phi : Operand{};
+      out_.step(Op::adam_adjoint, adam(k), 1, {u, lambda, p_, r_, of_step(rate_grad_, k), decayed, g, rate, trace.m, trace.s});
+      return u;
+    }
+  }
+  throw std::logic_error("not an update rule");
+}
+
 Operand UpdateRule::before_hessian(int k, Operand lambda) {
   Trace& trace = traces_[k];
-  const bool asked = loop_.has_hessian(k) || loop_.weight_decay > 0 || loop_.proximal || (adam() && loop_.rate_grad);
+  const bool asked = loop_.has_hessian(k) || loop_.weight_decay > 0 || loop_.proximal || (own_rate_grad() && loop_.rate_grad);
   if (!asked) return {};
   if (uniform_) return lambda;
   if (again_) trace.raw = out_.arena(size_);
-  const Operand rate = of_step(rates_, k), g = adam() ? entered(trace) : Operand{}, u = trace.u = out_.arena(size_);
-  const Operand decayed = loop_.decoupled && loop_.weight_decay > 0 ? trace.phi : Operand{};
-  if (adam())
-    out_.step(Op::adam_adjoint, adam(k), 1, {u, lambda, p_, r_, of_step(rate_grad_, k), decayed, g, rate, trace.m, trace.s});
-  else if (loop_.momentum != 0)
-    out_.step(Op::momentum_adjoint, momentum(k), 1, {u, p_, rate, lambda});
-  else
-    out_.step(Op::scale_by_rate, Vector{size_}, 1, {u, rate, lambda});
+  const Operand u = adjoint(k, lambda);
   if (!loop_.has_hessian(k)) return {};
   if (!loop_.clips()) return u;
   const Operand u_raw = out_.arena(size_);
@@ -142,7 +191,7 @@ void UpdateRule::after_hessian(int k, Operand lambda, Operand hu) {
     return;
   }
   const Trace& trace = traces_[k];
-  if (rate_grad_ && !adam()) {
+  if (rate_grad_ && !own_rate_grad()) {
     const Operand d = trace.direction ? trace.direction : entered(trace);
     out_.step(Op::rate_grad, Vector{size_}, 1, {of_step(rate_grad_, k), d, lambda});
   }

@@ -48,7 +48,7 @@ class UpdateRule {
   Operand anchor_;    // less the gradient by theta as the proximal term's anchor
   const bool again_;  // plain descent: g for the rates' gradient is computed again in the sweep
 
-  bool adam() const { return loop_.rule == InnerLoop::Rule::adam; }
+  bool own_rate_grad() const;  // the rule's adjoint makes the rates' gradient; else Op::rate_grad does
   bool coupled_decay() const { return loop_.weight_decay > 0 && !loop_.decoupled; }
   Operand of_step(Operand rates, int k) const;
   Layer clip() const;
@@ -56,6 +56,7 @@ class UpdateRule {
   Layer adam(int k) const;
   Operand entering(Operand g, Operand phi);
   Operand entered(const Trace& trace);
+  Operand adjoint(int k, Operand lambda);
 };
 
 }  // namespace fastmaml

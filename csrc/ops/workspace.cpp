@@ -26,7 +26,7 @@ size_t element_bytes(Type type, size_t real_bytes) {
     case Type::tap:
       return sizeof(int8_t);
   }
-  return 0;
+  throw std::logic_error("not a type of numbers");
 }
 
 std::vector<LiveRange> live_ranges(const Schedule& schedule, size_t real_bytes) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <initializer_list>
+#include <stdexcept>
 
 namespace fastmaml {
 namespace {
@@ -71,110 +72,20 @@ struct OperandSize {
   int64_t operator()(const Loss& s) const { return role == "loss" ? 1 : role == "labels" || role == "weights" ? N : N * s.size; }
 };
 
-// How often an op multiplies a layer's operands: the tangent of a product has two terms, a dual one the value's as well.
-int terms(const Step& step) {
-  const auto has = [&](int operand) { return bool(step.operand[size_t(operand)]); };
-  switch (step.op) {
-    case Op::linear_fwd_jvp:
-    case Op::conv2d_fwd_jvp:
-      return 1 + has(2);  // x w_dot, x_dot w
-    case Op::linear_fwd_dual:
-    case Op::conv2d_fwd_dual:
-      return 2 + has(3);
-    case Op::linear_bwd_data_jvp:
-    case Op::conv2d_bwd_data_jvp:
-      return 2;
-    case Op::linear_bwd_data_dual:
-    case Op::conv2d_bwd_data_dual:
-      return 3;
-    case Op::linear_bwd_weight_jvp:
-    case Op::linear_adjoint:
-    case Op::conv2d_bwd_weight_jvp:
-      return 1 + has(3);  // x dy_dot, x_dot dy
-    default:
-      return 1;
-  }
-}
-
-// Operations for every element of the op's largest operands. Ops that only move numbers, and those with products, have none.
-int arithmetic_per_element(const Step& step) {
+// The column of op.h.
+int work_of(const Step& step) {
   const auto has = [&](int operand) { return bool(step.operand[size_t(operand)]) ? 1 : 0; };
   switch (step.op) {
-    case Op::add:
-    case Op::adjoint_update:
-    case Op::scale_by_rate:
-    case Op::clip_value:
-    case Op::clip_value_adjoint:
-    case Op::pointwise_fwd:
-      return 1;
-    case Op::axpy:
-    case Op::sgd_update:
-    case Op::uniform_update:
-    case Op::rate_grad:
-    case Op::pointwise_fwd_jvp:
-    case Op::pointwise_bwd:
-      return 2;
-    case Op::sgd_adjoint:
-      return 1 + 2 * has(1) + has(2);
-    case Op::proximal:
-    case Op::clip_norm:
-    case Op::pointwise_fwd_dual:
-      return 3;
-    case Op::pointwise_bwd_jvp:
-      return 4;
-    case Op::pointwise_bwd_dual:
-    case Op::clip_norm_adjoint:
-    case Op::momentum_update:
-    case Op::momentum_adjoint:
-      return 5;
-    case Op::adam_update:
-      return 12;
-    case Op::adam_adjoint:
-      return 24;
-    case Op::cg_start:
-      return 2;
-    case Op::cg_step:
-      return 12;
-    case Op::batch_norm_stats:  // two passes: the mean, then the squared distances
-      return 4;
-    case Op::batch_norm_stats_jvp:
-      return 4;
-    case Op::batch_norm_fwd:
-    case Op::norm_pool_act_fwd:
-    case Op::batch_norm_bwd_weight:
-    case Op::norm_pool_act_bwd_weight:
-      return 4;
-    case Op::batch_norm_bwd_data:
-    case Op::norm_pool_act_bwd_data:
-      return 5;
-    case Op::batch_norm_fwd_jvp:
-    case Op::norm_pool_act_fwd_jvp:
-    case Op::batch_norm_bwd_weight_jvp:
-    case Op::norm_pool_act_bwd_weight_jvp:
-      return 8;
-    case Op::batch_norm_bwd_data_jvp:
-    case Op::norm_pool_act_bwd_data_jvp:
-      return 12;
-    case Op::group_norm_fwd:
-    case Op::group_norm_bwd:
-      return 9;
-    case Op::group_norm_fwd_jvp:
-    case Op::group_norm_bwd_jvp:
-      return 18;
-    case Op::max_pool2d_fwd:
-    case Op::avg_pool2d_fwd:
-    case Op::avg_pool2d_bwd:
-      return 1;
-    case Op::cross_entropy:
-    case Op::cross_entropy_jvp:
-    case Op::mse:
-    case Op::mse_jvp:
-      return 6;
-    default:
-      return 0;
+#define X(name, outputs, in_place, work, roles) \
+  case Op::name:                                \
+    return work;
+    FASTMAML_ALL_OPS(X)
+#undef X
   }
+  throw std::logic_error("not an op");
 }
 
+// How many numbers lie side by side; sizes_of asks products for sizes of their own.
 struct Channels {
   int64_t operator()(const BatchNorm& s) const { return s.C; }
   int64_t operator()(const GroupNorm& s) const { return s.channels; }
@@ -182,10 +93,16 @@ struct Channels {
   int64_t operator()(const NormPoolAct& s) const { return s.pool.C; }
   int64_t operator()(const Flatten& s) const { return s.C; }
   int64_t operator()(const Loss& s) const { return s.size; }
-  template <class Flat>
-  int64_t operator()(const Flat&) const {
-    return 1;
-  }
+  int64_t operator()(const Pointwise&) const { return 1; }
+  int64_t operator()(const Add&) const { return 1; }
+  int64_t operator()(const CallerLoss&) const { return 1; }
+  int64_t operator()(const Vector&) const { return 1; }
+  int64_t operator()(const Axpy&) const { return 1; }
+  int64_t operator()(const Clip&) const { return 1; }
+  int64_t operator()(const Momentum&) const { return 1; }
+  int64_t operator()(const Adam&) const { return 1; }
+  int64_t operator()(const Linear&) const { return 1; }
+  int64_t operator()(const Conv2d&) const { return 1; }
 };
 
 std::string image(int64_t C, int64_t H, int64_t W) { return std::to_string(C) + "x" + std::to_string(H) + "x" + std::to_string(W); }
@@ -206,10 +123,7 @@ struct Words {
   std::string operator()(const GroupNorm& s) const {
     return "group_norm " + std::to_string(s.channels) + "x" + std::to_string(s.spatial) + ", " + std::to_string(s.groups) + " groups";
   }
-  std::string operator()(const Pointwise& s) const {
-    constexpr const char* kNames[] = {"relu", "leaky_relu", "tanh", "sigmoid", "gelu", "gelu_tanh", "silu"};
-    return kNames[static_cast<int>(s.kind)] + (" " + std::to_string(s.size));
-  }
+  std::string operator()(const Pointwise& s) const { return pointwise_name(s.kind) + (" " + std::to_string(s.size)); }
   std::string operator()(const Pool2d& s) const { return "pool2d " + image(s.C, s.H, s.W) + " to " + image(s.C, s.OH, s.OW); }
   std::string operator()(const NormPoolAct& s) const {
     return "norm_pool_act " + image(s.pool.C, s.pool.H, s.pool.W) + " to " + image(s.pool.C, s.pool.OH, s.pool.OW);
@@ -247,11 +161,11 @@ Cost cost_of(const Step& step, const Layer& layer, size_t real_bytes) {
     largest = std::max(largest, size);
   }
   if (const auto* s = std::get_if<Linear>(&layer))
-    cost.products = 2.0 * double(step.examples * s->in * s->out) * terms(step);
+    cost.products = 2.0 * double(step.examples * s->in * s->out) * work_of(step);
   else if (const auto* s = std::get_if<Conv2d>(&layer))
-    cost.products = 2.0 * double(step.examples * s->OH * s->OW * s->F) * double(s->KH * s->KW * s->C) * terms(step);
+    cost.products = 2.0 * double(step.examples * s->OH * s->OW * s->F) * double(s->KH * s->KW * s->C) * work_of(step);
   else
-    cost.other = double(largest) * arithmetic_per_element(step);
+    cost.other = double(largest) * work_of(step);
   return cost;
 }
 

@@ -31,9 +31,9 @@ std::vector<int> only_readers(const Program& net) {
 bool taps_fit(const Pool2d& pool) { return pool.KH * pool.KW <= int64_t(std::numeric_limits<int8_t>::max()) + 1; }
 
 // With a negative slope the sign of y would not be that of the activation's argument, and the largest pixel not make the largest y.
-bool rectifies(const Pointwise& f) { return f.kind == Pointwise::Kind::relu || (f.kind == Pointwise::Kind::leaky_relu && f.slope > 0); }
+bool rectifies(const Pointwise& f) { return f.kind == Pointwise::Kind::relu || (f.kind == Pointwise::Kind::leaky_relu && f.number > 0); }
 
-double slope_of(const Pointwise& f) { return f.kind == Pointwise::Kind::relu ? 0.0 : f.slope; }
+double slope_of(const Pointwise& f) { return f.kind == Pointwise::Kind::relu ? 0.0 : f.number; }
 
 Pool2d no_pool(const Shape& x) { return {x.C, x.H, x.W, x.H, x.W, 1, 1, 1, 1, 0, 0, true}; }
 

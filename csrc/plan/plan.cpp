@@ -6,23 +6,16 @@
 #include <stdexcept>
 #include <unordered_map>
 
-#include "plan/chunks.h"
 #include "plan/fuse.h"
-#include "plan/fuse_updates.h"
-#include "plan/lane_schedule.h"
 #include "plan/named.h"
+#include "plan/rewrite.h"
 #include "plan/stash_budget.h"
-#include "plan/stream.h"
 #include "program/param_layout.h"
 
 namespace fastmaml {
 namespace {
 
-// A gradient of more bytes has left the cache before it is read, so it is made in chunks that have not; both are chosen from the network
-// and N alone, as a sum's order depends on them.
-constexpr int64_t kCacheBytes = int64_t(2) << 20, kChunkBytes = int64_t(512) << 10;
-constexpr int64_t kChunkedBytes = int64_t(1) << 20;  // likewise of what a run of layers touches
-constexpr size_t kCached = 64;                       // a plan of 100 inner steps of Conv4 holds megabytes of Steps
+constexpr size_t kCached = 64;  // a plan of 100 inner steps of Conv4 holds megabytes of Steps
 
 // Values by key. When it is full everything goes: a program that makes that many plans has no favourites.
 template <class Value>
@@ -120,12 +113,7 @@ Plan make_plan(const std::string& text, const OpTable& backend, CallSpec call) {
   call.spec.stash = call.memory != Memory::low;
   plan.memory = call.spec.stash ? Memory::stash : Memory::low;
   const auto write = [&] {
-    plan.schedule = fuse(schedule_of(*plan.program, call), supports);
-    if (!table.device)
-      plan.schedule = stream(plan.schedule, {kCacheBytes / int64_t(table.real_bytes), kChunkBytes / int64_t(table.real_bytes)});
-    if (!table.device && plan.lanes() == 1) plan.schedule = chunk_examples(plan.schedule, {kChunkedBytes / int64_t(table.real_bytes)});
-    if (plan.lanes() > 1) plan.schedule = lane_schedule(std::move(plan.schedule));
-    plan.schedule = fuse_updates(std::move(plan.schedule), supports);  // of what was cut in chunks nothing: their gradients are added up
+    plan.schedule = rewritten(schedule_of(*plan.program, call), table);
     plan.workspace = plan_workspace(plan.schedule, table);
   };
   if (is_part(call.computation)) {

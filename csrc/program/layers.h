@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <variant>
 
+#include "program/pointwise.h"
+
 namespace fastmaml {
 
 // ReLU (slope 0) or leaky ReLU (slope > 0) as a part of the layer beside it: plan/fuse.cpp.
@@ -42,11 +44,38 @@ struct GroupNorm {
 };
 
 struct Pointwise {
-  enum class Kind : uint8_t { relu, leaky_relu, tanh, sigmoid, gelu, gelu_tanh, silu };
+  enum class Kind : uint8_t {
+#define X(name, key) name,
+    FASTMAML_POINTWISE(X)
+#undef X
+  };
   Kind kind;
-  double slope;  // leaky_relu only
+  double number;  // the one that the list names
   int64_t size;
 };
+
+inline constexpr Pointwise::Kind kPointwise[] = {
+#define X(name, key) Pointwise::Kind::name,
+    FASTMAML_POINTWISE(X)
+#undef X
+};
+
+constexpr bool is_rectifier(Pointwise::Kind kind) {
+  return false
+#define X(name, key) || kind == Pointwise::Kind::name
+      FASTMAML_RECTIFIERS(X)
+#undef X
+          ;
+}
+
+constexpr const char* pointwise_name(Pointwise::Kind kind) {
+  constexpr const char* names[] = {
+#define X(name, key) #name,
+      FASTMAML_POINTWISE(X)
+#undef X
+  };
+  return names[static_cast<int>(kind)];
+}
 
 struct Pool2d {  // max_pool2d and avg_pool2d
   int64_t C, H, W, OH, OW;
@@ -71,12 +100,35 @@ struct Add {
   int64_t size;
 };
 
+// What a loss compares an example's output with: one label, a row of numbers like the output, or nothing that the engine knows of.
+enum class Target : uint8_t { label, row, nothing };
+
+// The losses: the word in a program's text, the key of the one number that may follow it there (else ""), and the target.
+#define FASTMAML_LOSSES(X)             \
+  X(none, "", row)                     \
+  X(cross_entropy, "smoothing", label) \
+  X(mse, "", row)                      \
+  X(caller, "", nothing)
+
 struct Loss {
-  enum class Kind : uint8_t { none, cross_entropy, mse, caller };
+  enum class Kind : uint8_t {
+#define X(name, key, target) name,
+    FASTMAML_LOSSES(X)
+#undef X
+  };
   Kind kind;
   int64_t size;      // classes, or outputs per example
   double smoothing;  // cross_entropy: target = (1 - smoothing) onehot + smoothing / classes
 };
+
+constexpr Target target_of(Loss::Kind kind) {
+  constexpr Target targets[] = {
+#define X(name, key, target) Target::target,
+      FASTMAML_LOSSES(X)
+#undef X
+  };
+  return targets[static_cast<int>(kind)];
+}
 
 struct PythonLoss {  // a loss written in Python: what it must know beside the network's output
   int64_t C, H, W;   // the output, as an image or a vector

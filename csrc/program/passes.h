@@ -33,6 +33,19 @@ void forward(Schedule& out, const Program& net, Tape& tape, Pass pass, Operand x
 void backward(Schedule& out, const Program& net, Tape& tape, Pass pass, Operand dy, Operand dy_dot, Operand grad, Operand grad_dot,
               bool want_input = false);
 
-Operand offset(Operand operand, int64_t elements);
+// What the passes share (forward_pass.cpp, backward_pass.cpp).
+inline bool is_primal(Pass pass) { return pass != Pass::tangent; }
+inline bool is_tangent(Pass pass) { return pass != Pass::primal; }
+
+inline Operand offset(Operand operand, int64_t elements) {
+  if (operand) operand.offset += elements;
+  return operand;
+}
+
+// A layer's parameter inside a vector over all parameters; absent where the layer or the vector has none.
+inline Operand param_of(const Program& net, Operand vector, int param) {
+  if (param < 0 || !vector) return {};
+  return offset(vector, net.params[param].offset);
+}
 
 }  // namespace fastmaml

@@ -33,6 +33,14 @@ struct Line {
   }
 };
 
+// A word of a list in layers.h, and the key of the number that follows it, if any.
+template <class Kind>
+struct Named {
+  Kind kind;
+  const char* key;
+  double number(const Line& line) const { return *key ? line.real(key) : 0.0; }
+};
+
 double to_number(const Line& line, const std::string& text) {
   size_t used = 0;
   double value = 0;
@@ -144,16 +152,14 @@ class Parser {
   }
 
   void set_loss(const Line& line) {
-    if (line.mode == "cross_entropy")
-      net_.loss = {Loss::Kind::cross_entropy, 0, line.real("smoothing")};
-    else if (line.mode == "mse")
-      net_.loss = {Loss::Kind::mse, 0, 0.0};
-    else if (line.mode == "caller")
-      net_.loss = {Loss::Kind::caller, 0, 0.0};
-    else if (line.mode == "none")
-      net_.loss = {Loss::Kind::none, 0, 0.0};
-    else
-      line.fail("unknown loss");
+    static const std::map<std::string, Named<Loss::Kind>> losses = {
+#define X(name, key, target) {#name, {Loss::Kind::name, key}},
+        FASTMAML_LOSSES(X)
+#undef X
+    };
+    const auto it = losses.find(line.mode);
+    if (it == losses.end()) line.fail("unknown loss");
+    net_.loss = {it->second.kind, 0, it->second.number(line)};
   }
 
   int value(const Line& line, size_t i) const {
@@ -207,13 +213,14 @@ class Parser {
     const Shape x = net_.values[in];
     Shape y = x;
     const std::string& kind = line.word;
-    using Kind = Pointwise::Kind;
-    static const std::map<std::string, Kind> pointwise = {
-        {"relu", Kind::relu}, {"leaky_relu", Kind::leaky_relu}, {"tanh", Kind::tanh}, {"sigmoid", Kind::sigmoid},
-        {"gelu", Kind::gelu}, {"gelu_tanh", Kind::gelu_tanh},   {"silu", Kind::silu}};
+    static const std::map<std::string, Named<Pointwise::Kind>> pointwise = {
+#define X(name, key) {#name, {Pointwise::Kind::name, key}},
+        FASTMAML_POINTWISE(X)
+#undef X
+    };
     if (auto it = pointwise.find(kind); it != pointwise.end()) {
       node.kind = NodeKind::pointwise;
-      node.layer = Pointwise{it->second, it->second == Kind::leaky_relu ? line.real("slope") : 0.0, x.size()};
+      node.layer = Pointwise{it->second.kind, it->second.number(line), x.size()};
     } else if (kind == "linear") {
       if (x.image) line.fail("needs a vector as input; flatten the image first");
       const int64_t index = line.integer("weight");
@@ -226,38 +233,11 @@ class Parser {
       y = {out, 1, 1, false};
     } else if (kind == "conv2d") {
       image(line, in);
-      const int64_t index = line.integer("weight");
-      if (index < 0 || index >= int64_t(net_.params.size()) || net_.params[index].dims.size() != 4)
-        line.fail("weight must be [F, C, KH, KW]");
-      const std::vector<int64_t> d = net_.params[index].dims;
-      const Pool2d window = conv_window(line, x, d[2], d[3]);
-      node.kind = NodeKind::conv2d;
-      node.weight = param(line, "weight", {d[0], x.C, d[2], d[3]}, Param::Order::conv2d);
-      node.bias = param(line, "bias", {d[0]});
-      node.layer =
-          Conv2d{x.C, x.H, x.W, d[0], window.OH, window.OW, d[2], d[3], window.stride_h, window.stride_w, window.pad_h, window.pad_w};
-      y = {d[0], window.OH, window.OW, true};
+      y = conv2d(line, x, node);
     } else if (kind == "batch_norm") {
-      node.kind = NodeKind::batch_norm;
-      node.weight = param(line, "weight", {x.C});
-      node.bias = param(line, "bias", {x.C});
-      const bool frozen = line.mode == "frozen";
-      if (!frozen && line.mode != "batch" && line.mode != "support") line.fail("mode must be batch, support or frozen");
-      if (frozen) {
-        node.mean = buffer(line, "mean", x.C);
-        node.var = buffer(line, "var", x.C);
-      }
-      node.support_stats = line.mode == "support";
-      node.layer = BatchNorm{x.C, x.H * x.W, line.real("eps"), frozen};
+      batch_norm(line, x, node);
     } else if (kind == "layer_norm") {
-      const bool all = line.integer("dims") == (x.image ? 3 : 1);
-      if (!all) line.fail("layer norm is fused over all dimensions of an example only");
-      const std::vector<int64_t> dims = x.image ? std::vector<int64_t>{x.C, x.H, x.W} : std::vector<int64_t>{x.C};
-      const Param::Order order = x.image ? Param::Order::image : Param::Order::torch;
-      node.kind = NodeKind::group_norm;
-      node.weight = param(line, "weight", dims, order);
-      node.bias = param(line, "bias", dims, order);
-      node.layer = GroupNorm{x.size(), 1, 1, line.real("eps")};
+      layer_norm(line, x, node);
     } else if (kind == "group_norm") {
       const int64_t groups = line.integer("groups");
       if (groups < 1 || x.C % groups) line.fail("groups must divide the channels");
@@ -295,6 +275,46 @@ class Parser {
     net_.values.push_back(y);
   }
 
+  // Returns the output's shape.
+  Shape conv2d(const Line& line, const Shape& x, Node& node) {
+    const int64_t index = line.integer("weight");
+    if (index < 0 || index >= int64_t(net_.params.size()) || net_.params[index].dims.size() != 4)
+      line.fail("weight must be [F, C, KH, KW]");
+    const std::vector<int64_t> d = net_.params[index].dims;
+    const Pool2d window = conv_window(line, x, d[2], d[3]);
+    node.kind = NodeKind::conv2d;
+    node.weight = param(line, "weight", {d[0], x.C, d[2], d[3]}, Param::Order::conv2d);
+    node.bias = param(line, "bias", {d[0]});
+    node.layer =
+        Conv2d{x.C, x.H, x.W, d[0], window.OH, window.OW, d[2], d[3], window.stride_h, window.stride_w, window.pad_h, window.pad_w};
+    return {d[0], window.OH, window.OW, true};
+  }
+
+  void batch_norm(const Line& line, const Shape& x, Node& node) {
+    node.kind = NodeKind::batch_norm;
+    node.weight = param(line, "weight", {x.C});
+    node.bias = param(line, "bias", {x.C});
+    const bool frozen = line.mode == "frozen";
+    if (!frozen && line.mode != "batch" && line.mode != "support") line.fail("mode must be batch, support or frozen");
+    if (frozen) {
+      node.mean = buffer(line, "mean", x.C);
+      node.var = buffer(line, "var", x.C);
+    }
+    node.support_stats = line.mode == "support";
+    node.layer = BatchNorm{x.C, x.H * x.W, line.real("eps"), frozen};
+  }
+
+  void layer_norm(const Line& line, const Shape& x, Node& node) {
+    const bool all = line.integer("dims") == (x.image ? 3 : 1);
+    if (!all) line.fail("layer norm is fused over all dimensions of an example only");
+    const std::vector<int64_t> dims = x.image ? std::vector<int64_t>{x.C, x.H, x.W} : std::vector<int64_t>{x.C};
+    const Param::Order order = x.image ? Param::Order::image : Param::Order::torch;
+    node.kind = NodeKind::group_norm;
+    node.weight = param(line, "weight", dims, order);
+    node.bias = param(line, "bias", dims, order);
+    node.layer = GroupNorm{x.size(), 1, 1, line.real("eps")};
+  }
+
   // A convolution's window: like a pool's, without the limit on padding.
   static Pool2d conv_window(const Line& line, const Shape& x, int64_t kh, int64_t kw) {
     auto [sh, sw] = line.two("stride");
@@ -316,7 +336,7 @@ class Parser {
       const int made = int(i) + 1;
       if (act.kind != NodeKind::pointwise || pool.kind != NodeKind::max_pool2d) continue;
       Pointwise f = std::get<Pointwise>(act.layer);
-      const bool monotone = f.kind == Pointwise::Kind::relu || (f.kind == Pointwise::Kind::leaky_relu && f.slope >= 0);
+      const bool monotone = f.kind == Pointwise::Kind::relu || (f.kind == Pointwise::Kind::leaky_relu && f.number >= 0);
       if (!monotone || pool.inputs[0] != made || consumers[made] != 1) continue;
       const Shape pooled = net_.values[made + 1];
       pool.inputs[0] = act.inputs[0];
@@ -338,8 +358,11 @@ bool Program::uses_support_stats() const {
 }
 
 std::string to_string(const Program& program) {
-  static const char* const names[] = {"linear",     "conv2d",     "batch_norm",    "group_norm", "pointwise",
-                                      "max_pool2d", "avg_pool2d", "norm_pool_act", "flatten",    "add"};
+  static const char* const names[] = {
+#define X(name) #name,
+      FASTMAML_NODES(X)
+#undef X
+  };
   std::ostringstream out;
   for (size_t i = 0; i <= program.nodes.size(); ++i) {
     const Shape& shape = program.values[i];

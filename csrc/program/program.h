@@ -27,7 +27,23 @@ struct Buffer {
   int64_t offset, size;
 };
 
-enum class NodeKind { linear, conv2d, batch_norm, group_norm, pointwise, max_pool2d, avg_pool2d, norm_pool_act, flatten, add };
+#define FASTMAML_NODES(X) \
+  X(linear)               \
+  X(conv2d)               \
+  X(batch_norm)           \
+  X(group_norm)           \
+  X(pointwise)            \
+  X(max_pool2d)           \
+  X(avg_pool2d)           \
+  X(norm_pool_act)        \
+  X(flatten)              \
+  X(add)
+
+enum class NodeKind {
+#define X(name) name,
+  FASTMAML_NODES(X)
+#undef X
+};
 
 struct Node {
   NodeKind kind;

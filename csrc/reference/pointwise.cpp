@@ -1,5 +1,6 @@
 // pointwise: y = f(x) for the functions of layers.h.     all [N, size]
 #include <cmath>
+#include <stdexcept>
 
 #include "reference/reference.h"
 
@@ -17,7 +18,7 @@ Jet evaluate(const Pointwise& function, double x) {
       // "x <= 0", as torch writes it, and not "x > 0": a diverged task's NaN must stay one.
       return x <= 0 ? Jet{0, 0, 0} : Jet{x, 1, 0};
     case Pointwise::Kind::leaky_relu:
-      return x > 0 ? Jet{x, 1, 0} : Jet{function.slope * x, function.slope, 0};
+      return x > 0 ? Jet{x, 1, 0} : Jet{function.number * x, function.number, 0};
     case Pointwise::Kind::tanh: {
       const double y = std::tanh(x), df = 1 - y * y;
       return {y, df, -2 * y * df};
@@ -30,6 +31,11 @@ Jet evaluate(const Pointwise& function, double x) {
       const double s = 1 / (1 + std::exp(-x));
       return {x * s, s * (1 + x * (1 - s)), s * (1 - s) * (2 + x * (1 - 2 * s))};
     }
+    case Pointwise::Kind::elu: {
+      if (!(x <= 0)) return {x, 1, 0};
+      const double e = function.number * std::exp(x);
+      return {function.number * std::expm1(x), e, x < 0 ? e : 0};  // at 0 torch has f' = alpha and f'' = 0
+    }
     case Pointwise::Kind::gelu: {
       const double Phi = 0.5 * std::erfc(-x * M_SQRT1_2), phi = std::exp(-0.5 * x * x) / std::sqrt(2 * M_PI);
       return {x * Phi, Phi + x * phi, phi * (2 - x * x)};
@@ -41,7 +47,7 @@ Jet evaluate(const Pointwise& function, double x) {
       return {0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * S * u1, S * u1 + 0.5 * x * S * (u2 - 2 * t * u1 * u1)};
     }
   }
-  return {NAN, NAN, NAN};
+  throw std::logic_error("not a pointwise function");
 }
 
 }  // namespace

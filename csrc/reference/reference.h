@@ -36,7 +36,7 @@ inline Call with_operands(const Call& call, const View* operand) {
   return {call.step, call.layer, operand, call.tasks, call.scratch, call.stream};
 }
 
-#define X(name, roles) void name(const Call& call);
+#define X(name, ...) void name(const Call& call);
 FASTMAML_OPS(X)
 #undef X
 

@@ -10,7 +10,7 @@ const OpTable& reference_ops() {
     t.real_bytes = sizeof(double);
     t.lanes = kAnyLanes;
     t.rectifies = true;
-#define X(name, roles) t.run[static_cast<int>(Op::name)] = reference::name;
+#define X(name, ...) t.run[static_cast<int>(Op::name)] = reference::name;
     FASTMAML_OPS(X)
 #undef X
     t.tree_reduce = reference::tree_reduce;

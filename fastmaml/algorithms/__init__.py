@@ -1,4 +1,4 @@
-"""The learners: each is an nn.Module that takes a TaskBatch and returns a loss with an exact meta-gradient."""
+"""The learners. Each is an nn.Module that takes a TaskBatch and returns a loss with an exact meta-gradient."""
 
 from fastmaml.algorithms.anil import ANIL
 from fastmaml.algorithms.boil import BOIL

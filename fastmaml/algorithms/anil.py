@@ -1,4 +1,4 @@
-"""ANIL: the inner loop adapts the head alone, the body is meta-learned (Raghu, Raghu, Bengio, Vinyals 2020)."""
+"""ANIL: the inner loop adapts only the head; the body is meta-learned (Raghu, Raghu, Bengio, Vinyals 2020)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fastmaml.problem.parameters import ParameterLayout
 
 
 class ANIL(Learner):
-    """MAML with inner steps on the head alone, in training and at test: rate 0 for the body, whose gradient is full length.
+    """MAML whose inner steps move only the head, in training and at test. The meta-gradient covers head and body.
 
         v[k] = v[k+1] - H_k (m * alpha * v[k+1]),   m = 1 on the head, 0 on the body    (ALGORITHMS 1.2)
 
-    The product with the Hessian has the body's rows as well, so the body learns features for a head that adapts.
-    Where the network is an nn.Sequential that ends in the head, a linear layer, the body is run and differentiated
-    once, whatever the number of inner steps (linear_head.py): the same numbers in less time.
+    H_k also has the body's rows, so the body learns features for a head that adapts.
+    An nn.Sequential that ends in a linear head runs faster, with the same results (linear_head.py).
+    Its body is then run and differentiated once, for any number of inner steps.
 
-    head: name patterns of the adapted parameters ("head.*"), by default the last layer with parameters. The rest is
-    Learner's. Raises ValueError for a pattern that fits no parameter.
+    head: name patterns of the adapted parameters ("head.*"). Default: the last layer with parameters.
+    The other arguments are Learner's. Raises ValueError for a pattern that fits no parameter.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ANIL(Learner):
 
 
 def head_of(model: nn.Module, head: str | Sequence[str] | None = None) -> list[str]:
-    """The names of the parameters that fit `head`, by default those of the last module that has any of its own."""
+    """The names of the parameters that fit `head`. Default: the parameters of the last module that owns any."""
     if head is not None:
         return ParameterLayout(model).fitting([head] if isinstance(head, str) else head)
     last = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))][-1:]

@@ -1,4 +1,4 @@
-"""BOIL: the inner loop adapts the body alone, the head stays (Oh, Yoo, Kim, Yun 2021)."""
+"""BOIL: the inner loop adapts only the body; the head stays fixed (Oh, Yoo, Kim, Yun 2021)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from fastmaml.problem.losses import Loss
 
 
 class BOIL(Learner):
-    """MAML with rate 0 for the head: the features move towards a head that is shared by all tasks and meta-learned.
+    """MAML whose inner steps move only the body. All tasks share one meta-learned head, with inner rate 0.
 
-    The reverse of ANIL: the same sweep with m = 0 on the head and 1 on the body. head: name patterns of the parameters
-    that stay, by default the last layer with parameters. The released runs take one step with rate 0.5. The rest is
-    Learner's. Raises ValueError for a pattern that fits no parameter, or where nothing is left to adapt.
+    BOIL is the reverse of ANIL: the same sweep, with m = 0 on the head and 1 on the body.
+    The authors' released runs take one step with rate 0.5.
+
+    head: name patterns of the parameters that stay fixed. Default: the last layer with parameters.
+    The other arguments are Learner's.
+    Raises ValueError for a pattern that fits no parameter, or if nothing is left to adapt.
     """
 
     def __init__(

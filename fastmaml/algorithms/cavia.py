@@ -1,10 +1,10 @@
-"""CAVIA: only a few context parameters are adapted, the network around them is learned (Zintgraf et al. 2019, eq. 2-3).
+"""CAVIA: adapts only a few context parameters and learns the network around them (Zintgraf et al. 2019, eq. 2-3).
 
     context[0] = 0,    context[k+1] = context[k] - inner_lr * grad_context L_support(context[k], theta)
     the outer loop follows the gradient of L_query(context[K], theta) by theta
 
-theta acts on the query loss and on every inner gradient: both parts come out of one adjoint sweep, with tangents on the
-context alone (ALGORITHMS 1.2 and 2.11).
+theta acts on the query loss and on every inner gradient. One adjoint sweep gives both parts; its tangents are nonzero
+only on the context (ALGORITHMS 1.2 and 2.11).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from fastmaml.problem.results import MetaGradient
 
 
 class CAVIA(Learner):
-    """Adapts the parameters of `model` that are called context, from zero in every task; learns the others.
+    """Adapts the context parameters of `model`, from zero in every task, and learns the other parameters.
 
         learner = CAVIA(fm.models.context_mlp([1, 40, 40, 1], context=5), inner_lr=1.0, loss="mse")
 
-    context: a name pattern, or several, of the context parameters. Whatever they hold counts for nothing, and their
-    gradient is zero. The other arguments are Learner's.
+    context: the name pattern of the context parameters. Their stored values are not used, and their gradient is zero.
+    inner_lr: default 1.0. The other arguments are Learner's.
 
-    A module that reads a parameter of its own in forward, as fm.models.context_mlp and context_conv4 do, is not fused:
-    it runs on autodiff, and `engine.why` names the place.
+    fm.models.context_mlp and context_conv4 run on autodiff; `engine.why` names the place. The compiled kernels do not
+    fuse a module whose forward reads a parameter directly.
 
-    Raises ValueError for a pattern that fits no parameter, or a frozen one.
+    Raises ValueError for a pattern that fits no parameter, or fits a frozen one.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class CAVIA(Learner):
         self.context_names = names
 
     def start(self, support_x: Tensor, support_y: Tensor) -> Tensor:
-        """theta with the context at zero."""
+        """theta [P] with the context at zero."""
         return self._without_context(super().start(support_x, support_y))
 
     def as_output(self, result: MetaGradient, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:

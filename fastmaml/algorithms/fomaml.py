@@ -1,4 +1,4 @@
-"""First-order MAML: the query gradient at the adapted parameters (Finn et al. 2017, section 5.2); and Reptile's FOML."""
+"""First-order MAML: the query gradient at the adapted parameters (Finn et al. 2017, section 5.2). Also Reptile's FOML."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from fastmaml.problem.results import Adaptation
 
 
 class FOMAML(MAML):
-    """MAML without the Hessian terms: lambda[K] = grad L_query(phi[K]). Arguments as MAML's, except first_order."""
+    """MAML without the Hessian terms: lambda[K] = grad L_query(phi[K]). The arguments are MAML's, without first_order."""
 
     def __init__(self, model: nn.Module, inner_lr: InnerLr | None = None, inner_steps: int = 1, **options: Any):
         super().__init__(model, inner_lr, inner_steps, first_order=True, **options)
 
 
 class FOML(Reptile):
-    """The first-order MAML of Reptile's repository: theta follows the LAST inner step alone (variant b of ALGORITHMS 2.2).
+    """The first-order MAML of Reptile's repository: theta follows only the LAST inner step (variant b of ALGORITHMS 2.2).
 
         inner_steps mini-batch steps from theta;   .grad = mean_i(phi_i[K-1] - phi_i[K]);   outer SGD with lr = eps
 
-    The last step is the inner optimizer's own, so an Adam step where that is Adam. With SGD it is inner_lr times the
-    gradient of the last batch at phi[K-1]: FOMAML's, where that batch is disjoint from the others. tail_shots
-    reserves such a batch, the last tail_shots examples of every class (regression: of the support set), which the
-    steps before it do not see; None: all steps draw from the whole support set. The rest is Reptile's.
+    The inner optimizer takes the last step too, so with Adam the last step is an Adam step. With SGD the step is
+    inner_lr times the gradient of the last batch at phi[K-1]. If no earlier step saw that batch, this is FOMAML.
+
+    tail_shots: reserve the last tail_shots examples of every class for the last step (regression: of the support set).
+    The earlier steps do not see them. None: every step draws from the whole support set.
+    The other arguments are Reptile's.
     """
 
     def __init__(self, model: nn.Module, *given: Any, tail_shots: int | None = None, **options: Any):
@@ -57,19 +59,19 @@ class FOML(Reptile):
 def split_tail(x: Any, y: Tensor, shots: int) -> tuple[tuple[Any, Tensor], tuple[Any, Tensor]]:
     """((x, y) of the rest, (x, y) of the last `shots` examples of every class), each [T, N, ...].
 
-    Targets that are not labels [T, S] count as one class. Raises ValueError where tasks differ in the number of their
-    classes, or where nothing is left.
+    Targets that are not labels [T, S] count as one class.
+    Raises ValueError if the tasks differ in their number of classes, or if no example is left for the rest.
     """
     labelled = y.dim() == 2 and not y.is_floating_point()
     classes = y if labelled else torch.zeros(y.shape[:2], device=y.device)
-    followers = (classes[:, :, None] == classes[:, None, :]).triu(1).sum(2)  # [T, S] later ones of the same class
+    followers = (classes[:, :, None] == classes[:, None, :]).triu(1).sum(2)  # [T, S] later examples of the same class
     in_tail = followers < shots
     sizes = in_tail.sum(1)
     size = int(sizes[0])
     if bool((sizes != size).any()) or size == y.shape[1]:
         raise ValueError(
             f"tail_shots={shots} takes {sizes.tolist()} of the {y.shape[1]} support examples of the tasks; it must take "
-            "as many of each, and leave some"
+            "the same number from each task, and leave at least one"
         )
     order = in_tail.long().argsort(dim=1, stable=True)
     task = torch.arange(len(y), device=y.device)[:, None]

@@ -1,7 +1,7 @@
-"""The face that every learner shares: an nn.Module around the user's model whose loss has an exact meta-gradient.
+"""The base of every learner: an nn.Module around the user's model whose loss has an exact meta-gradient.
 
-One autograd node computes the meta-gradient during the forward pass and hands it out in backward, so optimizers,
-clipping, schedulers and DistributedDataParallel work as with any module.
+One autograd node computes the meta-gradient during the forward pass and returns it in backward. Optimizers, clipping,
+schedulers and DistributedDataParallel then work as with any module.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # support_x, support_y, query_x, 
 
 
 class LearnerOutput(NamedTuple):
-    """What a learner returns. Only `loss` is differentiable."""
+    """The result of a learner's forward. Only `loss` is differentiable."""
 
     loss: Tensor  # scalar: the mean of the tasks' query losses, or their sum weighted by task_weights
     task_losses: Tensor  # [T] query losses after adaptation
@@ -39,7 +39,11 @@ class LearnerOutput(NamedTuple):
 
 
 class Adapted:
-    """Parameters adapted to a batch of tasks: params [T, P], and the support losses [T, K] before each step."""
+    """Parameters adapted to a batch of tasks.
+
+    params [T, P]; losses [T, K], the support losses before each inner step.
+    Call `predict` for outputs on query examples, or `module` for one task as a plain nn.Module.
+    """
 
     def __init__(self, engine: Engine, params: Tensor, losses: Tensor, support_x: Tensor):
         self.engine = engine
@@ -52,10 +56,10 @@ class Adapted:
         return self.engine.forward(self.params, query_x, support_x=self._support_x)
 
     def module(self, task: int) -> nn.Module:
-        """A plain copy of the model with the weights of one task, in eval mode; it predicts what `predict` does.
+        """A plain copy of the model with the weights of one task, in eval mode. Its outputs equal those of `predict`.
 
-        Its batch norms use batch statistics ("transductive"), those of the task's support set ("support"), or the
-        running ones ("frozen").
+        Its batch norms follow the engine's batch_norm. "transductive" uses batch statistics, "support" the statistics
+        of the task's support set, "frozen" the running statistics. Raises ValueError for a task out of range.
         """
         tasks = self.params.shape[0]
         if not -tasks <= task < tasks:
@@ -70,26 +74,33 @@ class Adapted:
         return own
 
 
-# The gradients of a loss by its leaves: MODEL by all parameters of the model, as one vector [P]; the others by the leaf's
-# name. One that is missing is zero.
+# The gradients of a loss by its leaves. MODEL holds the gradient by all parameters of the model, as one vector [P]. The
+# other keys are leaf names; a missing key means a zero gradient.
 Gradients = dict[str, Tensor]
 MODEL = "model"
 
 
 class Learner(nn.Module):
-    """Base of the learners: parameters() are the model's and what else is learned, state_dict() has the model's own keys.
+    """Base of the learners. parameters() holds the model's parameters and everything else that is learned.
 
-    inner_lr: a number, a tensor, or a dict by parameter name (Engine.meta_gradient says which shapes); or `inner`, an
-    optimizer of fm.inner. An nn.Parameter among the rates, alone or in the dict, is learnable: it gets its exact
-    gradient, and the state_dict holds it as "inner_lr" or "inner_lr.NAME".
-    inner_steps, loss, backend, memory, batch_norm, label_smoothing, precision: as Engine's.
-    first_order: without Hessian terms. truncate=J: with those of the last J steps only. adapted: name patterns of the
-    parameters that the inner loop moves ("head.*"); the others are meta-trained all the same.
+        learner = fm.MAML(model, inner_lr=0.4, inner_steps=1)
+        learner(*batch).loss.backward()      # fills .grad with the exact meta-gradient
 
-    Parameters and buffers that a learner adds keep their names in the state_dict; in a ParameterDict's keys "/" stands
-    for ".".
+    inner_lr: a number, a tensor, or a dict by parameter name; Engine.meta_gradient lists the shapes.
+    inner: an optimizer of fm.inner, instead of inner_lr.
+    inner_steps: K, the number of inner steps.
+    first_order: drop the Hessian terms of every inner step.
+    truncate=J: keep the Hessian terms of the last J steps only.
+    adapted: name patterns of the parameters that the inner loop moves ("head.*"). The others are meta-trained too.
+    loss, backend, memory, batch_norm, label_smoothing, precision: as in Engine.
 
-    A learner of its own overrides `options` and `call_tensors`, or `meta_step` where its gradient is no plain sweep.
+    Learned rates: an nn.Parameter as a rate, alone or in the dict, gets its exact gradient. The state_dict holds this
+    rate as "inner_lr" or "inner_lr.NAME".
+
+    state_dict() keeps the model's own keys. Parameters and buffers that a learner adds keep their names there.
+    A ParameterDict's keys cannot hold dots, so "/" stands for "." in them.
+
+    To write a learner, override `options` and `call_tensors`. Override `meta_step` if the gradient is no plain sweep.
     """
 
     def __init__(
@@ -117,7 +128,7 @@ class Learner(nn.Module):
         self._named_leaves: tuple[Any, tuple[str, ...]] = (None, ())
         self._options: tuple[Any, Any] = (None, None)
         optimizer = optimizer_of(inner_lr, inner)
-        self._optimizer = self._with_number = replace(optimizer, lr=0.0)  # its rates live in the module
+        self._optimizer = self._with_number = replace(optimizer, lr=0.0)  # the module holds the rates
         self._keep_rates(optimizer.lr)
         self.first_order = bool(first_order)
         self.truncate = None if truncate is None else whole_number("truncate", truncate, 0)
@@ -129,29 +140,32 @@ class Learner(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are, and batches belong."""
+        """The device of the parameters. Batches must be on this device too."""
         return next(self.parameters()).device
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """As any module's, but walked again only where a module has changed: zero_grad and clipping ask every step."""
-        if recurse and self._all_parameters.model is self:  # a shallow copy has another's
+        """The parameters, as in any nn.Module.
+
+        The list is kept until a module changes, because zero_grad and clipping read it at every step.
+        """
+        if recurse and self._all_parameters.model is self:  # a shallow copy still holds the original's list
             return iter(self._all_parameters.named().values())
         return super().parameters(recurse)
 
     # ---------------------------------------------------------------- what a trainer calls
 
     def at_step(self, step: int) -> None:
-        """Told before every outer step, counted from 0: for learners whose loss changes as training goes on."""
+        """Called before every outer step, counted from 0. Override it if the loss changes during training."""
 
     def outer_optimizer(self, lr: float) -> torch.optim.Optimizer:
-        """The published outer optimizer over the trainable parameters, by default Adam."""
-        # Not foreach: that starts threads for every small tensor, which on a busy machine costs more than the meta-gradient.
+        """The published outer optimizer over the trainable parameters. Default: Adam."""
+        # foreach=True starts threads for every small tensor. On a busy machine they cost more than the meta-gradient.
         return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=lr, foreach=False)
 
     # ---------------------------------------------------------------- rates
 
     def _keep_rates(self, inner_lr: InnerLr) -> None:
-        """Learnable rates become parameters, a plain tensor a buffer that moves along; the rest stays as it is."""
+        """Stores the rates: an nn.Parameter as a parameter, a plain tensor as a buffer that follows .to(), the rest as given."""
         self._fixed: Any = None
         if isinstance(inner_lr, Mapping):
             self._fixed = {n: None if isinstance(r, nn.Parameter) else r for n, r in inner_lr.items()}
@@ -165,7 +179,7 @@ class Learner(nn.Module):
 
     @property
     def inner_lr(self) -> InnerLr:
-        """The inner learning rates in the form they were given in."""
+        """The inner learning rates, in the form you gave them."""
         if isinstance(self._fixed, dict):
             return {n: self.learned_rates[_key(n)] if r is None else r for n, r in self._fixed.items()}
         if self._fixed is not None:
@@ -185,7 +199,7 @@ class Learner(nn.Module):
         return self._with_number
 
     def learnable_rates(self) -> dict[str | None, nn.Parameter]:
-        """The rates that are parameters, by the parameter they drive (None: one rate tensor for all)."""
+        """The learnable rates, by the name of the parameter they scale. Key None: one rate tensor for all."""
         if isinstance(self._fixed, (int, float)):
             return {}
         rates = self.inner_lr
@@ -202,13 +216,15 @@ class Learner(nn.Module):
         query_y: Tensor,
         task_weights: Tensor | None = None,
     ) -> LearnerOutput:
-        """Adapts to each task's support set and judges on its query set.
+        """Adapts to each task's support set and computes the loss on its query set.
 
-        support_x [T, S, ...], query_x [T, Q, ...]; labels [T, S] or targets [T, S, *output]. task_weights [T]: loss
-        is their weighted sum instead of the mean. Under no_grad or inference_mode no meta-gradient is computed.
+        support_x [T, S, ...], query_x [T, Q, ...].
+        support_y, query_y: labels [T, S] and [T, Q], or targets [T, S, *output] and [T, Q, *output].
+        task_weights [T]: the loss is the weighted sum of the tasks' losses instead of their mean.
+        Under no_grad or inference_mode no meta-gradient is computed.
         """
         batch = (support_x, support_y, query_x, query_y)
-        if type(self).meta_step is not Learner.meta_step:  # its own calls would name the parts of a batch otherwise
+        if type(self).meta_step is not Learner.meta_step:  # so that errors name the parts of the batch
             self.engine.check_batch(batch)
         with self.engine.parameters:
             leaves = self.leaves()
@@ -222,7 +238,7 @@ class Learner(nn.Module):
         return LearnerOutput(weighted(task_losses, task_weights), task_losses, query_output, adapted.losses)
 
     def leaves(self) -> dict[str, Tensor]:
-        """What the loss is differentiated by: the model's parameters as "model.NAME", then learnable rates as "rate.NAME"."""
+        """The tensors that get a gradient: the model's parameters ("model.NAME"), then the learnable rates ("rate.NAME")."""
         named = self._model_parameters()
         leaves: dict[str, Tensor] = dict(zip(self._leaf_names(named), named.values()))
         for name, rate in self.learnable_rates().items():
@@ -235,7 +251,7 @@ class Learner(nn.Module):
         return self._named_leaves[1]
 
     def start(self, support_x: Tensor, support_y: Tensor) -> Tensor:
-        """Where the inner loop begins: theta [P]. A start per task [T, P] needs a meta_step of its own."""
+        """The start of the inner loop: theta [P]. A start per task [T, P] needs an override of meta_step."""
         return self.engine.layout.flatten(self._model_parameters())
 
     def _model_parameters(self) -> Mapping[str, nn.Parameter]:
@@ -243,7 +259,7 @@ class Learner(nn.Module):
         if model is self.engine.model:
             return self.engine.parameters.named()
         assert model is not None
-        return dict(model.named_parameters())  # somebody put another model of the same layout here
+        return dict(model.named_parameters())  # somebody assigned another model of the same layout
 
     def options(self) -> MetaGradientOptions:
         """The settings of this algorithm's meta-gradient, for Engine.meta_gradient and adapt_with."""
@@ -255,11 +271,11 @@ class Learner(nn.Module):
         return self._options[1]
 
     def call_tensors(self) -> dict[str, Any]:
-        """The tensors of this algorithm that travel with a call: loss_weights, step_rows, rule."""
+        """This algorithm's keywords for Engine.meta_gradient besides the settings: loss_weights, step_rows, rule."""
         return {}
 
     def meta_step(self, batch: Batch, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:
-        """The loss of a batch, and its gradients by the leaves."""
+        """(the output for a batch, the gradients of the loss by the leaves)."""
         own_start = type(self).start is not Learner.start
         theta = self.start(*batch[:2]) if own_start else self._model_parameters()
         result = self.engine.meta_gradient(
@@ -268,7 +284,7 @@ class Learner(nn.Module):
         return self.as_output(result, task_weights)
 
     def as_output(self, result: MetaGradient, task_weights: Tensor | None) -> tuple[LearnerOutput, Gradients]:
-        """The engine's result as the learner's, with the gradients of the learnable rates by their leaves."""
+        """(the learner's output, the gradients by the leaves, learnable rates included) from the engine's result."""
         grads = {MODEL: result.grad}
         rate_grad = result.inner_lr_grad
         if rate_grad is not None:
@@ -278,7 +294,10 @@ class Learner(nn.Module):
         return LearnerOutput(loss, result.loss, result.query_output, result.support_losses), grads
 
     def adapt(self, support_x: Tensor, support_y: Tensor, inner_steps: int | None = None) -> Adapted:
-        """Adapts to the support sets [T, S, ...], by default in the learner's own number of inner steps; no graph."""
+        """Adapts to the support sets [T, S, ...]. The result has no autograd graph.
+
+        inner_steps: default is the learner's own number of inner steps.
+        """
         steps = self.inner_steps if inner_steps is None else inner_steps
         theta = self.start(support_x, support_y)
         options = replace(self.options(), inner_steps=steps)
@@ -296,14 +315,19 @@ def weighted(task_losses: Tensor, task_weights: Tensor | None) -> Tensor:
     return task_losses.mean() if task_weights is None else (task_losses * task_weights.detach()).sum()
 
 
+def weights_of_tasks(task_weights: Tensor | None, like: Tensor) -> Tensor:
+    """task_weights [T] without a graph. Default: 1/T for each task of `like` [T, ...]."""
+    return like.new_full((len(like),), 1.0 / len(like)) if task_weights is None else task_weights.detach()
+
+
 class _MetaGradientNode(torch.autograd.Function):
-    """The loss of a step that was computed with its gradient; backward hands that out."""
+    """The loss of an outer step. forward receives the gradient with the loss; backward returns this gradient."""
 
     @classmethod
     def apply(cls, *given: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError("torch.func cannot differentiate a learner; call backward() on its loss")
-        # Function's own looks for leftovers of torch.func in every argument, and takes as long as the rest.
+        # Function.apply searches every argument for torch.func wrappers, which takes as long as all other work here.
         return super(torch.autograd.Function, cls).apply(*given)  # type: ignore[misc]
 
     @staticmethod
@@ -352,7 +376,7 @@ def _strip_model_prefix(learner: nn.Module, state: dict[str, Any], prefix: str, 
 
 
 def _add_model_prefix(learner: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """The way back of _strip_model_prefix: what is not the learner's own is the model's."""
+    """The inverse of _strip_model_prefix. A key that is not the learner's own belongs to the model."""
     own = {*learner._parameters, *learner._buffers, *learner._modules} - {"model"} | {"learned_rate", "learned_rates"}
     for key in [k for k in state if k.startswith(prefix)]:
         name = key[len(prefix) :]

@@ -1,10 +1,10 @@
-"""Inner loops that adapt a linear head alone: the features are computed once, and the body is differentiated once.
+"""Inner loops that adapt only a linear head: the features are computed once, and the body is differentiated once.
 
-    z = f W^T + b,   f = body(x)       phi = (W, b) moves,  theta of the body does not, so neither does f
+    z = f W^T + b,   f = body(x)       phi = (W, b) moves;  theta of the body and f stay fixed
     df_query   = dL_query/df at phi[K]
-    df_support = sum_k d/df <g_k, y_k>     y_k: the adjoint of the k-th gradient, from the sweep of the head alone
+    df_support = sum_k d/df <g_k, y_k>     y_k: the adjoint of the k-th gradient, from the head's own sweep
 
-The body's gradient is then one vector-Jacobian product for each of the two sets (ALGORITHMS 2.6).
+The body's gradient is then one vector-Jacobian product per set, support and query (ALGORITHMS 2.6).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmaml.algorithms.learner import weights_of_tasks
 from fastmaml.autodiff.update_rules import UpdateRule, rule_for
 from fastmaml.engine.engine import Engine
 from fastmaml.engine.inputs import Names
@@ -28,14 +29,14 @@ from fastmaml.problem.results import Adaptation, MetaGradient
 
 
 class LinearHead:
-    """An Engine's network as body and head, each an Engine of its own over the same modules."""
+    """An Engine's network split into body and head. Each has its own Engine over the same modules."""
 
     def __init__(self, engine: Engine, backend: str):
         *body, head = engine.model.named_children()
         how = (backend, engine.memory, engine.batch_norm)
         self.whole = engine
         precision = engine.precision_in_use
-        self.body = Engine(nn.Sequential(OrderedDict(body)), "mse", *how, precision=precision)  # its loss is not used
+        self.body = Engine(nn.Sequential(OrderedDict(body)), "mse", *how, precision=precision)  # the loss is not used
         self.head = Engine(
             nn.Sequential(OrderedDict([head])), engine.loss_name, *how, engine.label_smoothing, precision=precision
         )
@@ -45,10 +46,10 @@ class LinearHead:
 
     @staticmethod
     def splits(engine: Engine, adapted: Sequence[str]) -> bool:
-        """Whether the network is a sequence that ends in a linear layer, which `adapted` names.
+        """Whether the network is an nn.Sequential that ends in a linear layer, and `adapted` names exactly that layer.
 
-        It must be fused (no random layers: its features are computed twice), and the query set must not borrow the
-        support set's batch norm statistics.
+        The network must be fused: its features are computed twice, so random layers would differ.
+        batch_norm="support" does not split, because the query set uses the support set's statistics.
         """
         model = engine.model
         if type(model) is not nn.Sequential or not engine.fused or engine.batch_norm == "support":
@@ -62,11 +63,11 @@ class LinearHead:
 
     @staticmethod
     def takes(inner: Optimizer) -> bool:
-        """Whether the rates can be told apart by parameter: not as one vector over all."""
+        """Whether the rates split by parameter. One rate vector [P] over all parameters does not."""
         return not isinstance(inner.lr, Tensor) or inner.lr.numel() == 1 or inner.lr.shape[-1] == 1
 
     def adapt(self, x: Tensor, y: Tensor, inner: Optimizer, inner_steps: int) -> Adaptation:
-        """As Engine.adapt_with, with the parameters [T, P] of the whole network."""
+        """Engine.adapt_with on the head. The result holds the parameters [T, P] of the whole network."""
         theta = self.whole.flatten()
         self._check("support", x, y, theta)
         features = self.body.forward(theta[self.body_places], x)
@@ -83,7 +84,7 @@ class LinearHead:
         options: MetaGradientOptions,
         task_weights: Tensor | None,
     ) -> MetaGradient:
-        """As Engine.meta_gradient of the whole network with adapted = the head."""
+        """Engine.meta_gradient of the whole network, with the head as the adapted parameters."""
         support_x, support_y, query_x, query_y = batch
         theta = self.whole.flatten()
         self._check("support", support_x, support_y, theta)
@@ -103,9 +104,8 @@ class LinearHead:
             options=replace(options, inner=own.without_rates, adapted=None),
             rule=steps,
         )
-        tasks = len(support)
-        weights = theta.new_full((tasks,), 1.0 / tasks) if task_weights is None else task_weights.detach()
-        last = of_head.expand(tasks, -1) if steps.last is None else steps.last
+        weights = weights_of_tasks(task_weights, support)
+        last = of_head.expand(len(support), -1) if steps.last is None else steps.last
         by_query = self._by_features(query, query_y, last)
         grad = torch.zeros_like(theta)
         grad[self.head_places] = result.grad
@@ -127,14 +127,14 @@ class LinearHead:
         return replace(inner, lr={name: rates[name] for name in self.head.layout.names if name in rates})
 
     def _check(self, which: str, x: Tensor, y: Tensor, theta: Tensor, support_x: Tensor | None = None) -> None:
-        """Raises what the whole network's Engine would, with the examples' own shapes rather than the features'."""
+        """Raises the whole network's errors. Their sentences show the shapes of the examples, not of the features."""
         names = Names(f"{which}_x", f"{which}_y")
         self.whole.inputs.examples(names, x, y, None, theta, support_x)
 
     def _by_features(self, features: Tensor, y: Tensor, phi: Tensor, direction: Tensor | None = None) -> Tensor:
-        """The gradient by the features [T, N, D] of the mean loss at phi [T, P].
+        """The gradient of the mean loss at phi [T, P], by the features [T, N, D].
 
-        With phi and direction [K, T, P]: the sum over K of the gradients of <the loss's gradient by phi, direction>.
+        With phi and direction [K, T, P]: the gradient of <the loss's gradient by phi, direction>, summed over K.
         """
         weight, bias = self._weight_and_bias(phi)
         z = (features @ weight.mT + bias).requires_grad_()  # [T, N, C] or [K, T, N, C]
@@ -157,7 +157,7 @@ class LinearHead:
 
 
 class _Recorded:
-    """An update rule that keeps phi[K], and of every step of the sweep (phi[k], the adjoint of its gradient)."""
+    """An update rule that records phi[K], and (phi[k], the adjoint of the gradient) for every step of the sweep."""
 
     def __init__(self, rule: UpdateRule):
         self.rule = rule

@@ -6,12 +6,13 @@ from fastmaml.algorithms.learner import Learner
 
 
 class MAML(Learner):
-    """phi = theta - inner_lr * grad L_support, inner_steps times; the loss is L_query(phi), its gradient exact.
+    """Adapts phi <- phi - inner_lr * grad L_support(phi), inner_steps times from theta. The loss is L_query(phi).
 
         maml = MAML(model, inner_lr=0.4, inner_steps=1)
         out = maml(*batch)
         out.loss.backward()
         optimizer.step()
 
-    first_order=True drops the Hessian terms (FOMAML). All arguments are Learner's.
+    backward() gives the exact gradient, with all Hessian terms. first_order=True drops the Hessian terms (FOMAML).
+    The arguments are Learner's.
     """

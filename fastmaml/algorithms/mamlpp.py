@@ -1,4 +1,4 @@
-"""MAML++: MAML with a multi-step loss, learned rates per step and tensor, and batch norm per step (Antoniou et al. 2019)."""
+"""MAML++: multi-step loss, learned rates per step and tensor, batch norm per step (Antoniou et al. 2019)."""
 
 from __future__ import annotations
 
@@ -28,22 +28,34 @@ MOMENTUM = 0.1  # of the running statistics
 class MAMLPlusPlus(Learner):
     """phi[k+1] = phi[k] - alpha[k, tensor] * grad L_support(phi[k]); the loss is sum_k w_k L_query(phi[k]).
 
-    Multi-step loss (section 4, "MSL"): for epoch e < msl_epochs = E the weights move from equal to the last step,
-    w_i = max(1/K - e/(K E), 0.03/K), w_K = min(1/K + e(K-1)/(K E), 1 - (K-1) 0.03/K); from E on w_K = 1 alone.
-    Rates ("LSLR"): learn_rates gives every adapted tensor a learned rate for each step, "inner_lr.NAME" [K, 1, .., 1],
-    that starts at inner_lr, by default 0.1; its sign is free. Without, inner_lr is one fixed rate.
-    Batch norm ("BNWB"): per_step_norm gives every batch norm's gamma and beta a row for each step, "step_rows.NAME"
-    [K, C], used in step k's support pass and in the query pass after it; meta-trained, not adapted. The model's own
-    gamma and beta only say where they start. adapt_norm adapts them as any other parameter instead, one for all steps.
-    Derivative-order annealing ("DA"): first order while epoch <= da_epochs; -1, as all released configs: never.
-    bn_stats ("BNRS"): "batch", as the released code computes, normalises with the batch at hand in training and at
-    test. "running_per_step" keeps a running mean and variance for each step, "running_mean" and "running_var" [K, R],
-    updated in training (momentum 0.1, variances unbiased) and used by adapt() in eval mode; a training step then takes a second
-    inner loop, whose networks run one task at a time.
+    msl_epochs: E of the multi-step loss (section 4, "MSL"). In epoch e < E the weights move from equal to the last step:
 
-    An epoch is steps_per_epoch outer steps; at_step counts. Further inner steps than inner_steps reuse the last rate,
-    row and statistics. `inner`, an optimizer of fm.inner, may stand for inner_lr. The rest is Learner's. Cosine
-    annealing, clipping and the ensemble of checkpoints are the trainer's.
+        w_i = max(1/K - e/(K E), 0.03/K),    w_K = min(1/K + e(K-1)/(K E), 1 - (K-1) 0.03/K)
+
+    From epoch E on, w_K = 1 and the others are 0.
+
+    learn_rates ("LSLR"): every adapted tensor has a learned rate for each step, "inner_lr.NAME" [K, 1, .., 1].
+    The rates start at inner_lr (default 0.1), and their sign is free. False: inner_lr is one fixed rate.
+
+    per_step_norm ("BNWB"): every batch norm's gamma and beta have a row for each step, "step_rows.NAME" [K, C].
+    Row k serves the support pass of step k and the query pass after this step. The rows start at the model's own gamma
+    and beta. They are meta-trained, not adapted.
+    adapt_norm: adapt gamma and beta as any other parameter instead, with one value for all steps.
+
+    da_epochs ("DA", derivative-order annealing): first order while epoch <= da_epochs. -1, as in all released configs:
+    never.
+
+    bn_stats ("BNRS"): "batch" normalises with the current batch in training and at test, as the released code computes.
+    "running_per_step" keeps a running mean and variance for each step: "running_mean" and "running_var" [K, R].
+    Training updates them (momentum 0.1, unbiased variances), and adapt() uses them in eval mode.
+    Each training step then runs a second inner loop, one task at a time.
+
+    steps_per_epoch: outer steps in an epoch; at_step counts them.
+    inner: an optimizer of fm.inner, instead of inner_lr. The other arguments are Learner's.
+    Inner steps beyond inner_steps reuse the last rate, row and statistics.
+    The trainer does cosine annealing, clipping and the ensemble of checkpoints.
+    Raises ValueError for values out of range, and for "running_per_step" without batch norm or with another batch_norm
+    mode than "transductive".
     """
 
     running_mean: Tensor
@@ -100,7 +112,7 @@ class MAMLPlusPlus(Learner):
         self.epoch = step // self.steps_per_epoch
 
     def loss_weights(self) -> Tensor | None:
-        """w_0 .. w_K [K+1] in the present epoch; None: the last step's loss alone."""
+        """w_0 .. w_K [K+1] in the current epoch. None: only the loss after the last step counts."""
         K, E, e = self.inner_steps, self.msl_epochs, self.epoch
         if e >= E:
             return None
@@ -149,7 +161,7 @@ class MAMLPlusPlus(Learner):
         return Adapted(engine, now.params, torch.cat(losses, dim=1), support_x)
 
     def _follow_statistics(self, batch: Batch) -> None:
-        """Moves the running statistics of every step: task by task, first the support pass, then the query pass."""
+        """Updates the running statistics of every step. Each task's support pass comes before its query pass."""
         support_x, support_y, query_x, _ = batch
         params, state = self.engine.flatten(), None
         for k in range(self.inner_steps):
@@ -165,7 +177,7 @@ class MAMLPlusPlus(Learner):
     def _one_step(
         self, engine: Engine, k: int, params: Tensor, x: Tensor, y: Tensor, state: Tensor | None, steps: int = 1
     ) -> Adaptation:
-        """Inner step k by itself; steps=0: only puts its rows in their places."""
+        """Runs inner step k alone. steps=0: only writes the rows of step k into the parameters."""
         row = slice(min(k, self.inner_steps - 1), min(k, self.inner_steps - 1) + 1)
         rates = self.inner_lr
         of_step = {n: r[row] for n, r in rates.items()} if isinstance(rates, dict) else rates

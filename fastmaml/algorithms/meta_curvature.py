@@ -1,10 +1,10 @@
-"""Meta-Curvature: the inner gradient passes through learned matrices, one for every mode (Park & Oliva 2019).
+"""Meta-Curvature: learned matrices, one per mode, transform the inner gradient (Park & Oliva 2019).
 
-    MC(G) = G x_out M_out x_in M_in x_kernel M_kernel                (equations 7 and 8; of a linear weight M_out G M_in^T)
+    MC(G) = G x_out M_out x_in M_in x_kernel M_kernel                (equations 7 and 8; a linear weight: M_out G M_in^T)
     phi[k+1] = phi[k] - inner_lr * MC(g[k])
     v[k] = v[k+1] - H_k MC^T(inner_lr * v[k+1])                                                   (ALGORITHMS 1.2, 2.9)
 
-The matrices' gradients come from the same adjoint and g[k], mode by mode.
+The gradients of the matrices come from the same adjoint and g[k], mode by mode.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmaml.algorithms.learner import Adapted, Batch, Gradients, Learner, LearnerOutput
+from fastmaml.algorithms.learner import Adapted, Batch, Gradients, Learner, LearnerOutput, weights_of_tasks
 from fastmaml.autodiff.update_rules import UpdateRule, rule_for
 from fastmaml.inner import InnerLr
 from fastmaml.problem.inner_rates import expand_rates
@@ -26,15 +26,15 @@ AXES = {"out": 1, "in": 2, "kernel": 3}
 
 
 class MetaCurvature(Learner):
-    """MAML whose inner gradients pass through learned curvature matrices, which start as the identity.
+    """MAML with learned curvature matrices that transform the inner gradients. The matrices start as the identity.
 
         learner = MetaCurvature(model, inner_lr=0.05, inner_steps=5)
-        optimizer = torch.optim.Adam(learner.parameters(), 1e-3)   # of the model and of "curvature.NAME.MODE"
+        optimizer = torch.optim.Adam(learner.parameters(), 1e-3)   # the model and "curvature.NAME.MODE"
 
-    A weight [out, in, ...] has a matrix over its outputs and one over its inputs, a convolution's a third over its
-    kernel's positions; a bias or a norm's parameter is scaled entry by entry. Parameters that are frozen or not
-    adapted have none. With `inner` an optimizer of fm.inner, that sees the transformed gradients. All arguments are
-    Learner's.
+    A weight [out, in, ...] has one matrix over its outputs and one over its inputs. A convolution weight has a third
+    matrix, over the kernel positions. Biases and norm parameters are scaled entry by entry.
+    Parameters that are frozen or not adapted have no matrix.
+    An `inner` optimizer sees the transformed gradients. The arguments are Learner's.
     """
 
     def __init__(
@@ -91,17 +91,17 @@ class MetaCurvature(Learner):
             chosen = layout.matching(self.adapted, theta)
             mask = chosen if mask is None else mask * chosen
         rates = expand_rates(self.inner.lr, layout, mask, theta, steps)
-        of_task = theta.new_full((tasks,), 1.0 / tasks) if task_weights is None else task_weights.detach()
-        return CurvatureRule(rule_for(self.inner, rates, mask), layout, self._matrices(), of_task)
+        weights = weights_of_tasks(task_weights, theta.new_empty(tasks))
+        return CurvatureRule(rule_for(self.inner, rates, mask), layout, self._matrices(), weights)
 
 
 class CurvatureRule:
-    """An update rule that sees MC(g) for g, and gathers the gradients of the matrices (update_rules.UpdateRule)."""
+    """An update_rules.UpdateRule that replaces g by MC(g), and sums the gradients of the matrices."""
 
     needs_gradient = True
 
-    def __init__(self, rule: UpdateRule, layout: ParameterLayout, matrices: dict[str, Tensor], of_task: Tensor):
-        self.rule, self.layout, self.of_task = rule, layout, of_task
+    def __init__(self, rule: UpdateRule, layout: ParameterLayout, matrices: dict[str, Tensor], task_weights: Tensor):
+        self.rule, self.layout, self.task_weights = rule, layout, task_weights
         self.matrices = {name: matrix.detach() for name, matrix in matrices.items()}
         self.grads = {name: torch.zeros_like(matrix) for name, matrix in matrices.items()}
 
@@ -122,10 +122,10 @@ class CurvatureRule:
         return torch.cat([piece.reshape(len(g), -1) for piece in pieces], dim=1)
 
     def pulled_back(self, y: Tensor, g: Tensor) -> Tensor:
-        """MC^T(y) [T, P] for the adjoint y of MC(g); adds what it says of the matrices to their gradients."""
+        """MC^T(y) [T, P] for the adjoint y of MC(g). Adds this step's terms to the gradients of the matrices."""
         given, pieces = self.layout.split(g), []
         for name, piece in self.layout.split(y).items():
-            piece, grads = pulled_back(self._modes(name), piece, given[name], self.of_task)
+            piece, grads = pulled_back(self._modes(name), piece, given[name], self.task_weights)
             pieces.append(piece.reshape(len(g), -1))
             for mode, grad in grads.items():
                 self.grads[f"{name}.{mode}"] += grad
@@ -140,7 +140,7 @@ class CurvatureRule:
 
 
 def identities(parameter: Tensor) -> dict[str, Tensor]:
-    """The matrices that leave the gradient of a parameter as it is."""
+    """The identity matrices of one parameter: they leave its gradient unchanged."""
     if parameter.dim() < 2:
         return {"scale": torch.ones_like(parameter)}
     sizes = (*parameter.shape[:2], *([parameter[0, 0].numel()] if parameter.dim() > 2 else []))
@@ -148,7 +148,7 @@ def identities(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def transformed(modes: dict[str, Tensor], G: Tensor) -> Tensor:
-    """The gradient G multiplied by its matrices; in the shape [T, out, in, kernel] where it has a kernel."""
+    """G times its matrices. A convolution's result has the shape [T, out, in, kernel]."""
     if "scale" in modes:
         return G * modes["scale"]
     G = G.flatten(3) if G.dim() > 3 else G
@@ -157,10 +157,15 @@ def transformed(modes: dict[str, Tensor], G: Tensor) -> Tensor:
     return G
 
 
-def pulled_back(modes: dict[str, Tensor], Y: Tensor, G: Tensor, of_task: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the adjoint of G, the gradients of the matrices summed over tasks with weights of_task) for Y, that of MC(G)."""
+def pulled_back(
+    modes: dict[str, Tensor], Y: Tensor, G: Tensor, task_weights: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(the adjoint of G, the gradients of the matrices) for Y, the adjoint of MC(G).
+
+    The gradients of the matrices are summed over tasks with task_weights [T].
+    """
     if "scale" in modes:
-        return Y * modes["scale"], {"scale": torch.tensordot(of_task, Y * G, 1)}
+        return Y * modes["scale"], {"scale": torch.tensordot(task_weights, Y * G, 1)}
     Y, G = (X.flatten(3) if X.dim() > 3 else X for X in (Y, G))
     stages = [G]
     for mode, matrix in modes.items():
@@ -168,12 +173,12 @@ def pulled_back(modes: dict[str, Tensor], Y: Tensor, G: Tensor, of_task: Tensor)
     grads = {}
     for (mode, matrix), before in zip(reversed(modes.items()), reversed(stages[:-1])):
         axis = AXES[mode]
-        weighted = torch.einsum("t...,t->t...", Y, of_task)
+        weighted = torch.einsum("t...,t->t...", Y, task_weights)
         grads[mode] = weighted.movedim(axis, 0).flatten(1) @ before.movedim(axis, 0).flatten(1).T
         Y = along(axis, matrix.T, Y)
     return Y, grads
 
 
 def along(axis: int, matrix: Tensor, G: Tensor) -> Tensor:
-    """The mode product G x_axis matrix: every vector of G along the axis is multiplied by the matrix."""
+    """The mode product G x_axis matrix: multiplies every vector of G along the axis by the matrix."""
     return (G.movedim(axis, -1) @ matrix.T).movedim(-1, axis)

@@ -1,4 +1,4 @@
-"""Meta-SGD: the start and a learning rate for every parameter are learned together (Li et al. 2017, algorithm 1)."""
+"""Meta-SGD: learns the start and one learning rate per parameter together (Li et al. 2017, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from fastmaml.problem.parameters import ParameterLayout
 
 
 class MetaSGD(Learner):
-    """phi = theta - alpha * grad L_support(theta), usually once; theta and alpha follow the gradient of L_query(phi).
+    """phi = theta - alpha * grad L_support(theta), usually once. theta and alpha follow the gradient of L_query(phi).
 
-    alpha has the shape of theta and no constraint on its sign (eq. 3 of the paper). Its gradient is -sum_k g_k * v[k+1]
-    (ALGORITHMS 1.2): exact, for any number of inner steps, which all share it.
+    alpha has the shape of theta, and its sign is free (eq. 3 of the paper). All inner steps share alpha.
+    The gradient of alpha is exact: -sum_k g_k * v[k+1] (ALGORITHMS 1.2).
 
         learner = MetaSGD(model)
-        optimizer = torch.optim.Adam(learner.parameters(), 1e-3)   # of the model and of "inner_lr.NAME"
+        optimizer = torch.optim.Adam(learner.parameters(), 1e-3)   # the model and "inner_lr.NAME"
 
-    inner_lr: where every rate starts, a number or a range (low, high) to draw from, by default (0.005, 0.1); drawn with
-    `seed`, without touching torch's own generator. Or `inner`, an optimizer of fm.inner whose lr says that. The rest is
-    Learner's; parameters that are frozen or not adapted have no rate. Raises ValueError for a range that is not one.
+    inner_lr: the start of every rate, a number or a range (low, high) to draw from. Default: (0.005, 0.1).
+    seed: the seed of the draws. torch's own generator is not used.
+    inner: an optimizer of fm.inner, instead of inner_lr. Its lr gives the start of the rates.
+    The other arguments are Learner's. Parameters that are frozen or not adapted have no rate.
+    Raises ValueError if inner_lr is neither a number nor a range.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The learners by their names on the command line and in config files, and as people write them."""
+"""Learner names: on the command line and in config files (keys), and as people write them (values)."""
 
 from __future__ import annotations
 

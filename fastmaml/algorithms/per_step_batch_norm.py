@@ -1,4 +1,4 @@
-"""Batch norm statistics of one network as vectors [R]: taken from a batch, and put in the place of the running ones.
+"""Batch norm statistics of one network as vectors [R]: computes them from a batch, and writes them into the model.
 
 R counts the channels of all batch norms, in the order of model.modules(). MAML++ keeps a row [R] for each inner step.
 """
@@ -17,7 +17,7 @@ from fastmaml.problem.batch_norm import check_mode, statistics
 
 
 def channels(model: nn.Module) -> int:
-    """R. Raises ValueError for a model without batch norm, or one whose batch norms keep no running statistics."""
+    """R, the number of channels. Raises ValueError if the model has no batch norm, or one without running statistics."""
     check_mode(model, "frozen")
     total = sum(norm.num_features for norm in _norms(model))
     if total == 0:
@@ -27,7 +27,7 @@ def channels(model: nn.Module) -> int:
 
 @torch.no_grad()
 def of_batch(model: nn.Module, params: Mapping[str, Tensor], x: Any) -> tuple[Tensor, Tensor]:
-    """(mean [R], unbiased variance [R]) of what reaches each batch norm for one task's examples x [N, ...]."""
+    """(mean [R], unbiased variance [R]) of the inputs of each batch norm, for one task's examples x [N, ...]."""
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def see(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -46,7 +46,7 @@ def of_batch(model: nn.Module, params: Mapping[str, Tensor], x: Any) -> tuple[Te
 
 
 def put(model: nn.Module, mean: Tensor, var: Tensor) -> None:
-    """Makes [R] the running statistics of the model's batch norms."""
+    """Writes mean [R] and var [R] into the running statistics of the model's batch norms."""
     sizes = [norm.num_features for norm in _norms(model)]
     for norm, of_mean, of_var in zip(_norms(model), mean.split(sizes), var.split(sizes)):
         norm.running_mean, norm.running_var = of_mean.clone(), of_var.clone()

@@ -1,9 +1,10 @@
-"""ProtoMAML: MAML whose head starts, in every task, as the classifier of the prototypes (Triantafillou et al. 2020).
+"""ProtoMAML: MAML whose head starts as the prototype classifier of each task (Triantafillou et al. 2020).
 
     c_n = mean embedding of the support examples of class n,    W_n = 2 c_n,    b_n = -|c_n|^2          (section 3)
 
-The logits at step 0 are then -|embedding - c_n|^2 up to a constant of the example. The start is differentiated too:
-dL/dc_n = 2 vW_n - 2 c_n vb_n for the meta-gradient (vW, vb) at that start, and on through the body (ALGORITHMS 2.8).
+The logits at step 0 are then -|embedding - c_n|^2, up to a constant per example. The meta-gradient goes through the
+start too. With (vW, vb) the meta-gradient at the start, dL/dc_n = 2 vW_n - 2 c_n vb_n. The body's gradient follows from
+dL/dc_n (ALGORITHMS 2.8).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmaml.algorithms.learner import Batch, Gradients, Learner, LearnerOutput
+from fastmaml.algorithms.learner import Batch, Gradients, Learner, LearnerOutput, weights_of_tasks
 from fastmaml.autodiff.replayed_dropout import replayed
 from fastmaml.engine.engine import Engine
 from fastmaml.inner import InnerLr
@@ -24,24 +25,26 @@ from fastmaml.problem.losses import Loss
 
 
 class Prototypes(NamedTuple):
-    """The mean embeddings of the classes, and what they came from."""
+    """The mean embedding of each class, and the values it was computed from."""
 
     c: Tensor  # [T, classes, D]
     embeddings: Tensor  # [T, S, D]
     shares: Tensor  # [T, S, classes]: c = shares^T embeddings
-    draws: Tensor  # the state of torch's generator before the embeddings, which dropout depends on
+    draws: Tensor  # torch's generator state before the embeddings; replays dropout
 
 
 class ProtoMAML(Learner):
-    """MAML on body and head, from a head that the support set's prototypes give.
+    """MAML on body and head. The prototypes of each task's support set give the start of the head.
 
         learner = ProtoMAML(model, inner_lr=5.4e-3, inner_steps=6)
 
-    head: the name of the model's last layer, an nn.Linear with a bias (default: the last module with parameters). Its
-    own values never count, and their gradient is zero. Every task needs a support example of each class. The other
-    arguments are Learner's; first_order drops the Hessian terms of the inner steps, not the derivative of the start.
+    head: the name of the model's last layer, an nn.Linear with a bias. Default: the last module with parameters.
+    The head's stored values are not used, and their gradient is zero.
+    first_order: drop the Hessian terms of the inner steps, and keep the derivative of the start.
+    The other arguments are Learner's.
 
-    Raises ValueError for a head that is no such layer, and where a class has no support example.
+    Every task needs a support example of each class.
+    Raises ValueError for any other kind of head, and if a class has no support example.
     """
 
     def __init__(
@@ -65,11 +68,11 @@ class ProtoMAML(Learner):
             )
         if not rest:
             raise ValueError(f"the model ({type(model).__name__}) has no parameters but its head's; there is no body")
-        # It shares every parameter, buffer and layer with the model.
+        # The body shares every parameter, buffer and layer with the model.
         body = _without(model, self.head)
         self._body = Engine(body, "mse", options.get("backend", "auto"), batch_norm=self.engine.batch_norm)
         self._places = layout.positions(own), layout.positions(rest)
-        self._fits = False  # whether the model's output was seen to be its head's
+        self._fits = False  # whether a first call showed that the head gives the model's output
 
     def start(self, support_x: Tensor, support_y: Tensor) -> Tensor:
         """theta [T, P] with each task's own head."""
@@ -92,8 +95,7 @@ class ProtoMAML(Learner):
             _, by_body = self._body.vjp(self._body.flatten(), batch[0], prototypes.shares @ by_c)
         head, body = self._places[0].to(c.device), self._places[1].to(c.device)
         grad = result.grad.index_fill(1, head, 0.0).index_add(1, body, by_body)
-        of_task = grad.new_full((len(grad),), 1.0 / len(grad)) if task_weights is None else task_weights.detach()
-        return self.as_output(result._replace(grad=of_task @ grad), task_weights)
+        return self.as_output(result._replace(grad=weights_of_tasks(task_weights, grad) @ grad), task_weights)
 
     def _prototypes(self, x: Tensor, y: Tensor) -> Prototypes:
         layer = self.model.get_submodule(self.head)
@@ -134,7 +136,7 @@ class ProtoMAML(Learner):
 
 
 def _head_of(model: nn.Module, head: str | None) -> str:
-    """The name of the head, by default that of the last module with parameters of its own."""
+    """The name of the head. Default: the last module that owns parameters."""
     named = dict(model.named_modules())
     if head is None:
         own = [name for name, module in named.items() if any(True for _ in module.parameters(recurse=False))]
@@ -148,7 +150,7 @@ def _head_of(model: nn.Module, head: str | None) -> str:
 
 
 def _without(model: nn.Module, path: str) -> nn.Module:
-    """The model with nn.Identity in place of one layer; every other layer, parameter and buffer is the same object."""
+    """The model with nn.Identity instead of one layer. Every other layer, parameter and buffer is the same object."""
     own = copy.copy(model)
     own._modules = dict(model._modules)
     first, _, rest = path.partition(".")

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastmaml.algorithms.learner import MODEL, Adapted, Batch, Gradients, Learner, LearnerOutput, weighted
+from fastmaml.algorithms.learner import (
+    MODEL,
+    Adapted,
+    Batch,
+    Gradients,
+    Learner,
+    LearnerOutput,
+    weighted,
+    weights_of_tasks,
+)
 from fastmaml.inner import Adam, InnerLr, Optimizer, optimizer_of
 from fastmaml.problem.checks import any_target, whole_number
 from fastmaml.problem.losses import Loss
@@ -20,25 +29,28 @@ from fastmaml.problem.results import Adaptation
 class Reptile(Learner):
     """theta <- theta + eps mean_i(phi_i - theta), with phi_i the parameters after inner_steps on task i's support set.
 
-    backward() leaves theta - mean_i phi_i in .grad, so that SGD with lr = eps (`outer_optimizer`) is the update of the
-    paper. eps goes from 1 to 0 over training. The query set takes no part; the loss on it is only reported.
+    backward() writes theta - mean_i phi_i into .grad. The paper's update is then SGD with lr = eps (`outer_optimizer`).
+    In the paper eps goes from 1 to 0 over training. The query loss is only reported; it has no effect on training.
 
         reptile = Reptile(model)                      # the released settings of Omniglot 5-way
         optimizer = reptile.outer_optimizer(1.0)
 
-    inner: an optimizer of fm.inner, by default Adam(1e-3, betas=(0, 0.999)); or inner_lr for plain gradient descent.
-    minibatch: examples in each inner step, drawn from the support set without replacement; each pass over it is
-    shuffled, and a batch may straddle two passes. None: all of them at every step. Draws come from torch's generator.
+    inner: an optimizer of fm.inner. Default: Adam(1e-3, betas=(0, 0.999)).
+    inner_lr: plain gradient descent with this rate, instead of inner.
+    minibatch: examples in each inner step, drawn from the support set without replacement. None: all examples.
+        Each pass over the support set has its own order, and a batch may straddle two passes. The draws come from
+        torch's generator.
+    serial: how tasks share the inner optimizer's moments in training. True runs one task after the other, as the
+        released code does. Each task starts from theta, with the moments that the task before left. False: all tasks of
+        a batch start from the same moments, and the mean of their moments is carried on.
+    eval_steps, eval_minibatch: inner steps and mini-batch size of adapt() in eval mode.
+    transductive: True runs the query examples as one batch for batch norm. False runs each query example together with
+        the whole support set, one at a time.
+    loss, backend, memory, batch_norm, label_smoothing, adapted, precision: as in Learner.
 
-    The moments and the step counter of the inner optimizer go on from task to task in training, as in the released
-    code. serial=True does exactly that: one task after the other, each from theta, each with the moments that the task
-    before it left. Otherwise all tasks of a batch start from the carried moments, and the mean of theirs is carried on.
-    They are the buffers "moments" and "moment_steps".
-
-    In eval mode adapt() takes eval_steps steps on mini-batches of eval_minibatch, from the carried moments, which it
-    leaves as they are. transductive: the query examples are one batch for batch norm; otherwise each is forwarded
-    beside the whole support set, one at a time. loss, backend, memory, batch_norm, label_smoothing, adapted: as
-    Learner's.
+    The moments and the step counter are the buffers "moments" and "moment_steps". In eval mode adapt() starts from
+    them and does not change them.
+    Raises TypeError for learned inner rates, and ValueError for values out of range.
     """
 
     moments: Tensor
@@ -70,7 +82,7 @@ class Reptile(Learner):
         how: dict[str, Any] = {"inner": inner, "adapted": adapted, "precision": precision}
         super().__init__(model, None, inner_steps, loss, False, backend, memory, batch_norm, label_smoothing, **how)
         if self.learnable_rates():
-            raise TypeError(f"{type(self).__name__} has no gradient for a learned inner rate; give it a number")
+            raise TypeError(f"{type(self).__name__} has no gradient for a learned inner rate; give a number")
         whole_number("inner_steps", inner_steps, 1)
         self.minibatch = None if minibatch is None else whole_number("minibatch", minibatch, 1)
         self.eval_steps = whole_number("eval_steps", eval_steps, 0)
@@ -102,26 +114,25 @@ class Reptile(Learner):
         output = self.engine.forward(torch.cat([loop.params for loop in loops]), query_x, support_x=support_x)
         task_losses = self.engine.loss(output, query_y)
         support_losses = torch.cat([loop.losses for loop in loops])
-        of_task = task_losses.new_full((tasks,), 1.0 / tasks) if task_weights is None else task_weights.detach()
-        grad = torch.tensordot(of_task, torch.cat(directions), 1)
+        grad = torch.tensordot(weights_of_tasks(task_weights, task_losses), torch.cat(directions), 1)
         loss = weighted(task_losses, task_weights)
         return LearnerOutput(loss, task_losses, output, support_losses), {MODEL: grad}
 
     def direction(self, x: Any, y: Tensor) -> tuple[Tensor, Adaptation]:
-        """(what stands for the gradient of each task [T, P], the inner loop it came from)."""
+        """(each task's gradient for the outer optimizer [T, P], the inner loop that gave this gradient)."""
         theta = self.start(x, y)
         given = mini_batches(x, y, self.inner_steps, self.minibatch)
         loop = self.descend(theta, *given, self.inner_steps, self.minibatch, *self.carried(len(y)))
         return theta - loop.params, loop
 
     def carried(self, tasks: int) -> tuple[Tensor | None, int]:
-        """(the inner optimizer's moments for each task, the steps they come from)."""
+        """(the inner optimizer's moments for each task, the number of steps taken so far)."""
         return (self.moments.expand(tasks, -1), int(self.moment_steps)) if self._optimizer.vectors else (None, 0)
 
     def descend(
         self, params: Tensor, x: Any, y: Tensor, steps: int, minibatch: int | None, moments: Tensor | None, taken: int
     ) -> Adaptation:
-        """Inner steps on rows that `mini_batches` has drawn."""
+        """Runs inner steps on the examples that `mini_batches` has drawn."""
         if steps == 0:
             return Adaptation(params.expand(len(y), -1), params.new_zeros(len(y), 0), moments)
         options = replace(self.options(), inner_steps=steps, minibatch=minibatch)
@@ -138,7 +149,7 @@ class Reptile(Learner):
 
 
 class OneAtATime(Adapted):
-    """Predicts each query example beside the whole support set, which gives batch norm most of its statistics."""
+    """Predicts each query example together with the whole support set, which dominates the batch norm statistics."""
 
     def predict(self, query_x: Tensor) -> Tensor:
         outputs = []
@@ -148,13 +159,13 @@ class OneAtATime(Adapted):
         return torch.cat(outputs, dim=1)
 
     def module(self, task: int) -> nn.Module:
-        raise ValueError("a module does not see the support set that transductive=False needs; use predict(query_x)")
+        raise ValueError("use predict(query_x): transductive=False needs the support set, which a module does not hold")
 
 
 def mini_batches(x: Any, y: Tensor, steps: int, size: int | None) -> tuple[Any, Tensor]:
-    """(x, y) [T, steps * size, ...]: each task's examples pass after pass, every pass in an order of its own.
+    """(x, y) [T, steps * size, ...]: each task's examples pass after pass, each pass in its own order.
 
-    As they are where size is None.
+    size=None: x and y unchanged.
     """
     if size is None:
         return x, y

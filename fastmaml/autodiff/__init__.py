@@ -1,4 +1,4 @@
-"""The adjoint sweep in Python over torch.func: runs any network, and is the yardstick of the compiled kernels.
+"""The adjoint sweep in Python over torch.func. It runs any network; the compiled kernels are tested against it.
 
 Knows nothing of fastmaml._C.
 """

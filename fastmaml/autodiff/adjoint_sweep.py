@@ -1,10 +1,10 @@
-"""Inner loops and their adjoint sweep on flat vectors [T, P], for whoever can give gradients and Hessian products.
+"""Inner loops and their adjoint sweep on flat vectors [T, P], for any object with gradients and Hessian products.
 
     phi[0] = theta                    phi[k+1] = update(phi[k], g[k]),   g[k] = grad L_S(phi[k])
     v = w[K] grad L_Q(phi[K])         v <- (part of the update rule) + H[k] y + w[k] grad L_Q(phi[k]),   k = K-1 .. 0
 
-y is the adjoint of g[k]; plain gradient descent has y = -a v (ALGORITHMS 1.1 and 1.2). Memory holds phi[0..K], what
-the update rule keeps, and one step's activations. The compiled engine runs the same sweep as one fused Schedule.
+y is the adjoint of g[k]; plain gradient descent has y = -a v (ALGORITHMS 1.1 and 1.2). Memory holds phi[0..K], the
+state of the update rule, and one step's activations. The compiled engine runs the same sweep as one fused Schedule.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from fastmaml.problem.results import MetaGradient
 
 
 class Derivatives(Protocol):
-    """First and second derivatives of every task's loss. `step` names the draw of random layers (dropout)."""
+    """First and second derivatives of every task's loss. `step` selects the masks of random layers (dropout)."""
 
     hvp_gives_gradient: bool
 
-    def grad(self, params: Tensor, at: Examples, step: int) -> tuple[Tensor, Tensor]:
+    def grad(self, params: Tensor, examples: Examples, step: int) -> tuple[Tensor, Tensor]:
         """(loss [T], grad [T, P]) of a support set."""
 
-    def query(self, params: Tensor, at: Examples, step: int, support_x: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss [T], grad [T, P], output [T, N, ...]); support_x gives batch norm in mode 'support' its statistics."""
+    def query(
+        self, params: Tensor, examples: Examples, step: int, support_x: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss [T], grad [T, P], output [T, N, ...]). support_x: the statistics source for batch_norm="support"."""
 
-    def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int) -> tuple[Tensor | None, Tensor]:
+    def hvp(self, params: Tensor, examples: Examples, v: Tensor, step: int) -> tuple[Tensor | None, Tensor]:
         """(grad [T, P] where hvp_gives_gradient, H v [T, P])."""
 
 
@@ -51,7 +53,7 @@ def adapt(
     rows: Rows | None = None,
     lam: float | Tensor = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(phi[K] [T, P], support losses [T, K]). Without a step, phi[0] has row 0."""
+    """(phi[K] [T, P], support losses [T, K]). With K = 0 and rows, the result is theta with row 0."""
     phi, losses = theta if rows is None else rows.put(theta, 0), []
     for k in range(loop.steps):
         if rows is not None:
@@ -75,10 +77,10 @@ def meta_gradient(
     lam: float | Tensor = 0.0,
     statistics_of: Tensor | None = None,
 ) -> MetaGradient:
-    """The gradients of each task: the sweep from theta [T, P].
+    """The meta-gradient of each task [T, P], by the sweep from theta [T, P].
 
-    rates: rows of the rate tensor. statistics_of: support_x for batch norm 'support'. inner_lr_grad is [T, 1 or K, P],
-    step_rows_grad [T, K, R].
+    rates: number of rows of the rate tensor, 1 or K. statistics_of: support_x for batch_norm="support".
+    In the result, inner_lr_grad is [T, 1 or K, P] and step_rows_grad [T, K, R].
     """
     K, first_order = loop.steps, loop.order == 0
     keep_g = rule.needs_gradient or (loop.rate_grad and (first_order or not derivatives.hvp_gives_gradient))
@@ -127,8 +129,8 @@ def meta_gradient(
             rows_grad[:, min(k, rows_grad.shape[1] - 1)] += v[:, rows.places]
             v = v.index_fill(1, rows.places, 0.0)
         if k in queries:
-            at = point if rows is None or k == 0 else rows.put(point, k - 1)
-            query_losses[k], q, _ = derivatives.query(at, query, k, statistics_of)
+            judged = point if rows is None or k == 0 else rows.put(point, k - 1)
+            query_losses[k], q, _ = derivatives.query(judged, query, k, statistics_of)
             v = v + weight[k] * q
     if loop.proximal:
         v = v + anchor_grad

@@ -1,7 +1,7 @@
 """The autodiff backend: the derivatives of any nn.Module by torch.func, for the adjoint sweep of adjoint_sweep.py.
 
-A Hessian-vector product is the tangent of the gradient (forward-over-reverse): no graph of a graph. How tasks and
-random layers are handled stands in task_derivatives.py.
+A Hessian-vector product is the tangent of the gradient (forward-over-reverse), without a graph of a graph.
+task_derivatives.py handles tasks and random layers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastmaml.problem.pytrees import Packing
 
 
 class Autodiff:
-    """forward, grad, query, hvp and vjp of one module and loss; parameters are vectors [T, P] (adjoint_sweep.Derivatives)."""
+    """adjoint_sweep.Derivatives of one module and loss, with forward and vjp. Parameters are vectors [T, P]."""
 
     hvp_gives_gradient = True
 
@@ -32,50 +32,50 @@ class Autodiff:
         self.layout = layout
         self.loss = loss
         self.norm_mode = norm_mode
-        self.inputs: Packing | None = None  # how the model's inputs lie in x; None: x is the input
-        self.outputs: Packing | None = None  # how its outputs lie in one tensor, known after the first evaluation
+        self.inputs: Packing | None = None  # how x packs the model's inputs; None: x is the input
+        self.outputs: Packing | None = None  # how one tensor packs the outputs; set by each evaluation
         self._tasks = TaskDerivatives(self._loss)
         self._of_outputs = TaskDerivatives(self._loss_of_output)
 
     @property
     def note(self) -> str:
-        """How the tasks are run where that is not vmap, and why."""
+        """How the tasks run if vmap cannot, and why. "" with vmap."""
         return self._tasks.note
 
     def begin(self, seed: int | None = None) -> Autodiff:
-        """Starts a call: the evaluations that follow share one seed for dropout, drawn when it is first needed."""
+        """Starts a call. Its evaluations share one seed for dropout. None: the first random evaluation draws it."""
         self._tasks.begin(seed)
         return self
 
-    # ---- what the Engine asks for; every argument has the task dimension in front
+    # ---- called by the Engine; every argument has the task dimension in front
 
     def forward(self, params: Tensor, x: Tensor, support_x: Tensor | None = None, step: int = 0) -> Tensor:
         given = (params, x) if support_x is None else (params, x, support_x)
         return self._tasks.over_tasks(lambda style: self._output, step, *given)
 
-    def grad(self, params: Tensor, at: Examples, step: int = 0) -> tuple[Tensor, Tensor]:
+    def grad(self, params: Tensor, examples: Examples, step: int = 0) -> tuple[Tensor, Tensor]:
         """(loss [T], grad [T, P])."""
-        return self.query(params, at, step)[:2]
+        return self.query(params, examples, step)[:2]
 
     def query(
-        self, params: Tensor, at: Examples, step: int = 0, support_x: Tensor | None = None
+        self, params: Tensor, examples: Examples, step: int = 0, support_x: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss [T], grad [T, P], output [T, N, ...])."""
-        return self._tasks.grad(step, params, *(at if support_x is None else (*at, support_x)))
+        return self._tasks.grad(step, params, *(examples if support_x is None else (*examples, support_x)))
 
-    def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
+    def hvp(self, params: Tensor, examples: Examples, v: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
         """(grad [T, P], H v [T, P])."""
-        x, y, w = at.weighted()
+        x, y, w = examples.weighted()
         assert w is not None
         return self._tasks.hvp(step, params, v, x, y, w)
 
-    def gauss_newton(self, params: Tensor, at: Examples, v: Tensor) -> Tensor:
-        """J^T L J v [T, P]: L the loss's Hessian by the outputs. Each of the three passes sees the same random layers."""
-        z, z_dot = self._tasks.over_tasks(self._jvp_of_one, 0, params, at.x, v)
-        w = at.weighted().w
+    def gauss_newton(self, params: Tensor, examples: Examples, v: Tensor) -> Tensor:
+        """J^T L J v [T, P], with L the loss's Hessian by the outputs. All three passes see the same dropout masks."""
+        z, z_dot = self._tasks.over_tasks(self._jvp_of_one, 0, params, examples.x, v)
+        w = examples.weighted().w
         assert w is not None
-        _, dz_dot = self._of_outputs.hvp(0, z, z_dot, at.y, w)
-        return self.vjp(params, at.x, dz_dot)[1]
+        _, dz_dot = self._of_outputs.hvp(0, z, z_dot, examples.y, w)
+        return self.vjp(params, examples.x, dz_dot)[1]
 
     def vjp(self, params: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """(output y [T, N, ...], dy^T dy/dparams [T, P])."""
@@ -84,7 +84,7 @@ class Autodiff:
     # ---- one task
 
     def _output(self, phi: Tensor, x: Tensor, support_x: Tensor | None = None) -> Tensor:
-        # Buffers are constants: a module that updates its own does so on a copy.
+        # Buffers are constants: a module that updates its buffers updates a copy.
         constants = {
             name: b.to(phi.dtype, copy=True) if b.is_floating_point() else b.clone()
             for name, b in self.model.named_buffers()

@@ -1,4 +1,4 @@
-"""The same random layers (dropout) in several calls of an Engine, each of which draws its own masks otherwise."""
+"""Gives several calls of an Engine the same dropout masks. Otherwise each call draws its own masks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @contextmanager
 def replayed(state: Tensor) -> Iterator[None]:
-    """Runs a block from torch's generator state `state` (torch.get_rng_state()) and puts the generator back."""
+    """Runs a block from torch's generator state `state` (torch.get_rng_state()), then restores the generator."""
     before = torch.get_rng_state()
     torch.set_rng_state(state)
     try:

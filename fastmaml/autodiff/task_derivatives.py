@@ -1,10 +1,10 @@
-"""Gradient and Hessian-vector product of one task's function, for all tasks at once, in the way the function allows.
+"""Gradient and Hessian-vector product of one task's function, for all tasks at once.
 
-Tasks are vmapped; a function that vmap refuses (dropout, data-dependent control flow) takes a loop over tasks, and one
-that forward mode refuses takes double backward, task by task. What was decided is remembered and written to `note`.
+Tasks run under vmap. If vmap rejects a function (dropout, data-dependent control flow), a loop over tasks follows.
+If forward mode rejects the function too, double backward runs task by task. The choice is kept for later calls and written to `note`.
 
-Random functions: a loop over tasks seeds each evaluation by (call, step, task), so a step's Hessian sees the masks of
-its gradient. Each call draws its own seed from torch's generator.
+Random functions: a loop over tasks seeds each evaluation by (call, step, task). A step's Hessian then sees the masks of
+this step's gradient. Each call draws its own seed from torch's generator.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _HOW = {LOOP: "a loop over tasks", DOUBLE_BACKWARD: "double backward in a loop o
 
 
 class TaskDerivatives:
-    """Derivatives of value(point, *at) -> (scalar, anything), a function of one task; arguments here are [T, ...]."""
+    """Derivatives of value(point, *examples) -> (scalar, tensor), a function of one task.
+
+    The methods take the same arguments for all tasks, [T, ...].
+    """
 
     def __init__(self, value: Callable[..., tuple[Tensor, Tensor]]):
         self.value = value
@@ -30,47 +33,47 @@ class TaskDerivatives:
         self._seed: int | None = None
 
     def begin(self, seed: int | None = None) -> None:
-        """Starts a call: the evaluations that follow share one seed, drawn when it is first needed."""
+        """Starts a call. Its evaluations share one seed. None: the first random evaluation draws it."""
         self._seed = seed
 
-    def grad(self, step: int, point: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(value [T], gradient as point, what the function returns beside its value)."""
-        return self.over_tasks(self._grad_of_one, step, point, *at)
+    def grad(self, step: int, point: Tensor, *examples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(value [T], gradient shaped as point, the function's second result)."""
+        return self.over_tasks(self._grad_of_one, step, point, *examples)
 
-    def hvp(self, step: int, point: Tensor, v: Tensor, *at: Tensor) -> tuple[Tensor, Tensor]:
-        """(gradient, H v), both as point: the primal of forward-over-reverse is the gradient."""
-        return self.over_tasks(self._hvp_of_one, step, point, v, *at)
+    def hvp(self, step: int, point: Tensor, v: Tensor, *examples: Tensor) -> tuple[Tensor, Tensor]:
+        """(gradient, H v), both shaped as point. Forward-over-reverse gives the gradient as its primal."""
+        return self.over_tasks(self._hvp_of_one, step, point, v, *examples)
 
     def _grad_of_one(self, style: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        def by_functorch(point: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            grad, (value, beside) = grad_and_value(self.value, has_aux=True)(point, *at)
+        def by_functorch(point: Tensor, *examples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            grad, (value, beside) = grad_and_value(self.value, has_aux=True)(point, *examples)
             return value, grad, beside.detach()
 
-        def by_backward(point: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def by_backward(point: Tensor, *examples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             with torch.enable_grad():
                 point = point.detach().requires_grad_()
-                value, beside = self.value(point, *at)
+                value, beside = self.value(point, *examples)
                 (grad,) = torch.autograd.grad(value, point, allow_unused=True, materialize_grads=True)
             return value.detach(), grad, beside.detach()
 
         return by_backward if style == DOUBLE_BACKWARD else by_functorch
 
     def _hvp_of_one(self, style: int) -> Callable[..., tuple[Tensor, Tensor]]:
-        def by_functorch(point: Tensor, v: Tensor, *at: Tensor) -> tuple[Tensor, Tensor]:
+        def by_functorch(point: Tensor, v: Tensor, *examples: Tensor) -> tuple[Tensor, Tensor]:
             def grad_at(where: Tensor) -> Tensor:
-                return grad_and_value(self.value, has_aux=True)(where, *at)[0]
+                return grad_and_value(self.value, has_aux=True)(where, *examples)[0]
 
             grad, hv = jvp(grad_at, (point,), (v,))  # type: ignore[misc]
             return grad, hv
 
-        def by_backward(point: Tensor, v: Tensor, *at: Tensor) -> tuple[Tensor, Tensor]:
+        def by_backward(point: Tensor, v: Tensor, *examples: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 point = point.detach().requires_grad_()
-                value, _ = self.value(point, *at)
+                value, _ = self.value(point, *examples)
                 (grad,) = torch.autograd.grad(
                     value, point, create_graph=True, allow_unused=True, materialize_grads=True
                 )
-                if not grad.requires_grad:  # a value linear in the point
+                if not grad.requires_grad:  # the value is linear in the point
                     return grad.detach(), torch.zeros_like(v)
                 (hv,) = torch.autograd.grad(grad, point, v, allow_unused=True, materialize_grads=True)
             return grad.detach(), hv
@@ -78,14 +81,14 @@ class TaskDerivatives:
         return by_backward if style == DOUBLE_BACKWARD else by_functorch
 
     def over_tasks(self, one: Callable[[int], Callable[..., Any]], step: int, *given: Tensor) -> Any:
-        """Runs one(style) on every task, in the first style that it allows from the one remembered on."""
+        """Runs one(style) on every task, in the first style that works. Starts from the remembered style."""
         for style in range(self._style, DOUBLE_BACKWARD + 1):
             try:
                 result = self._run(style, one(style), step, given)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                # Whether the style or the function is at fault shows in the next style; the last has the final word.
+                # The next style shows whether the style or the function is at fault. The last style's error is raised.
                 if style == DOUBLE_BACKWARD:
                     raise
                 refusal = str(error).strip().split("\n")[0]

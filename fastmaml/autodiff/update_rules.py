@@ -1,6 +1,6 @@
-"""The inner optimizers on flat vectors [T, P]: each step's update, and its exact adjoint (ALGORITHMS 1.1 to 1.4).
+"""The inner optimizers on flat vectors [T, P]: each step's update and its exact adjoint (ALGORITHMS 1.1 to 1.4).
 
-The compiled engine has the same rules as fused Steps; these serve autodiff, and rules that are not compiled.
+The compiled engine has the same rules as fused Steps. autodiff uses the rules here, and so do custom rules.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastmaml.inner import SGD, Optimizer
+from fastmaml.inner import SGD, Adam, Optimizer
 
 
 class UpdateRule(Protocol):
-    """phi[k+1] from phi[k] and the gradient g[k]; and what the adjoint sweep needs of it.
+    """Computes phi[k+1] from phi[k] and the gradient g[k], and the adjoint of this update.
 
-    A rule is made for one inner loop. `update` is called for k = 0 .. K-1, then `adjoint` for k = K-1 down.
+    A rule serves one inner loop. The sweep calls `update` for k = 0 .. K-1, then `adjoint` for k = K-1 .. 0.
     """
 
     needs_gradient: bool  # whether the adjoint reads g[k] before the Hessian term
@@ -25,14 +25,14 @@ class UpdateRule(Protocol):
         """phi[k+1] [T, P]."""
 
     def adjoint(self, k: int, v: Tensor, phi: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(v without the Hessian term, y the adjoint of g[k]): the sweep goes on with v + H[k] y."""
+        """(v without the Hessian term, y the adjoint of g[k]). The sweep continues with v + H[k] y."""
 
     def rate_grad(self, k: int, v: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-        """The gradient [T, P] by the rates of step k, from v before `adjoint`."""
+        """The gradient [T, P] by the rates of step k. v: the value before `adjoint`."""
 
 
 class _Rule:
-    """Rates, clipping and coupled weight decay, which the rules share."""
+    """The shared part of the rules: rates, clipping and coupled weight decay."""
 
     def __init__(self, optimizer: Optimizer, rates: Tensor, mask: Tensor | None):
         self.optimizer = optimizer
@@ -58,7 +58,7 @@ class _Rule:
         return (g if self.mask is None else g * self.mask).norm(dim=1, keepdim=True)
 
     def prepared_adjoint(self, v: Tensor, y: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
-        """From y, the adjoint of the prepared gradient, to (v with the decay's part, adjoint of the raw gradient)."""
+        """(v with the weight decay's term, the adjoint of the raw gradient). y: the adjoint of the prepared gradient."""
         o = self.optimizer
         if o.weight_decay and not getattr(o, "decoupled", False):
             v = v + o.weight_decay * y
@@ -75,7 +75,7 @@ class _Rule:
 
 
 class SGDRule(_Rule):
-    """Gradient descent, with PyTorch's momentum semantics: the first buffer is the undamped gradient."""
+    """Gradient descent with torch.optim.SGD's momentum: the first buffer is the gradient without dampening."""
 
     def __init__(self, optimizer: SGD, rates: Tensor, mask: Tensor | None, state: Tensor | None = None, taken: int = 0):
         super().__init__(optimizer, rates, mask)
@@ -122,7 +122,7 @@ class SGDRule(_Rule):
 
 
 class AdamRule(_Rule):
-    """Adam and AdamW with bias correction, eps outside the square root."""
+    """Adam and AdamW with bias correction; eps is outside the square root."""
 
     def __init__(self, optimizer: Any, rates: Tensor, mask: Tensor | None, state: Tensor | None = None, taken: int = 0):
         super().__init__(optimizer, rates, mask)
@@ -148,7 +148,7 @@ class AdamRule(_Rule):
 
     def update(self, k: int, phi: Tensor, g: Tensor) -> Tensor:
         o = self.optimizer
-        assert not isinstance(o, SGD)
+        assert isinstance(o, Adam)
         g = self.prepared(phi, g)
         zeros = torch.zeros_like(g)
         b1, b2 = o.betas
@@ -162,7 +162,7 @@ class AdamRule(_Rule):
 
     def adjoint(self, k: int, v: Tensor, phi: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
         o = self.optimizer
-        assert g is not None and not isinstance(o, SGD)
+        assert g is not None and isinstance(o, Adam)
         b1, b2 = o.betas
         mh, sh, c1, c2 = self._corrected(k)
         root = sh.sqrt()
@@ -180,7 +180,7 @@ class AdamRule(_Rule):
 
     def rate_grad(self, k: int, v: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         o = self.optimizer
-        assert not isinstance(o, SGD)
+        assert isinstance(o, Adam)
         mh, sh, _, _ = self._corrected(k)
         d = mh / (sh.sqrt() + o.eps)
         return -(d + o.weight_decay * phi if o.decoupled else d) * v
@@ -192,4 +192,6 @@ def rule_for(
     """The rule of an optimizer. state [T, S P] and `taken` steps continue an earlier loop."""
     if isinstance(optimizer, SGD):
         return SGDRule(optimizer, rates, mask, state, taken)
-    return AdamRule(optimizer, rates, mask, state, taken)
+    if isinstance(optimizer, Adam):
+        return AdamRule(optimizer, rates, mask, state, taken)
+    raise TypeError(f"there is no update rule for {type(optimizer).__name__}")

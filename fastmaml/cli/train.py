@@ -43,87 +43,93 @@ def add_parser(subparsers: Any) -> None:
         help="settings in YAML or TOML, as --print-config prints them; options on the command line win",
     )
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML for --config, and stop")
-    task = parser.add_argument_group("tasks")
-    task.add_argument("--ways", type=int, metavar="N", help="classes in a task")
-    task.add_argument("--shots", type=int, metavar="N", help="support examples per class (regression: per task)")
-    task.add_argument(
+    _task_options(parser.add_argument_group("tasks"))
+    _learning_options(parser.add_argument_group("learning"))
+    _engine_options(parser.add_argument_group("engine"))
+    _run_options(parser.add_argument_group("run"))
+    parser.set_defaults(run=run)
+
+
+def _task_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--ways", type=int, metavar="N", help="classes in a task")
+    group.add_argument("--shots", type=int, metavar="N", help="support examples per class (regression: per task)")
+    group.add_argument(
         "--train-shots",
         type=int,
         metavar="N",
         help="support examples in training (default: --shots, except for Reptile)",
     )
-    task.add_argument("--query-shots", type=int, metavar="N", help="query examples per class (regression: per task)")
-    task.add_argument("--root", metavar="DIR", help="folder of the data set's files")
-    loops = parser.add_argument_group("learning")
-    loops.add_argument(
+    group.add_argument("--query-shots", type=int, metavar="N", help="query examples per class (regression: per task)")
+    group.add_argument("--root", metavar="DIR", help="folder of the data set's files")
+
+
+def _learning_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--algorithm", choices=ALGORITHMS, metavar="NAME", help=f"{', '.join(ALGORITHMS)} (default: maml)"
     )
-    loops.add_argument(
+    group.add_argument(
         "--option",
         action="append",
         dest="options",
         metavar="NAME=VALUE",
         help="an argument of the algorithm's class, such as lam=2.0, first_order=true, inner=adam; may be repeated",
     )
-    loops.add_argument("--steps", type=int, metavar="N", help="outer steps")
-    loops.add_argument("--meta-batch", type=int, metavar="N", help="tasks in an outer step")
-    loops.add_argument(
+    group.add_argument("--steps", type=int, metavar="N", help="outer steps")
+    group.add_argument("--meta-batch", type=int, metavar="N", help="tasks in an outer step")
+    group.add_argument(
         "--outer-lr", type=float, metavar="RATE", help="learning rate of Adam, or for Reptile of the outer step"
     )
-    loops.add_argument("--schedule", choices=SCHEDULES, help="schedule of the outer learning rate")
-    loops.add_argument(
+    group.add_argument("--schedule", choices=SCHEDULES, help="schedule of the outer learning rate")
+    group.add_argument(
         "--outer-lr-min", type=float, metavar="RATE", help="outer rate at the end of the schedule (default: 0)"
     )
-    loops.add_argument(
+    group.add_argument(
         "--clip-grad",
         type=float,
         metavar="LIMIT",
         help="limit of every entry of the network's meta-gradient (default: none)",
     )
-    loops.add_argument("--inner-steps", type=int, metavar="N", help="gradient steps on the support set")
-    loops.add_argument(
+    group.add_argument("--inner-steps", type=int, metavar="N", help="gradient steps on the support set")
+    group.add_argument(
         "--inner-lr", type=float, metavar="RATE", help="learning rate of the inner steps, for the mean loss"
     )
-    loops.add_argument("--filters", type=int, metavar="N", help="filters of each convolution")
-    loops.add_argument(
+    group.add_argument("--filters", type=int, metavar="N", help="filters of each convolution")
+    group.add_argument(
         "--batch-norm", choices=("transductive", "support", "frozen", "per_step"), help="default: transductive"
     )
-    loops.add_argument("--seed", type=int, metavar="N", help="seed of the network, the tasks and everything random")
-    engine = parser.add_argument_group("engine")
-    engine.add_argument("--backend", help="auto, cpu, cuda, reference, autodiff")
-    engine.add_argument(
-        "--precision", choices=PRECISIONS, help="precision of large products on CUDA (default: float32)"
-    )
-    engine.add_argument(
+    group.add_argument("--seed", type=int, metavar="N", help="seed of the network, the tasks and everything random")
+
+
+def _engine_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--backend", help="auto, cpu, cuda, reference, autodiff")
+    group.add_argument("--precision", choices=PRECISIONS, help="precision of large products on CUDA (default: float32)")
+    group.add_argument(
         "--memory",
         choices=("auto", "low", "stash"),
         help="low recomputes the activations of the inner steps, stash keeps them",
     )
-    run_group = parser.add_argument_group("run")
-    run_group.add_argument("--out", metavar="DIR", help="run folder (default: a new one under runs/)")
-    run_group.add_argument("--resume", metavar="RUN", help="continue this run from its last checkpoint")
-    run_group.add_argument(
+
+
+def _run_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--out", metavar="DIR", help="run folder (default: a new one under runs/)")
+    group.add_argument("--resume", metavar="RUN", help="continue this run from its last checkpoint")
+    group.add_argument(
         "--time-limit",
         type=float,
         metavar="SECONDS",
         help="seconds of training, including earlier parts of a resumed run",
     )
-    run_group.add_argument("--validate-every", type=int, metavar="N", help="outer steps between validations")
-    run_group.add_argument(
-        "--validation-tasks", type=int, metavar="N", help="tasks of every validation, always the same"
-    )
-    run_group.add_argument(
+    group.add_argument("--validate-every", type=int, metavar="N", help="outer steps between validations")
+    group.add_argument("--validation-tasks", type=int, metavar="N", help="tasks of every validation, always the same")
+    group.add_argument(
         "--ensemble",
         type=int,
         metavar="N",
         help="number of best checkpoints whose outputs are averaged at test (default: 1)",
     )
-    run_group.add_argument(
-        "--eval-tasks", type=int, metavar="N", help="held-out tasks of the evaluation (default: 600)"
-    )
-    run_group.add_argument("--no-evaluate", action="store_true", help="stop after training")
-    run_group.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.set_defaults(run=run)
+    group.add_argument("--eval-tasks", type=int, metavar="N", help="held-out tasks of the evaluation (default: 600)")
+    group.add_argument("--no-evaluate", action="store_true", help="stop after training")
+    group.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The only Python that touches fastmaml._C: loading it, calling its operators, asking it about schedules.
+"""The only Python that uses fastmaml._C: loads it, calls its operators, asks it about schedules.
 
 Knows no learner.
 """

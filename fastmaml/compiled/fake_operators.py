@@ -1,6 +1,6 @@
-"""Shapes of the compiled operators' results, for torch.compile, fake tensors and torch.library.opcheck; and their graphs.
+"""Result shapes of the compiled operators, for torch.compile, fake tensors and torch.library.opcheck.
 
-loading.py imports this file once the operators are registered. Sizes may be symbolic here, so these stand in Python.
+loading.py imports this file after the operators are registered. Sizes may be symbolic, so the functions are in Python.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, fallthrough_kernel, register_fake
 
-# What these return are gradients and values beside them, without a graph; to say so to autograd takes time at every call.
+# These operators return tensors without a graph. The fallthrough skips autograd's dispatch, which costs time per call.
 _library = Library("fastmaml", "IMPL")
 for _operator in ("plain_meta_gradient", "scaled_parts"):
     _library.impl(_operator, fallthrough_kernel, "Autograd")

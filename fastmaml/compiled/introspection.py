@@ -1,6 +1,6 @@
-"""What the compiled module knows about schedules and about the machine: for prediction, benchmarks and the doctor.
+"""Asks the compiled module about schedules and about the machine, for prediction, benchmarks and the doctor.
 
-Its functions need the compiled module, which an Engine on a compiled backend has loaded.
+Load the compiled module first; any Engine on a compiled backend does so.
 """
 
 from __future__ import annotations
@@ -16,49 +16,49 @@ def _compiled() -> Any:
 
 
 def module() -> Any | None:
-    """The compiled module where it is loaded, else None."""
+    """The compiled module, or None if it is not loaded."""
     return sys.modules.get("fastmaml._C")
 
 
 def file() -> str:
-    """Where the compiled module lies."""
+    """The path of the compiled module."""
     return str(_compiled().__file__)
 
 
 def instruction_set() -> str:
-    """The instruction set that the cpu backend runs on."""
+    """The instruction set that the cpu backend uses."""
     return str(_compiled().cpu_isa())
 
 
 def memory_of_machine() -> int:
-    """Bytes of memory that this process may have."""
+    """The bytes of memory that this process may use."""
     return int(_compiled().machine_memory())
 
 
 def stash_budget(backend: str, python_loss: bool) -> int:
-    """The largest arena, in bytes, with which memory="auto" keeps the activations of the inner steps."""
+    """The largest arena, in bytes, for which memory="auto" chooses "stash"."""
     return int(_compiled().stash_budget(backend, python_loss))
 
 
 def arena_bytes(program: str, kind: str, **plan: Any) -> int:
-    """The memory that one task in flight takes, in bytes; `plan` as in `costs`."""
+    """The arena of one task in flight, in bytes. `plan` as in `costs`."""
     return int(_compiled().arena_bytes(program, kind, **plan))
 
 
 def costs(program: str, kind: str, **plan: Any) -> dict[str, Any]:
-    """What a Schedule costs a task on paper: memory mode, lanes, arena_bytes, and a dict for each Step.
+    """The planned cost of a Schedule for one task: memory mode, lanes, arena_bytes, and a dict for each Step.
 
-    kind: "meta_gradient", "adapt", "hvp", ... plan: backend, real_bytes, support_examples, query_examples, loop, memory,
-    solve_steps, uniform_rate.
+    kind: "meta_gradient", "adapt", "hvp", ...
+    plan: backend, real_bytes, support_examples, query_examples, loop, memory, solve_steps, uniform_rate.
     """
     return dict(_compiled().costs(program, kind, **plan))
 
 
 def start_profile() -> None:
-    """From now on every Step of every call on a backend of the host is timed."""
+    """Starts timing every Step of every call, on the backends that run on the host."""
     _compiled().profile_start()
 
 
 def stop_profile() -> list[dict[str, Any]]:
-    """Ends the timing. For each plan that ran: what `costs` says, and the times of its walks and Steps."""
+    """Stops timing. Returns, for each plan that ran, the fields of `costs` and the times of its walks and Steps."""
     return list(_compiled().profile_stop())

@@ -1,4 +1,4 @@
-"""Loads the compiled module, and the CUDA library beside it; says in one sentence why one cannot be had."""
+"""Loads the compiled module and the CUDA library. If one is not available, returns the reason in one sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastmaml import build
 
 @functools.lru_cache(maxsize=1)
 def load_compiled() -> str:
-    """Loads fastmaml._C, building it when it is missing; returns "" or the sentence that says why it cannot."""
+    """Loads fastmaml._C, and builds it first if it is missing. Returns "", or the reason for a failure in one sentence."""
     try:
         build.load()
     except build.BuildError as error:
@@ -23,11 +23,11 @@ def load_compiled() -> str:
 
 @functools.lru_cache(maxsize=1)
 def load_cuda() -> str:
-    """Loads the CUDA library beside the compiled module; returns "" or the sentence that says why it cannot run here."""
+    """Loads the CUDA library after the compiled module. Returns "", or the reason for a failure in one sentence."""
     if missing := load_compiled():
         return missing
     try:
-        ctypes.CDLL("libcuda.so.1")  # before a library is built that could not run
+        ctypes.CDLL("libcuda.so.1")  # first, so that no library is built that cannot run
     except OSError:
         return "no CUDA driver on this machine"
     try:

@@ -1,7 +1,7 @@
-"""The compiled kernels of one Program: the only file that calls torch.ops.fastmaml (csrc/bindings/module.cpp lists them).
+"""The compiled kernels of one Program. Only this file calls torch.ops.fastmaml (csrc/bindings/module.cpp lists them).
 
-Its derivatives have autodiff's face (sweep.Derivatives), so an update rule that is not compiled runs on them too;
-`adapt` and `meta_gradient` are whole inner loops, and whole sweeps, as one fused Schedule.
+Compiled implements adjoint_sweep.Derivatives, so custom update rules run on the compiled kernels too.
+`adapt` and `meta_gradient` run a whole inner loop, or a whole sweep, as one fused Schedule.
 """
 
 from __future__ import annotations
@@ -40,46 +40,59 @@ class Compiled:
     def forward(self, params: Tensor, x: Tensor, support_x: Tensor | None = None) -> Tensor:
         return self._call("forward", params, x, support_x)[0]
 
-    def grad(self, params: Tensor, at: Examples, step: int = 0) -> tuple[Tensor, Tensor]:
-        with self._loss_of(at):
-            loss, grad = self._call("grad", params, *_contiguous(at))
+    def grad(self, params: Tensor, examples: Examples, step: int = 0) -> tuple[Tensor, Tensor]:
+        with self._loss_of(examples):
+            loss, grad = self._call("grad", params, *_contiguous(examples))
         return loss, grad
 
     def query(
-        self, params: Tensor, at: Examples, step: int = 0, support_x: Tensor | None = None
+        self, params: Tensor, examples: Examples, step: int = 0, support_x: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss [T], grad [T, P], output [T, N, ...]): the meta-gradient of no steps at all."""
-        shown = at.x if support_x is None else support_x
-        shown_y = at.y if support_x is None else at.y.new_zeros((*shown.shape[:2], *at.y.shape[2:]))
+        """(loss [T], grad [T, P], output [T, N, ...]), by a meta-gradient with zero inner steps."""
+        shown = examples.x if support_x is None else support_x
+        shown_y = examples.y if support_x is None else examples.y.new_zeros((*shown.shape[:2], *examples.y.shape[2:]))
         rates = params.new_zeros((1, params.shape[-1]))
         loop = "steps=0 per_task=1"
-        with self._loss_of(at, at):
-            given = (shown, shown_y, None, *_contiguous(at), None, rates, loop, self.memory, None, None, None, None)
+        with self._loss_of(examples, examples):
+            given = (
+                shown,
+                shown_y,
+                None,
+                *_contiguous(examples),
+                None,
+                rates,
+                loop,
+                self.memory,
+                None,
+                None,
+                None,
+                None,
+            )
             loss, grad, output, *_ = self._call("meta_gradient", params, *given)
         return loss, grad, output
 
-    def hvp(self, params: Tensor, at: Examples, v: Tensor, step: int = 0) -> tuple[None, Tensor]:
-        with self._loss_of(at):
-            return None, self._call("hvp", params, *_contiguous(at), v.contiguous())[0]
+    def hvp(self, params: Tensor, examples: Examples, v: Tensor, step: int = 0) -> tuple[None, Tensor]:
+        with self._loss_of(examples):
+            return None, self._call("hvp", params, *_contiguous(examples), v.contiguous())[0]
 
     def plain_hvp(self, params: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """hvp's product without weights, of a network without buffers. The tensors must be as the operator takes them."""
+        """H v without weights, for a network without buffers. The caller has checked the tensors."""
         return torch.ops.fastmaml.hvp.default(  # type: ignore[no-any-return]
             self.program.text, self.backend, params, x, y, None, v, params.new_empty(0)
         )
 
-    def linearise(self, params: Tensor, at: Examples, gauss_newton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def linearise(self, params: Tensor, examples: Examples, gauss_newton: bool) -> tuple[Tensor, Tensor, Tensor]:
         """What `curvature` with the same arguments takes, in the backend's own types and layout."""
-        with self._loss_of(at):
-            tape, index, tap = self._operator("linearise", gauss_newton, params.contiguous(), *_contiguous(at))
+        with self._loss_of(examples):
+            tape, index, tap = self._operator("linearise", gauss_newton, params.contiguous(), *_contiguous(examples))
         return tape, index, tap
 
     def curvature(
-        self, params: Tensor, at: Examples, gauss_newton: bool, tape: tuple[Tensor, Tensor, Tensor], v: Tensor
+        self, params: Tensor, examples: Examples, gauss_newton: bool, tape: tuple[Tensor, Tensor, Tensor], v: Tensor
     ) -> Tensor:
-        with self._loss_of(at):
+        with self._loss_of(examples):
             mv: Tensor = self._operator(
-                "curvature", gauss_newton, params.contiguous(), *_contiguous(at), *tape, v.contiguous()
+                "curvature", gauss_newton, params.contiguous(), *_contiguous(examples), *tape, v.contiguous()
             )
         return mv.to(params.dtype)
 
@@ -90,7 +103,7 @@ class Compiled:
     def solve(
         self,
         params: Tensor,
-        at: Examples,
+        examples: Examples,
         v: Tensor,
         lam: float,
         steps: int,
@@ -99,8 +112,8 @@ class Compiled:
         mask: Tensor | None,
     ) -> Solution:
         """Conjugate gradients from zero on ((1 + damping) I + H / lam) s = v; mask [P]: 1 where H has rows and columns."""
-        with self._loss_of(at):
-            given = (*_contiguous(at), v.contiguous(), mask, lam, steps, damping, stop)
+        with self._loss_of(examples):
+            given = (*_contiguous(examples), v.contiguous(), mask, lam, steps, damping, stop)
             solution, history, state = self._call("solve", params, *given)
         iterations, negative = state[:, 3].to(torch.int64), state[:, 4] != 0
         return Solution(solution, history[:, -1], iterations, negative, history)
@@ -114,7 +127,7 @@ class Compiled:
         state: Tensor | None = None,
         steps_taken: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(adapted [T, P], support losses [T, K], the optimizer's state [T, S P])."""
+        """(adapted parameters [T, P], support losses [T, K], the optimizer's state [T, S P])."""
         theta, rows = _with_first_row(theta, tensors.rows, loop.steps)
         count = theta.new_tensor([float(steps_taken)]) if state is not None else None
         with self._loss_of(support):
@@ -167,16 +180,16 @@ class Compiled:
     def plain_meta_gradient(
         self, theta: Sequence[Tensor], batch: Sequence[Tensor], rate: float, loop: str
     ) -> Sequence[Tensor]:
-        """The fields of meta_gradient's result for one rate and no options, in the host's memory.
+        """The fields of meta_gradient's result for one rate and no options, on CPU tensors.
 
-        theta: [P], or a part for each parameter. The tensors must be as the operator takes them.
+        theta: [P], or one part per parameter. The caller has checked the tensors.
         """
         return torch.ops.fastmaml.plain_meta_gradient.default(  # type: ignore[no-any-return]
             self.program.text, self.backend, theta, *batch, rate, loop, self.memory
         )
 
     def _loss_of(self, support: Examples, query: Examples | None = None) -> AbstractContextManager[None]:
-        """Within the block the operators reach a loss written in Python."""
+        """Within the block, the operators can call the loss written in Python."""
         if self.python_loss is None:
             return _NO_PYTHON_LOSS
         from fastmaml import _C
@@ -184,13 +197,13 @@ class Compiled:
         return self.python_loss.serving(_C.set_python_loss, support, query)  # type: ignore[attr-defined,unused-ignore]
 
     def _call(self, op: str, params: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        """The reference backend computes in float64 and answers in the caller's type."""
+        """Calls an operator. The reference backend computes in float64; its results are cast back to params' type."""
         result = self._operator(op, params.contiguous(), *arguments)
         results = (result,) if isinstance(result, Tensor) else result
         return tuple(r.to(params.dtype) for r in results) if self.backend == "reference" else results
 
     def _operator(self, op: str, *arguments: Any) -> Any:
-        """One of the arguments is the parameters; results are in the backend's type."""
+        """Calls an operator; its results keep the backend's type. The first tensor argument is the parameters."""
         params = next(a for a in arguments if isinstance(a, Tensor))
         given = (*arguments, self.program.gather_buffers(self.model, params))
         if self.backend == "reference":
@@ -199,16 +212,16 @@ class Compiled:
 
 
 def scaled_parts(flat: Tensor, scale: Tensor, layout: ParameterLayout) -> Sequence[Tensor]:
-    """flat [P] times scale [] in the host's memory, as one new tensor for each parameter."""
+    """flat [P] times scale [] on the CPU, as one new tensor per parameter."""
     return torch.ops.fastmaml.scaled_parts.default(flat, scale, layout.dims)  # type: ignore[no-any-return]
 
 
-def _contiguous(at: Examples) -> tuple[Tensor | None, ...]:
-    return tuple(None if part is None else part.contiguous() for part in at)
+def _contiguous(examples: Examples) -> tuple[Tensor | None, ...]:
+    return tuple(None if part is None else part.contiguous() for part in examples)
 
 
 def _with_first_row(theta: Tensor, rows: Rows | None, steps: int) -> tuple[Tensor, Tensor | None]:
-    """theta with the first step's row in its places, and a row for each of the steps, the last one reused."""
+    """(theta with the first step's row written into it, one row per step). Missing rows repeat the last row."""
     if rows is None:
         return theta, None
     first = rows.values[0].expand(*theta.shape[:-1], -1)
@@ -216,9 +229,9 @@ def _with_first_row(theta: Tensor, rows: Rows | None, steps: int) -> tuple[Tenso
 
 
 def _of_given_rows(grad: Tensor, rows_grad: Tensor, rows: Rows, loop: InnerLoop) -> Tensor:
-    """The gradient of each step's row as that of the rows that were given [rows, R] (or [T, rows, R])."""
+    """Sums the gradients of the steps' rows into gradients of the given rows: [rows, R] or [T, rows, R]."""
     given = grad.new_zeros((*grad.shape[:-1], *rows.values.shape))
-    if loop.steps == 0:  # the operator returns none
+    if loop.steps == 0:  # the operator returns no row gradients
         return given
     return given.index_add(-2, _row_of_step(rows, loop.steps), rows_grad)
 

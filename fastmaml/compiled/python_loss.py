@@ -1,7 +1,7 @@
-"""A loss written in Python at the outputs of the fused network: compiled schedules hand it each task's outputs.
+"""A loss written in Python on the outputs of a fused network.
 
-Between its Steps the network stays compiled; the loss's gradient and Hessian-vector product by the outputs come from
-torch.func, over all tasks at once.
+The network's Steps stay compiled; the schedule calls the loss between them, with each task's outputs. torch.func gives
+the loss's gradient and Hessian-vector product by the outputs, over all tasks at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastmaml.problem.losses import LossFunction, weighted
 
 
 class PythonLoss:
-    """Answers the Steps of a schedule that ask for the loss, for one call after the other."""
+    """Computes the loss for the Steps of a schedule that need it. One call runs at a time."""
 
     def __init__(self, loss: LossFunction):
         self._loss = loss
@@ -33,9 +33,9 @@ class PythonLoss:
     def serving(
         self, install: Callable[[Any], None], support: Examples, query: Examples | None = None
     ) -> Iterator[None]:
-        """Within the block the installed callback computes the loss of these examples.
+        """Within the block, the installed callback computes the loss of these examples.
 
-        An exception of the loss leaves the block as it was raised, not as the operator passes it on.
+        If the loss raises, the block raises the same exception, not the operator's wrapper around it.
         """
         raised: list[BaseException] = []
 
@@ -77,7 +77,7 @@ class PythonLoss:
 
 
 class _Memory:
-    """A device's memory by its array interface; `cuda_emulated`'s is the host's."""
+    """A view of a device's memory through its array interface. For `cuda_emulated` this is host memory."""
 
     def __init__(self, interface: dict[str, Any], backend: str):
         name = "__array_interface__" if backend == "cuda_emulated" else "__cuda_array_interface__"
@@ -85,7 +85,7 @@ class _Memory:
 
 
 def tensor_of(array: Any, backend: str, device: torch.device) -> Any:
-    """What the operators hand to a loss, a numpy array or the interface of a device's memory, as a tensor in its place."""
+    """A tensor that shares the memory of an operator's argument: a numpy array, or a device's array interface."""
     if array is None:
         return None
     if not isinstance(array, dict):

@@ -1,4 +1,4 @@
-"""Which backend runs a network with its loss, and what makes it fall back: the first thing that an Engine decides."""
+"""Chooses the backend of a network and its loss, and falls back to autodiff. An Engine does this first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PRECISIONS = ("float32", "tf32", "tf32x3", "bf16x3")
 class BackendChoice:
     """The backend chosen for a network and its loss. Engine documents the arguments.
 
-    `settings` is what every call depends on besides its own arguments: backend, memory and precision.
+    `settings` holds backend, memory and precision. Every call depends on them besides its own arguments.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class BackendChoice:
 
     @property
     def why(self) -> str:
-        """Why the network, or its loss, is not fused, and how tasks are run where that is not vmap; "" when all is."""
+        """Why the network or its loss is not fused, and how tasks run if vmap cannot. "" if everything is fused."""
         if not self.fused:
             return "; ".join(part for part in (self._why, self.autodiff.note) if part)
         if self.python_loss is None:
             return ""
-        text = "the loss is a Python function: the network's steps are fused, layer by layer over all tasks, between its calls"
+        text = "the loss is a Python function: the network stays fused, but runs layer by layer over all tasks"
         return "; ".join(part for part in (text, self.python_loss.note) if part)
 
     def _choose(self, backend: str) -> None:
@@ -124,7 +124,7 @@ class BackendChoice:
         self.settings = (backend, self._memory, self.precision)
 
     def _follow(self, device: str) -> None:
-        """With "auto" the backend moves along with the parameters, from the CPU to a CUDA device or back."""
+        """Moves the backend with the parameters ("auto" only), from the CPU to a CUDA device or back."""
         if device == _device_of(self.backend):
             return
         wanted = _of_device(device) if self._follows else self.backend
@@ -143,7 +143,7 @@ class BackendChoice:
         self._use("autodiff")
 
     def program(self, name: str, x: Tensor, like: Tensor) -> Program | None:
-        """The Program for the examples x [T, N, ...]; None when autodiff has to run them."""
+        """The Program for the examples x [T, N, ...]. None if autodiff runs them."""
         if self._network is None:
             return None
         self._follow(like.device.type)
@@ -166,7 +166,7 @@ class BackendChoice:
 
     @property
     def precision_in_use(self) -> str:
-        """The precision that was allowed, where the backend has it; the others compute in the parameters' type."""
+        """The chosen precision on CUDA backends. "float32" on the others, which compute in the parameters' type."""
         return self.precision if self.backend in ("cuda", "cuda_emulated") else "float32"
 
     def compiled(self, program: Program) -> Compiled:

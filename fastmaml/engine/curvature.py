@@ -1,4 +1,4 @@
-"""Curvature: products with each task's Hessian or Gauss-Newton matrix at parameters that stay where they are."""
+"""Curvature: products with each task's Hessian or Gauss-Newton matrix at fixed parameters."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastmaml.problem.arrays import any_arrays
 
 
 class Curvature:
-    """The matrix M[t] of every task's loss at fixed parameters, as products (Engine.curvature makes it).
+    """Products with the matrix M[t] of every task's loss at fixed parameters. Make one with Engine.curvature.
 
-    Held as long as this is: on the compiled backends the activations, and for the Hessian the gradients by them, of all
-    tasks (`bytes`); so a product computes tangents alone.
+    On compiled backends the object holds the activations of all tasks, and for the Hessian the gradients by the
+    activations. A product then computes only tangents. `bytes`: the memory that the object holds.
     """
 
     def __init__(self, product: Callable[[Tensor], Tensor], tasks: int, like: Tensor, kept: tuple[Tensor, ...]):

@@ -1,7 +1,7 @@
 """The Engine: gradients, Hessian-vector products, inner loops and exact meta-gradients of one network and loss.
 
-It holds a BackendChoice and the checks of its Inputs; `compiled` and `autodiff` compute. A network that is not fused runs
-on autodiff with the same results; `engine.why` says why.
+An Engine holds a BackendChoice and its Inputs, which check the arguments. `compiled` and `autodiff` compute.
+A network that is not fused runs on autodiff with the same results; `engine.why` gives the reason.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from fastmaml.problem.results import Adaptation, MetaGradient, Solution
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-_FEW_PARAMETERS = 1 << 15  # above, torch's threads make up for what its calls cost
+_FEW_PARAMETERS = 1 << 15  # above this, torch's threads outweigh the overhead of its calls
 _STEPS_IN_ONE_PLAN = 16  # of conjugate gradients: a plan holds every step, and more steps are likely to end early
 _requires_grad = attrgetter("requires_grad")
 _is_none = functools.partial(is_, None)
 
 
 def _without_graph(method: Method) -> Method:
-    """Runs a method without autograd around it and outside inference mode, whose tensors torch.func cannot use."""
+    """Runs a method under no_grad and outside inference mode. torch.func cannot use inference tensors."""
 
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -60,28 +60,35 @@ def _without_graph(method: Method) -> Method:
 class Engine:
     """Exact derivatives of one network and loss for a batch of tasks.
 
-    model: any nn.Module. Its fused layers are listed in the README; anything else runs on the autodiff backend.
+        engine = fm.Engine(model, loss="cross_entropy")
+        mg = engine.meta_gradient(engine.flatten(), batch, inner_lr=0.4, inner_steps=5)    # mg.loss [T], mg.grad [P]
+
+    model: any nn.Module. The README lists the fused layers. A model with any other layer runs on autodiff.
     loss: "cross_entropy" (scores [N, C], labels [N]), "mse" (mean over the outputs), or a function
-        (output, target) -> [examples]. The loss of a task is the mean over its examples, or sum_i w_i l_i with weights.
-    backend: "auto", "cpu", "cuda", "reference" (float64 plain loops), "autodiff", "cuda_emulated" (the CUDA kernels run
-        on the host, for tests: slow). "auto" goes with the model: cuda where its parameters are on a CUDA device, cpu
-        where they are on the CPU. The environment variable FASTMAML_BACKEND stands in for "auto". A backend that is
-        named here and cannot run the model raises; "auto" falls back to autodiff and logs one line, or raises with
-        FASTMAML_STRICT=1.
-    memory: "low" recomputes activations in the adjoint sweep, "stash" keeps those of the inner steps, "auto" chooses.
-        autodiff always recomputes.
-    batch_norm: "transductive" (batch statistics everywhere), "support" (the query is normalised with the support set's
-        statistics, and differentiated through them), "frozen" (running statistics). Running buffers are never changed.
-    precision: "float32", or what the CUDA backends' products of large layers may be computed in on tensor cores: "tf32"
-        (operands rounded to 10 bits of mantissa), "tf32x3" or "bf16x3" (split in two of 10 or 7 bits, three products). The
-        CPU computes in float32 always.
+        (output, target) -> [examples]. A task's loss is the mean over its examples. With weights it is sum_i w_i l_i.
+    backend: "auto", "cpu", "cuda", "reference", "autodiff" or "cuda_emulated".
+        "auto" follows the model's parameters: "cuda" on a CUDA device, "cpu" on the CPU.
+        "reference" runs plain loops in float64. "cuda_emulated" runs the CUDA kernels on the host; it is slow, for tests.
+        The environment variable FASTMAML_BACKEND replaces "auto".
+        If "auto" cannot use the compiled kernels, it logs one line and runs autodiff. With FASTMAML_STRICT=1 it raises.
+        Any backend that you name here raises if it cannot run the model.
+    memory: "low" recomputes activations in the adjoint sweep. "stash" keeps the activations of the inner steps.
+        "auto" chooses. autodiff always recomputes.
+    batch_norm: "transductive" uses batch statistics everywhere. "support" normalises the query with the support set's
+        statistics, and differentiates through them. "frozen" uses the running statistics.
+        The running buffers never change.
+    label_smoothing: between 0 and 1, with loss="cross_entropy" only.
+    precision: "float32", "tf32", "tf32x3" or "bf16x3": how CUDA backends may multiply large layers on tensor cores.
+        "tf32" rounds the operands to 10 bits of mantissa. "tf32x3" and "bf16x3" split each operand into two parts,
+        of 10 or 7 bits, and take three products. The CPU always computes in the parameters' type.
 
-    Every method takes numpy or cupy arrays as well as tensors, without copies, and returns the kind of its first argument.
+    Every method takes tensors, numpy arrays or cupy arrays, without copies. It returns the kind of its first argument.
 
-    Frozen parameters (requires_grad=False) keep their place in theta: they are not adapted and have zero gradients.
-    Unused ones have zero gradients; tied ones one entry and the sum of their gradients. Dropout runs (on autodiff)
-    while model.training is set; the Hessian of an inner step replays the masks of its gradient. Each call draws new
-    masks. Not safe to call from several threads at once on one model.
+    Frozen parameters (requires_grad=False) keep their place in theta, do not adapt, and have zero gradients.
+    Unused parameters have zero gradients. Tied parameters share one entry, which holds the sum of their gradients.
+    Dropout runs on autodiff while model.training is set. Each call draws new masks. The Hessian of an inner step uses
+    the masks of this step's gradient.
+    Do not call one Engine, or several Engines of one model, from several threads at once.
     """
 
     def __init__(
@@ -120,12 +127,12 @@ class Engine:
 
     @property
     def why(self) -> str:
-        """Why the network, or its loss, is not fused, and how tasks are run where that is not vmap; "" when all is."""
+        """Why the network or its loss is not fused, and how tasks run if vmap cannot. "" if everything is fused."""
         return self.choice.why
 
     @property
     def memory(self) -> str:
-        """ "auto", "low" or "stash"; may be changed between calls."""
+        """ "auto", "low" or "stash". You can change it between calls."""
         return self.choice.memory
 
     @memory.setter
@@ -134,11 +141,11 @@ class Engine:
 
     @property
     def precision_in_use(self) -> str:
-        """The precision that was allowed, where the backend has it; the others compute in the parameters' type."""
+        """The chosen precision on CUDA backends. "float32" on the others, which compute in the parameters' type."""
         return self.choice.precision_in_use
 
     def program(self, x: Tensor) -> Program | None:
-        """The Program that runs examples x [T, N, ...]; None on autodiff. Raises ValueError where they do not fit."""
+        """The Program that runs examples x [T, N, ...]; None on autodiff. Raises ValueError if x does not fit."""
         return self.choice.program("x", x, self.flatten())
 
     def __repr__(self) -> str:
@@ -148,17 +155,20 @@ class Engine:
     # ---------------------------------------------------------------- parameters
 
     def flatten(self, model: nn.Module | None = None) -> Tensor:
-        """The parameters as one vector [P] in the order of model.named_parameters(); a copy without a graph."""
+        """The parameters as one vector [P], in the order of model.named_parameters(). The result is a copy without a graph.
+
+        model: a model with the same parameters. Default: the Engine's own.
+        """
         return self.layout.flatten(self.parameters.named() if model is None else dict(model.named_parameters()))
 
     @any_arrays
     def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
-        """A vector [P] (or [T, P]) as {name: tensor} (or [T, *shape]): views that keep the graph."""
+        """{name: tensor} from a vector [P]; from [T, P], each tensor is [T, *shape]. The views keep the graph."""
         checks.vector("theta", theta, self.layout.size)
         return self.layout.split(theta)
 
     def scaled_parts(self, flat: Tensor, scale: Tensor) -> Sequence[Tensor]:
-        """A vector [P] times a scalar, as one tensor for each parameter, each with memory of its own."""
+        """A vector [P] times a scalar, as one tensor per parameter. Each tensor has its own memory."""
         if self.fused and flat.is_cpu and self.layout.size <= _FEW_PARAMETERS:
             return scaled_parts(flat, scale, self.layout)
         return torch._foreach_mul(self.layout.cut(flat), scale)
@@ -168,9 +178,9 @@ class Engine:
     @any_arrays
     @_without_graph
     def forward(self, params: Tensor, x: Tensor, support_x: Tensor | None = None) -> Tensor:
-        """The network's output [T, N, ...] for params [P] shared or [T, P], x [T, N, ...].
+        """The network's output [T, N, ...] for x [T, N, ...]. params: [P] for all tasks, or [T, P].
 
-        With batch_norm="support", support_x [T, M, ...] gives the statistics; without it x gives its own.
+        support_x [T, M, ...]: gives the statistics if batch_norm="support". Default: x.
         """
         inputs, statistics = self.inputs, None
         params = inputs.parameters("params", params)
@@ -194,7 +204,10 @@ class Engine:
     @any_arrays
     @_without_graph
     def grad(self, params: Tensor, x: Tensor, y: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(loss [T], grad [T, P]) at params [P] shared or [T, P], for x [T, N, ...], y and optional weights [T, N]."""
+        """(loss [T], grad [T, P]) on x [T, N, ...] and y. params: [P] for all tasks, or [T, P].
+
+        weights [T, N]: of the examples in the loss. Default: 1/N each.
+        """
         params, program, examples = self._one_set(params, x, y, weights)
         if program is None:
             loss, grad = self.choice.autodiff.begin().grad(per_task(params, examples.x), examples.weighted())
@@ -205,7 +218,7 @@ class Engine:
     @any_arrays
     @_without_graph
     def vjp(self, params: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """(output y [T, N, ...], gradient [T, P] of <dy, y> by the parameters) for params [P] or [T, P], dy as y."""
+        """(output y [T, N, ...], gradient [T, P] of <dy, y> by the parameters). params: [P] or [T, P]. dy: shaped as y."""
         params = self.inputs.parameters("params", params)
         program, x = self.inputs.inputs_alone(x, params)
         expected = (*x.shape[:2], *self.inputs.output_shape("x", x, params, program))
@@ -217,7 +230,10 @@ class Engine:
         return y, masked(grad, self.inputs.trainable(params))
 
     def hvp(self, params: Tensor, x: Tensor, y: Tensor, v: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The Hessian of each task's loss times v [T, P]: [T, P]. Rows and columns of frozen parameters are zero."""
+        """H[t] v[t] for v [T, P]: [T, P], with H[t] the Hessian of task t's loss. Other arguments as in `grad`.
+
+        Rows and columns of frozen parameters are zero.
+        """
         key = None
         if weights is None:
             key, call = self._prepared_hvps.find(self.choice.settings, (params,), (x, y, v))
@@ -240,7 +256,7 @@ class Engine:
             hv = self.choice.autodiff.hvp(per_task(params, examples.x), examples.weighted(), v)[1]
         else:
             hv = self.choice.compiled(program).hvp(params, examples, v)[1]
-        # A backend that was left during this call is not that of the key; labels may have been converted.
+        # Not kept if this call fell back to another backend, or converted the labels: the key would be wrong.
         same = settings == self.choice.settings and examples.y.dtype == y.dtype
         if key is not None and program is not None and mask is None and same:
             self._prepared_hvps.keep(key, PreparedHvp(self.choice.compiled(program)))
@@ -296,8 +312,8 @@ class Engine:
     ) -> Solution:
         """Solves ((1 + damping) I + H / lam) s = v by conjugate gradients from s = 0, each task by itself.
 
-        v [T, P], lam > 0, at most `steps` Hessian products. adapted: name patterns of parameters; H has rows and columns
-        for these alone, as it has none for frozen parameters. A task stops at |r|^2 < stop, or where its operator is not
+        v [T, P], lam > 0, at most `steps` Hessian products. adapted: name patterns of parameters. H has rows and columns
+        for these alone, and none for frozen parameters. A task stops at |r|^2 < stop, or where its operator is not
         positive definite. With v the query gradient, s is iMAML's implicit meta-gradient (Rajeswaran et al. 2019,
         section 3).
         """
@@ -322,7 +338,7 @@ class Engine:
     @any_arrays
     @_without_graph
     def loss(self, output: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The loss [T] of outputs [T, N, ...] against y, with optional weights [T, N]."""
+        """The loss [T] of outputs [T, N, ...] and targets y. weights [T, N]: of the examples; default 1/N each."""
         outputs = (pytree.tree_map(lambda part: part[t], output) for t in range(len(y)))  # noqa: B023
         losses = torch.stack([self.choice.loss(of_task, target) for of_task, target in zip(outputs, y)])
         return losses.mean(1) if weights is None else (losses * weights).sum(1)
@@ -340,7 +356,7 @@ class Engine:
         weights: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """The adapted parameters [T, P] after inner_steps from theta [P] or [T, P]; options as adapt_with's."""
+        """The adapted parameters [T, P] after inner_steps from theta [P] or [T, P]. Keywords as in adapt_with."""
         return self.adapt_with(theta, x, y, inner_lr, inner_steps, weights, **options).params
 
     @any_arrays
@@ -364,10 +380,11 @@ class Engine:
         steps_taken: int = 0,
         rule: UpdateRule | None = None,
     ) -> Adaptation:
-        """As adapt, with the losses before each step and the optimizer's state. Arguments as in meta_gradient.
+        """Adapts theta [P] or [T, P] on the support sets x [T, S, ...], y. Arguments as in meta_gradient.
 
-        Of `options` the inner loop's are read: inner_steps, inner, minibatch and adapted. state [T, S P] and steps_taken
-        continue an earlier loop's optimizer.
+        The result holds params [T, P], the losses [T, K] before each step, and the optimizer's state.
+        options: only inner_steps, inner, minibatch and adapted are used.
+        state [T, S P], steps_taken: continue the optimizer of an earlier loop, with S state vectors per task.
         """
         if options is None:
             optimizer = optimizer_of(inner_lr, inner)
@@ -405,21 +422,28 @@ class Engine:
     ) -> MetaGradient:
         """The exact gradient of the query loss after the inner loop, for a batch of tasks (Finn et al. 2017, eq. 1).
 
-        theta [P], or the parameters by name. batch: support_x [T, S, ...], support_y, query_x [T, Q, ...], query_y.
+            mg = engine.meta_gradient(theta, batch, inner_lr=0.4, inner_steps=5)    # mg.loss [T], mg.grad [P]
 
-        Settings come as keywords or as `options`, a MetaGradientOptions, which documents them: inner_steps, first_order,
-        truncate, inner, inner_lr_grad, minibatch, adapted, per_task.
+        theta: [P], or a dict of the parameters by name.
+        batch: (support_x [T, S, ...], support_y, query_x [T, Q, ...], query_y).
 
-        inner_lr: a number, a tensor [] or [P], a row per step [K, 1] or [K, P], or a dict from parameter names to
-        numbers, tensors [] or of the parameter's shape, each also with a dimension [K] in front; or `inner`, an
-        optimizer of fm.inner with such rates. The result's inner_lr_grad has the same form.
-        support_weights [T, S], query_weights [T, Q]: of the examples in their loss (default 1/S, 1/Q). task_weights [T]:
-        of the tasks in grad (default 1/T). loss_weights [K+1]: the loss is sum_k loss_weights[k] L_Q(phi[k]) (MAML++'s
-        multi-step loss). step_rows {name: [K, *shape]}: parameters that are not adapted but have a value for every step;
-        theta's own entries do not count. proximal=lam adds lam (phi - theta) to each step's gradient. rule: an own update
-        rule (update_rules.UpdateRule) instead of the optimizer's.
+        Settings: inner_steps, first_order, truncate, inner, inner_lr_grad, minibatch, adapted and per_task. Give them as
+        keywords, or together as options=MetaGradientOptions(...), which documents each one.
 
-        Raises ValueError or TypeError for anything that does not fit.
+        inner_lr: the inner learning rates, in one of these forms. The result's inner_lr_grad has the same form.
+            A number; a tensor [] or [P]; or a row per step, [K, 1] or [K, P].
+            A dict from parameter names to numbers, tensors [], or tensors of the parameter's shape. Each tensor may
+            have one more dimension [K] in front.
+        inner: an optimizer of fm.inner with rates in one of these forms, instead of inner_lr.
+        support_weights [T, S], query_weights [T, Q]: of the examples in their loss. Default: 1/S and 1/Q.
+        task_weights [T]: of the tasks in grad. Default: 1/T.
+        loss_weights [K+1]: the loss is sum_k loss_weights[k] L_Q(phi[k]), the multi-step loss of MAML++.
+        step_rows {name: [K, *shape]}: parameters with one value per inner step, which do not adapt. Their entries in
+            theta are not used.
+        proximal: lam; adds lam (phi - theta) to each step's gradient.
+        rule: a custom update rule (update_rules.UpdateRule) instead of the optimizer's.
+
+        Raises ValueError or TypeError if an argument does not fit; the sentence holds the shapes.
         """
         by_name = not isinstance(theta, Tensor) and (type(theta) is dict or isinstance(theta, Mapping))
         parts: Sequence[Tensor] = self.layout.parts(theta) if by_name else (theta,)  # type: ignore[arg-type,assignment]
@@ -454,7 +478,7 @@ class Engine:
     @any_arrays
     @_without_graph
     def check_batch(self, batch: Sequence[Tensor]) -> None:
-        """Raises ValueError or TypeError, as meta_gradient does, where support and query sets do not fit the model."""
+        """Raises the errors of meta_gradient (ValueError, TypeError) if the support or query sets do not fit the model."""
         theta, inputs = self.flatten(), self.inputs
         support_x = inputs.one_tensor("support_x", batch[0], theta)
         inputs.examples(SUPPORT, support_x, batch[1], None, theta)
@@ -466,7 +490,7 @@ class Engine:
     def _one_set(
         self, params: Tensor, x: Any, y: Any, weights: Tensor | None
     ) -> tuple[Tensor, Program | None, Examples]:
-        """Checked parameters and examples, and the Program that runs them."""
+        """(checked parameters, the Program that runs the examples, checked examples)."""
         params = self.inputs.parameters("params", params)
         x = self.inputs.one_tensor("x", x, params)
         return params, *self.inputs.examples(ONE_SET, x, y, weights, params)
@@ -475,5 +499,5 @@ class Engine:
         return all(map(_requires_grad, self.parameters.named().values()))
 
 
-_BOTH = "settings come as keywords or as options=MetaGradientOptions(...), not as both"
+_BOTH = "give settings as keywords or as options=MetaGradientOptions(...), not as both"
 _DEFAULTS = (1, False, None, None, True, None, None, False)

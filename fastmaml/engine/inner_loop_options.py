@@ -1,4 +1,4 @@
-"""The options and tensors of an inner loop, checked and brought into the form that the sweeps take."""
+"""Checks the options and tensors of an inner loop, and converts them to the form that the sweeps take."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ StepRows = Mapping[str, Tensor]
 def inner_loop(
     layout: ParameterLayout, options: MetaGradientOptions, given: CallTensors, optimizer: Optimizer, sweep: bool
 ) -> InnerLoop:
-    """The loop that a backend runs. sweep: with the terms of its adjoint; without, the loop alone."""
+    """The InnerLoop that a backend runs. sweep: whether the adjoint sweep follows the loop."""
     names, step_rows = layout.names, given.step_rows or {}
     unknown = [name for name in step_rows if name not in names]
     if unknown:
@@ -41,12 +41,12 @@ def inner_loop(
             rate_grad=options.inner_lr_grad,
         )
     if loop.proximal and (optimizer.clip_value is not None or optimizer.clip_norm is not None):
-        raise ValueError("proximal and gradient clipping do not go together: which one comes first is not defined")
+        raise ValueError("proximal and gradient clipping do not go together: their order is not defined")
     return loop
 
 
 def minibatch_of(loop: InnerLoop, x: Any) -> int | None:
-    """The examples that one inner step sees, where they are not all."""
+    """The number of examples that one inner step sees. None: all of the support set."""
     if loop.minibatch is None:
         return None
     if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] != loop.steps * loop.minibatch:
@@ -61,7 +61,7 @@ def adapted_mask(
     step_rows: StepRows | None,
     like: Tensor,
 ) -> Tensor | None:
-    """A mask [P] of what the inner loop moves: adapted, no rows per step, and in `mask`. None: everything."""
+    """A mask [P], 1 on the entries that the inner loop moves: adapted, without step rows, and in `mask`. None: all."""
     if adapted is not None:
         chosen = layout.matching(adapted, like)
         mask = chosen if mask is None else mask * chosen
@@ -79,22 +79,22 @@ def rows(layout: ParameterLayout, step_rows: StepRows | None, like: Tensor) -> R
     for name, row in step_rows.items():
         if tuple(row.shape[1:]) != shapes[name] or len(row) == 0 or len(steps) > 1:
             raise ValueError(
-                f"step_rows['{name}'] {checks.shape(row)} must be {['steps', *shapes[name]]}, with as many steps as "
-                "the others"
+                f"step_rows['{name}'] {checks.shape(row)} must be {['steps', *shapes[name]]}, with the same number "
+                "of steps as the others"
             )
     values = torch.cat([row.detach().to(like).flatten(1) for row in step_rows.values()], dim=1)
     return Rows(layout.positions(tuple(step_rows)).to(like.device), values)
 
 
 def by_name(step_rows: StepRows, values: Tensor) -> dict[str, Tensor]:
-    """The gradient [.., K, R] of all rows as that of each."""
+    """Splits the gradient [.., K, R] of all rows into {name: gradient of its rows}."""
     pieces = values.split([row[0].numel() for row in step_rows.values()], dim=-1)
     lead = values.shape[:-1]
     return {n: p.reshape(*lead, *row.shape[1:]) for (n, row), p in zip(step_rows.items(), pieces)}
 
 
 def query_steps(loss_weights: Tensor | None, inner_steps: int) -> tuple[int, ...]:
-    """The k with a query loss: those with a weight, and the last."""
+    """The steps k whose query loss counts: every k with a nonzero weight, and the last k = K."""
     if loss_weights is None:
         return ()
     if not isinstance(loss_weights, Tensor) or tuple(loss_weights.shape) != (inner_steps + 1,):

@@ -1,4 +1,4 @@
-"""What a call is given, checked against the network and brought into the form that the backends take."""
+"""Checks the arguments of a call against the network, and converts them to the form that the backends take."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastmaml.problem.pytrees import Packing, check_inputs, is_one_tensor
 
 
 class Names(NamedTuple):
-    """What error sentences call a set of examples and their weights."""
+    """The names of a set of examples and their weights in error sentences."""
 
     x: str = "x"
     y: str = "y"
@@ -29,13 +29,13 @@ QUERY = Names("query_x", "query_y", "query_weights")
 
 
 def plain(x: Tensor) -> Tensor:
-    """Contiguous, without a graph, and no inference tensor."""
+    """x contiguous, without a graph, and as a normal tensor if it was an inference tensor."""
     x = x.clone() if x.is_inference() else x.detach() if x.requires_grad else x
     return x.contiguous()
 
 
 class Inputs:
-    """The checks of one Engine. Each raises ValueError or TypeError with the shapes in one sentence."""
+    """The checks of one Engine. Each raises ValueError or TypeError; one sentence holds the shapes."""
 
     def __init__(self, choice: BackendChoice, parameters: NamedParameters):
         self.choice = choice
@@ -52,13 +52,13 @@ class Inputs:
         return plain(checks.weights("v", v, (x.shape[0], self.choice.layout.size), params))
 
     def trainable(self, like: Tensor) -> Tensor | None:
-        """A mask [P] that is 0 on frozen parameters; None when none is frozen."""
+        """A mask [P] that is 0 on frozen parameters. None if no parameter is frozen."""
         return self.choice.layout.trainable(self.named_parameters.named().values(), like)
 
     def one_tensor(self, name: str, x: Any, params: Any, as_before: bool = False) -> Tensor:
-        """The examples as one floating point tensor [T, N, ...]: several inputs, or integers, side by side.
+        """The examples as one floating point tensor [T, N, ...]. Several inputs, or integers, are packed side by side.
 
-        as_before: they must have the structure of the examples that were packed last.
+        as_before: raise ValueError unless x has the structure of the examples that were packed last.
         """
         autodiff = self.choice.autodiff
         if self.choice.fused or is_one_tensor(x) or not isinstance(x, (Tensor, tuple, list, dict)):
@@ -74,7 +74,7 @@ class Inputs:
         return x if packing is None else packing.pack(x, 2, dtype)
 
     def as_returned(self, output: Tensor) -> Any:
-        """An output [T, N, ...] in the structure that the model returns."""
+        """An output [T, N, ...] unpacked into the structure that the model returns."""
         outputs = self.choice.autodiff.outputs
         return output if outputs is None else outputs.unpack(output, 2)
 
@@ -95,13 +95,13 @@ class Inputs:
         support_x: Tensor | None = None,
         minibatch: int | None = None,
     ) -> tuple[Program | None, Examples]:
-        """One set of examples: (the Program that runs them, the examples). minibatch: how many a step sees."""
+        """(the Program that runs the examples, the checked examples). minibatch: the number that one step sees."""
         checks.examples(names.x, x, params)
         checks.tasks_of("params", params, x)
         if support_x is not None:
             checks.same_tasks("support_x", support_x, names.x, x)
         program = self.choice.program(names.x, x, params)
-        # In mode 'support' the query set is normalised by others: one query example is enough.
+        # In mode 'support' the support set normalises the query set, so one query example is enough.
         by_others = support_x is not None and self.choice.batch_norm == "support"
         at_once = support_x if by_others and support_x is not None else x if minibatch is None else x[:, :minibatch]
         output = self.output_shape(names.x, at_once, params, program)
@@ -113,7 +113,9 @@ class Inputs:
     def _targets(self, names: Names, y: Any, x: Tensor, output: tuple[int, ...]) -> Tensor:
         if self.choice.loss_name == "cross_entropy":
             if len(output) != 1:
-                raise ValueError(f"cross_entropy takes one row of scores per example, the model gives {list(output)}")
+                raise ValueError(
+                    f"cross_entropy takes one row of scores per example, but the model gives {list(output)}"
+                )
             checks.labels(names.y, y, names.x, x, output[0])
             return y.long()  # type: ignore[no-any-return]
         if self.choice.loss_name == "mse":
@@ -123,7 +125,7 @@ class Inputs:
         return y  # type: ignore[no-any-return]
 
     def output_shape(self, name: str, x: Tensor, params: Tensor, program: Program | None) -> tuple[int, ...]:
-        """The network's output per example; raises ValueError when the examples do not fit the model."""
+        """The shape of the network's output per example. Raises ValueError if x does not fit the model."""
         if program is None:
             return self._output_of_autodiff(name, x, params)
         for layer, positions in program.norms:
@@ -134,7 +136,7 @@ class Inputs:
         return program.output_shape
 
     def _output_of_autodiff(self, name: str, x: Tensor, params: Tensor) -> tuple[int, ...]:
-        """By one evaluation of one task, remembered by the examples' shape."""
+        """Evaluates one task once, and remembers the result by the examples' shape."""
         shape = tuple(x.shape[1:])
         if shape in self._output_shapes:
             return self._output_shapes[shape]
@@ -149,6 +151,6 @@ class Inputs:
             raise ValueError(f"the model must return tensors with a row for each of the {x.shape[1]} examples")
         if autodiff.outputs is not None and not callable(loss):
             count = len(autodiff.outputs.shapes)
-            raise ValueError(f"the model returns {count} tensors; loss={loss!r} takes one, give a function")
+            raise ValueError(f"the model returns {count} tensors; loss={loss!r} takes one, so give a function as loss")
         self._output_shapes[shape] = tuple(output.shape[2:])
         return self._output_shapes[shape]

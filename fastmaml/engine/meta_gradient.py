@@ -1,4 +1,7 @@
-"""An inner loop and a meta-gradient from checked inputs: on the compiled backend as one operator, elsewhere as a sweep in Python."""
+"""Runs an inner loop or a meta-gradient from checked inputs.
+
+Compiled backends run one operator; autodiff, and custom update rules, run the sweep in Python.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ _OF_ADAPT = Names("support_x", "support_y", "weights")
 
 
 class LoopOnSupport(NamedTuple):
-    """An inner loop with the support sets that it runs on, and its tensors in the backends' form."""
+    """An inner loop, its support sets, and its tensors in the form that the backends take."""
 
     loop: InnerLoop
     program: Program | None  # None: autodiff runs it
@@ -46,7 +49,7 @@ def loop_on_support(
     given: CallTensors,
     sweep: bool,
 ) -> LoopOnSupport:
-    """Checks the options, the support sets and the rates. sweep: for a meta-gradient, else for adapting alone."""
+    """Checks the options, the support sets and the rates. sweep: True for a meta-gradient, False for adapting only."""
     layout, x = inputs.choice.layout, support[0]
     optimizer = optimizer_for(options, given.inner_lr)
     loop = inner_loop_options.inner_loop(layout, options, given, optimizer, sweep)
@@ -68,7 +71,7 @@ def adapt(
     state: Tensor | None,
     steps_taken: int,
 ) -> Adaptation:
-    """The inner loop alone. Arguments are those of Engine.adapt_with."""
+    """The inner loop without a meta-gradient. Arguments as in Engine.adapt_with."""
     choice = inputs.choice
     theta = inputs.parameters("theta", theta)
     x = inputs.one_tensor("support_x", support[0], theta)
@@ -92,7 +95,7 @@ def adapt(
 def meta_gradient(
     inputs: Inputs, theta: Tensor, batch: Sequence[Any], options: MetaGradientOptions, given: CallTensors
 ) -> tuple[MetaGradient, PreparedCall | None]:
-    """(the meta-gradient, the call in the form that later ones can run at once, where there is one)."""
+    """(the meta-gradient, a PreparedCall for later calls). The second is None if the call cannot be prepared."""
     choice = inputs.choice
     if not isinstance(batch, (tuple, list)) or len(batch) != 4:
         raise TypeError("batch must be (support_x, support_y, query_x, query_y)")
@@ -118,7 +121,7 @@ def meta_gradient(
         compiled = choice.compiled(on.program)
         over = None if options.per_task else task_weights
         found = compiled.meta_gradient(theta, on.support, query, on.loop, on.tensors, given.loss_weights, over)
-        # A backend that was left during this call is not that of the key; labels may have been converted.
+        # Not prepared if this call fell back to another backend, or converted the labels: the key would be wrong.
         same = settings == choice.settings and (on.support.y.dtype, query.y.dtype) == (support_y.dtype, query_y.dtype)
         if same and on.tensors.mask is None and isinstance(on.optimizer.lr, float):
             prepared = PreparedCall(compiled, on.loop.text(), on.optimizer.lr, on.loop.rate_grad)
@@ -130,7 +133,7 @@ def meta_gradient(
 def _in_python(
     inputs: Inputs, theta: Tensor, on: LoopOnSupport, query: Examples, options: MetaGradientOptions, given: CallTensors
 ) -> MetaGradient:
-    """The sweep step by step, on the derivatives of autodiff or of the compiled backend; gradients as the operator's."""
+    """The sweep in Python, on the derivatives of the chosen backend. The result has the form of the operator's."""
     choice = inputs.choice
     rates, rows, lam, mask = on.tensors
     found = adjoint_sweep.meta_gradient(
@@ -164,7 +167,7 @@ def _as_asked(
     given: CallTensors,
     found: MetaGradient,
 ) -> MetaGradient:
-    """Gradients in the form that the caller gave rates and rows in; zero on frozen parameters."""
+    """Converts gradients to the form of the given rates and rows, and zeros them on frozen parameters."""
     layout, rows, rows_grad = inputs.choice.layout, on.tensors.rows, found.step_rows_grad
     grad = masked(found.grad, inputs.trainable(theta))
     if rows is not None and given.step_rows is not None:
@@ -179,13 +182,13 @@ def _as_asked(
 
 
 def over_tasks(of: Tensor, task_weights: Tensor | None) -> Tensor:
-    """The weighted sum over tasks of [T, ...]; without weights the mean."""
+    """The weighted sum of [T, ...] over tasks. Without weights: the mean."""
     weights = of.new_full((len(of),), 1.0 / len(of)) if task_weights is None else task_weights
     return torch.tensordot(weights, of, 1)
 
 
 def per_task(params: Tensor, x: Tensor) -> Tensor:
-    """[T, P] for examples x [T, ...]."""
+    """params as [T, P], for examples x [T, ...]."""
     return params.expand(x.shape[0], -1) if params.dim() == 1 else params
 
 

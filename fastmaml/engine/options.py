@@ -16,7 +16,7 @@ from fastmaml.problem import checks
 
 @dataclass(frozen=True)
 class MetaGradientOptions:
-    """Every setting of one meta-gradient; tensors (rates, weights, rows) travel with the call.
+    """Every setting of one meta-gradient. Tensors (rates, weights, rows) go to the call itself.
 
         options = fm.MetaGradientOptions(inner_steps=5, first_order=True)
         mg = engine.meta_gradient(theta, batch, inner_lr=0.4, options=options)
@@ -29,17 +29,17 @@ class MetaGradientOptions:
     first_order: bool = False
     """Drop the Hessian terms of every inner step (FOMAML)."""
     truncate: int | None = None
-    """Keep the Hessian terms of the last `truncate` steps and take the earlier steps as constant; None: keep all."""
+    """Keep the Hessian terms of the last `truncate` steps, and treat the earlier steps as constant. None: keep all."""
     inner: Optimizer | None = None
     """The inner optimizer; None: plain gradient descent. The call's inner_lr replaces its lr."""
     inner_lr_grad: bool = True
     """Compute the gradient by the inner rates too."""
     minibatch: int | None = None
-    """B: the support set holds K B examples, and step k sees the k-th B of them. None: every step sees all."""
+    """B examples per step: the support set holds K B examples, and step k sees the k-th block of B. None: every step sees all."""
     adapted: tuple[str, ...] | None = None
     """Name patterns of the parameters that the inner loop moves ("head.*"); None: all."""
     per_task: bool = False
-    """theta may be [T, P], and gradients are those of each task [T, P]."""
+    """grad holds one gradient per task [T, P], not their weighted sum [P]. theta may then be [T, P]."""
 
     def __post_init__(self) -> None:
         checks.whole_number("inner_steps", self.inner_steps, 0)
@@ -58,37 +58,37 @@ class MetaGradientOptions:
     def _hash(self) -> int:
         return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
-    def __hash__(self) -> int:  # asked at every call
+    def __hash__(self) -> int:  # every call reads the hash
         return self._hash
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # another process hashes otherwise
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # hashes differ between processes
 
     @functools.cached_property
     def is_simple(self) -> bool:
-        """Whether all parameters adapt, on all examples at every step, to one gradient for all tasks."""
+        """Whether all parameters adapt, every step sees all examples, and all tasks share one gradient."""
         return self.minibatch is None and self.adapted is None and not self.per_task
 
     @property
     def order(self) -> int | None:
-        """Hessian terms of the last `order` steps; None: of all."""
+        """The number of last steps whose Hessian terms are kept. None: all."""
         return 0 if self.first_order else self.truncate
 
 
 class CallTensors(NamedTuple):
-    """What travels with one call beside its batch and its options."""
+    """The tensors of one call, besides theta and the batch."""
 
     inner_lr: InnerLr | None = None  # None: the rate of options.inner
-    support_weights: Tensor | None = None  # [T, S] of the examples in their loss; None: 1/S each
-    query_weights: Tensor | None = None  # [T, Q]
+    support_weights: Tensor | None = None  # [T, S] of the examples in the loss; None: 1/S each
+    query_weights: Tensor | None = None  # [T, Q]; None: 1/Q each
     task_weights: Tensor | None = None  # [T]; None: 1/T each
-    loss_weights: Tensor | None = None  # [K+1] of L_Q(phi[k]); None: phi[K] alone
+    loss_weights: Tensor | None = None  # [K+1] of L_Q(phi[k]); None: only phi[K]
     step_rows: Mapping[str, Tensor] | None = None  # {name: [K, *shape]}
-    proximal: float | Tensor | None = None  # lam of lam (phi - theta) in each step's gradient
-    rule: UpdateRule | None = None  # instead of the optimizer's
+    proximal: float | Tensor | None = None  # lam; each step's gradient gets lam (phi - theta)
+    rule: UpdateRule | None = None  # replaces the optimizer's rule
 
 
-# By type: True == 1 == 1.0, and not all of them are allowed.
+# typed=True: True == 1 == 1.0 would share one entry, but not every type is allowed.
 _remembered = functools.lru_cache(maxsize=256, typed=True)(MetaGradientOptions)
 
 
@@ -96,12 +96,12 @@ def options_of(*settings: Any) -> MetaGradientOptions:
     """MetaGradientOptions(*settings), checked once."""
     try:
         return _remembered(*settings)
-    except TypeError:  # settings without a hash, and those of a wrong type
+    except TypeError:  # a setting without a hash, or of a wrong type
         return MetaGradientOptions(*settings)
 
 
 def as_patterns(adapted: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """Name patterns as a tuple, from one or several."""
+    """One pattern or several, as a tuple."""
     return (adapted,) if isinstance(adapted, str) else None if adapted is None else tuple(adapted)
 
 

@@ -1,8 +1,8 @@
-"""What an Engine keeps after it has checked a set of options with given shapes: the first call prepares, later ones run.
+"""Prepared calls: the first call with given options and shapes is checked; later calls skip the checks.
 
 For a small network the checks take as long as the derivatives. A later call is one look-up. The compiled operator still
-refuses NaN, infinity and labels out of range, and the checks then say why. A call that depends on more than its key
-(weights, rates in tensors, frozen parameters, buffers, a loss written in Python) is never prepared.
+rejects NaN, infinity and labels out of range; the checks then run and raise their error. A call is never prepared if it
+has weights, rates in tensors, frozen parameters, buffers or a loss written in Python. The key does not cover these.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _KEPT = 32
 
 
 class PreparedCall(NamedTuple):
-    """A meta-gradient with one rate and no further tensors, in the host's memory."""
+    """A meta-gradient on CPU tensors, with one rate and no further tensors."""
 
     compiled: Compiled
     loop: str
@@ -31,7 +31,7 @@ class PreparedCall(NamedTuple):
     inner_lr_grad: bool
 
     def run(self, theta: Sequence[Tensor], batch: Sequence[Tensor]) -> MetaGradient | None:
-        """None where the operator refuses the numbers: the checks have the sentence that says why."""
+        """The meta-gradient. None if the operator rejects the numbers; the checks then raise the error."""
         try:
             found = self.compiled.plain_meta_gradient(theta, batch, self.lr, self.loop)
         except (ValueError, RuntimeError):
@@ -43,12 +43,12 @@ class PreparedCall(NamedTuple):
 
 
 class PreparedHvp(NamedTuple):
-    """A Hessian-vector product without weights, in the host's memory."""
+    """A Hessian-vector product on CPU tensors, without weights."""
 
     compiled: Compiled
 
     def run(self, params: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor | None:
-        """None where the operator refuses the numbers."""
+        """The product [T, P]. None if the operator rejects the numbers."""
         try:
             return self.compiled.plain_hvp(params.detach() if params.requires_grad else params, x, y, v)
         except (ValueError, RuntimeError):
@@ -59,16 +59,17 @@ Call = TypeVar("Call", PreparedCall, PreparedHvp)
 
 
 class PreparedCalls(Generic[Call]):
-    """Those of one Engine and one of its methods."""
+    """The prepared calls of one method of one Engine."""
 
     def __init__(self) -> None:
         self._calls: dict[Key, Call] = {}
 
     def find(self, settings: Key, params: Iterable[Any], data: Any) -> tuple[Key | None, Call | None]:
-        """(all that the checks of this call depend on, the call where it is prepared).
+        """(the key of this call, the prepared call or None). The key is None if the call cannot be prepared.
 
-        settings: the engine's and the call's. params: one vector, or a part for each parameter, whose shapes and types
-        the operator checks. data: tensors. The key is None for a call that cannot be prepared.
+        The key holds everything that the checks depend on.
+        settings: the engine's and the call's. data: tensors.
+        params: one vector, or one part per parameter. The operator checks their shapes and types.
         """
         if torch.is_inference_mode_enabled() or not isinstance(data, (tuple, list)):
             return None, None
@@ -88,7 +89,7 @@ class PreparedCalls(Generic[Call]):
         return key, self._calls.get(key)
 
     def keep(self, key: Key, call: Call) -> None:
-        """Remembers a call that went well, unless it depends on more than its key."""
+        """Remembers a successful call, unless it depends on more than its key."""
         ran = call.compiled
         if ran.program.buffers or ran.python_loss is not None or ran.backend == "reference":
             return

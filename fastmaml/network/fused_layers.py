@@ -221,6 +221,7 @@ _MODULES: dict[type, Reader] = {
     nn.Sigmoid: _plain("sigmoid"),
     nn.GELU: lambda a: ("gelu_tanh" if a["approximate"] == "tanh" else "gelu", {}),
     nn.SiLU: _plain("silu"),
+    nn.ELU: lambda a: ("elu", {"alpha": a["alpha"]}),
     nn.MaxPool2d: _max_pool2d,
     nn.AvgPool2d: _avg_pool2d,
     nn.AdaptiveAvgPool2d: _adaptive_avg_pool2d,
@@ -282,6 +283,7 @@ _FUNCTIONS: dict[Any, _Signature] = {
     torch.sigmoid: _SIGMOID,
     F.gelu: _Signature(lambda a: ("gelu_tanh" if a["approximate"] == "tanh" else "gelu", {}), approximate="none"),
     F.silu: _Signature(_plain("silu"), **_UNARY),
+    F.elu: _Signature(lambda a: ("elu", {"alpha": a["alpha"]}), alpha=1.0, **_UNARY),
     F.max_pool2d: _Signature(
         _max_pool2d,
         kernel_size=_REQUIRED,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastmaml.inner import SGD, Optimizer
+from fastmaml.inner import SGD, Adam, Optimizer
 
 
 class InnerLoop(NamedTuple):
@@ -45,9 +45,11 @@ class InnerLoop(NamedTuple):
         if isinstance(o, SGD):
             if o.momentum:
                 words += [f"momentum={o.momentum!r}", f"dampening={o.dampening!r}", f"nesterov={int(o.nesterov)}"]
-        else:
+        elif isinstance(o, Adam):
             words += ["rule=adam", f"beta1={o.betas[0]!r}", f"beta2={o.betas[1]!r}", f"eps={o.eps!r}"]
             words += ["decoupled=1"] if o.decoupled else []
+        else:
+            raise TypeError(f"the compiled engine has no update rule for {type(o).__name__}")
         if o.weight_decay:
             words.append(f"weight_decay={o.weight_decay!r}")
         if o.clip_value is not None:

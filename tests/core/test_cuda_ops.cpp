@@ -30,8 +30,7 @@ void vectors() {
 }
 
 void pointwise() {
-  using Kind = Pointwise::Kind;
-  for (Kind kind : {Kind::relu, Kind::leaky_relu, Kind::tanh, Kind::sigmoid, Kind::gelu, Kind::gelu_tanh, Kind::silu})
+  for (Pointwise::Kind kind : kPointwise)
     for (int64_t size : {1, 5, 33})
       check_ops({Op::pointwise_fwd, Op::pointwise_fwd_jvp, Op::pointwise_bwd, Op::pointwise_bwd_jvp}, Pointwise{kind, 0.1, size}, 3,
                 1 + size % 3);

@@ -1,5 +1,5 @@
-# bench/kernels counts what really happens: its launches are those of the engine's own meta-gradient on the emulator, and its bytes those of
-# formulas where they are plain. Needs the race build, so it runs with `pytest -m race`.
+# bench/kernels counts right: its launches equal those of the engine's meta-gradient on the emulator, and its bytes equal simple formulas.
+# Needs the race build, so it runs with `pytest -m race`.
 from __future__ import annotations
 
 import sys

@@ -1,4 +1,4 @@
-# Every __global__ function was executed on the emulator: none is there that no test has launched.
+# Every __global__ function was executed on the emulator by some test.
 from __future__ import annotations
 
 from collections import Counter

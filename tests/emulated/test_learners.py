@@ -1,4 +1,4 @@
-# Every algorithm on the CUDA kernels, layer by layer and resident: the gradients of all that it learns are those of `reference`.
+# Every algorithm on the CUDA kernels, layered and resident: all learned parameters get the gradients of `reference`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-# What takes the tests to a GPU, with the emulator in the place of the GPU.
+# The helper that moves the tests to a GPU, tested with the emulator instead of a GPU.
 from __future__ import annotations
 
 import pytest

@@ -1,5 +1,5 @@
-# `pytest -m race`: the CUDA kernels with every access of every thread watched. Clean on the engine's kernels, and each planted fault is
-# found in each of five orders of threads. Takes minutes, most of them in test_cuda_conv2d_race and test_cuda_linear_race.
+# `pytest -m race`: the CUDA kernels with every memory access of every thread watched. The engine's kernels are clean. Each planted fault
+# is found in each of five thread orders. Takes minutes, most of them in test_cuda_conv2d_race and test_cuda_linear_race.
 from __future__ import annotations
 
 import re

@@ -1,4 +1,4 @@
-# Does a call that is recorded and replayed compute what one that launches every Step does, whatever changes between replays?
+# A recorded and replayed call computes the same as a call that launches every Step, whatever changes between replays.
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
-# The resident walk, one launch for a whole call, beside the layered walk and the reference: every kind of call on the
-# networks without convolutions, every inner loop, and what it says where it declines.
+# The resident walk (one launch for a whole call) against the layered walk and the reference. Every kind of call on
+# networks without convolutions, every inner loop, and the sentences of refusal.
 from __future__ import annotations
 
 import itertools

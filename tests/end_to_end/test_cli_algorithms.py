@@ -1,4 +1,4 @@
-"""Every algorithm from the command line: it trains, stops, goes on to the same bits, is evaluated and reported."""
+"""Every algorithm from the command line: it trains, stops, resumes bit for bit, is evaluated and reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fastmaml doctor: says what works, and its exit code says whether something is broken."""
+"""fastmaml doctor: its findings, and its exit code if something is broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: train, stop it in every way, go on, evaluate, report."""
+"""The command line as a user sees it: train, stop in every way, resume, evaluate, report."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-# Batch norm's modes by name against an explicit torch implementation (oracle.WrittenBatchNorm), meta-gradient and
-# forward.
+# The batch norm modes against an explicit torch implementation (oracle.WrittenBatchNorm): meta-gradient and forward.
 from __future__ import annotations
 
 import copy

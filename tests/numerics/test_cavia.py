@@ -1,4 +1,4 @@
-# CAVIA against an unrolled float64 autograd that adapts a context tensor from zero; and the two context networks.
+# CAVIA against unrolled float64 autograd that adapts a context tensor from zero. Also the two context networks.
 from __future__ import annotations
 
 from functools import cache

@@ -1,4 +1,4 @@
-# Products with a Hessian or Gauss-Newton matrix that is linearised once, on every backend against plain torch in float64.
+# Products with a Hessian or Gauss-Newton matrix, linearised once. Every backend against plain torch in float64.
 from __future__ import annotations
 
 from functools import cache

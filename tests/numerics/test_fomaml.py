@@ -1,5 +1,5 @@
-# First-order MAML, variant (a) of ALGORITHMS 2.2 against unrolled float64 autograd and variant (b), FOML, against plain
-# loops around torch.optim; and what both come to for small inner rates.
+# First-order MAML (ALGORITHMS 2.2). Variant (a) against unrolled float64 autograd; variant (b), FOML, against plain loops
+# around torch.optim. Also the limits of both for small inner rates.
 from __future__ import annotations
 
 import inner_oracle

@@ -1,5 +1,5 @@
-# The implicit meta-gradient and the gradient of lambda against finite differences of the converged inner problem and
-# against the dense linear system, both in plain torch on a net of 27 parameters (dense Hessians, Newton, no engine).
+# The implicit meta-gradient and the gradient of lambda against two references: finite differences of the converged inner
+# problem, and the dense linear system. Both in plain torch on 27 parameters (dense Hessians, Newton, no engine).
 from __future__ import annotations
 
 import logging

@@ -1,5 +1,5 @@
-# Plain descent with one rate on a network of linear layers: the weight gradients make the updates themselves (plan/fuse_updates.cpp).
-# The same results as with a vector of equal rates, whose updates stand alone.
+# Plain descent with one rate on linear layers: the weight gradients include the updates (plan/fuse_updates.cpp).
+# The results equal those of a vector of equal rates, whose updates are separate.
 from __future__ import annotations
 
 from itertools import pairwise
@@ -47,6 +47,8 @@ def ops_of(engine: fm.Engine, batch: tuple[torch.Tensor, ...], loop: str, unifor
 @pytest.mark.parametrize("how", [{}, {"truncate": 1}, {"first_order": True}], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_have_the_results_of_updates_that_stand_alone(name, how, per_step, memory, compiled):
+    if compiled.name == "cuda_emulated" and name != "odd":
+        pytest.skip("a device joins nothing: its plan is the same for all sizes")
     model, batch = problem(name)
     engine = fm.Engine(model, "cross_entropy", compiled.name, memory=memory)
     expect_the_results_of_a_vector(engine, batch, per_step, "tasks", how)

@@ -1,4 +1,4 @@
-# The two layouts of tasks on the CPU: the network and the numbers of examples choose, and both keep the same promises.
+# The two layouts of tasks on the CPU. The network and the numbers of examples choose one; both pass the same tests.
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def lanes(widths: list[int], examples: int, kind: str = "hvp", real_bytes: int =
     from fastmaml import _C
 
     made = fm.Engine(network(widths), backend="cpu")
-    program = made._program("x", torch.zeros(1, examples, widths[0]), made.flatten())
+    program = made.program(torch.zeros(1, examples, widths[0]))
     assert program is not None, made.why
     return _C.lanes(program.text, kind, real_bytes=real_bytes, support_examples=examples, query_examples=examples)
 

@@ -1,5 +1,5 @@
-# MAML++ against unrolled float64 autograd: the multi-step loss and its schedule, rates per step and tensor, batch norm
-# per step (affine rows and running statistics), derivative-order annealing; and its identities (ALGORITHMS 9.6).
+# MAML++ against unrolled float64 autograd, and its identities (ALGORITHMS 9.6). Parts: the multi-step loss and its
+# schedule, rates per step and tensor, batch norm per step (affine rows, running statistics), derivative-order annealing.
 from __future__ import annotations
 
 import inner_oracle

@@ -1,5 +1,4 @@
-# memory="low": the arena of a meta-gradient grows by the K - 1 further phi[k] and by nothing else, and is allocated
-# once.
+# memory="low": the arena of a meta-gradient grows only by the K - 1 further phi[k], and is allocated once.
 from __future__ import annotations
 
 import pytest

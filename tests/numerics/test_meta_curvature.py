@@ -1,5 +1,5 @@
-# Meta-Curvature against an unrolled float64 autograd that transforms every gradient by einsum: gradients of the model,
-# of every matrix and of the rates.
+# Meta-Curvature against unrolled float64 autograd that transforms every gradient by einsum. Compares the gradients of the
+# model, of every matrix and of the rates.
 from __future__ import annotations
 
 from functools import cache

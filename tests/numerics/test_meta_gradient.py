@@ -119,7 +119,7 @@ def test_rates_per_step_have_a_gradient_per_step(case, memory, backend):
 def program_of(made, case) -> str:
     """The Program text that the Engine runs for examples of the case's shape."""
     s = setup(case)
-    return made._program("x", s.data.support_x, s.theta).text
+    return made.program(s.data.support_x).text
 
 
 @main

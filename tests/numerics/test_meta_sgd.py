@@ -1,4 +1,4 @@
-# Meta-SGD against unrolled float64 autograd, and where its rates start.
+# Meta-SGD against unrolled float64 autograd, and the start of its rates.
 from __future__ import annotations
 
 import inner_oracle

@@ -1,5 +1,4 @@
-# The judge is judged: the oracle against finite differences, closed forms and torch's own layers. Nothing of the engine
-# runs here.
+# Tests the oracle itself, against finite differences, closed forms and torch's own layers. No engine code runs here.
 from __future__ import annotations
 
 import math

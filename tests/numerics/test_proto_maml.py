@@ -1,4 +1,4 @@
-# ProtoMAML against an unrolled float64 autograd that builds the head from the support set inside the graph.
+# ProtoMAML against unrolled float64 autograd that builds the head from the support set inside the graph.
 from __future__ import annotations
 
 import copy

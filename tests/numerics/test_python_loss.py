@@ -1,4 +1,4 @@
-# A loss that a Python function computes between two compiled segments: the same numbers as the engine's own loss.
+# A loss written in Python, called between two compiled segments, gives the same numbers as the engine's own loss.
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,5 @@
-# Reptile against plain loops around torch.optim (serial: one optimizer whose moments pass from task to task), its
-# mini-batches, its two kinds of evaluation, and what it carries from step to step.
+# Reptile against plain loops around torch.optim. (Serial: one optimizer passes its moments from task to task.) Also its
+# mini-batches, its two kinds of evaluation, and its state from step to step.
 from __future__ import annotations
 
 import copy

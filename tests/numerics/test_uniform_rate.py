@@ -1,5 +1,5 @@
-# One rate for all parameters goes to the engine as one number, and the sweep's direction is lambda itself: the same
-# meta-gradient as with the vector of rates, in rounding.
+# One rate for all parameters goes to the engine as one number. The sweep then uses lambda itself as direction. The
+# meta-gradient equals that of a vector of rates, up to rounding.
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,4 @@
-# Layers of random sizes: what no one thought to list in cases.py. Each draw is a case of its own, so float32 is judged singly.
+# Layers of random sizes, beyond the list in cases.py. Each draw is a separate case, so float32 is judged per draw.
 from __future__ import annotations
 
 import cases

@@ -1,4 +1,4 @@
-# The table of all algorithms: its cells have the equal budget, finished ones are skipped, interrupted ones go on.
+# The table of all algorithms: its cells have equal budgets, finished cells are skipped, interrupted ones resume.
 from __future__ import annotations
 
 import json
@@ -22,6 +22,7 @@ from fastmaml.training import checkpoint  # noqa: E402
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
 pytest.importorskip("tensorboard")
+pytestmark = pytest.mark.bench
 linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
 

@@ -1,4 +1,4 @@
-# The command `fastmaml bench`: what it measures of built-in cases and of a user's model, and what it says of wrong input.
+# The command `fastmaml bench`, on built-in cases and on a user's model, and its errors for wrong input.
 from __future__ import annotations
 
 import json

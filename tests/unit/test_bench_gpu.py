@@ -1,4 +1,4 @@
-# `make gpu` without a GPU: what it says, and its parts with the emulated backend in the place of the device.
+# `make gpu` without a GPU: its message, and its parts with the emulated backend instead of the device.
 from __future__ import annotations
 
 import json
@@ -16,6 +16,8 @@ from bench.cases import CASES
 from fastmaml.benchmark.cases import HvpCase
 from fastmaml.compiled import loading
 
+pytestmark = pytest.mark.bench
+
 TINY = replace(
     CASES["mlp-k1"],
     name="tiny",
@@ -30,7 +32,7 @@ STAND_IN = gpu.Target(
     backend="cuda_emulated",
     device="cpu",
     clock=None,
-    tests=("tests/numerics/test_hvp.py",),
+    tests=("tests/numerics/test_solve.py",),
     sanitized=("tests/numerics/test_solve.py",),
     cases=(TINY,),
     hvps=(HvpCase(5, 2, 3),),

@@ -1,4 +1,4 @@
-# The kernel laboratory: every kind of kernel of csrc/cuda compiles by NVRTC. Skipped where cupy or NVRTC is missing.
+# The kernel laboratory: every kind of kernel of csrc/cuda compiles with NVRTC. Skipped if cupy or NVRTC is missing.
 from __future__ import annotations
 
 import re

@@ -1,4 +1,4 @@
-"""fastmaml bench --profile: where the time goes, for the three kinds and the user's own model."""
+"""fastmaml bench --profile, for its three kinds and for the user's own model."""
 
 from __future__ import annotations
 

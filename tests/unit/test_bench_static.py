@@ -1,4 +1,4 @@
-# The parsers and formulas of bench/kernels: on recorded pieces of ptxas' reports and of SASS, and on counts made up for the purpose.
+# The parsers and formulas of bench/kernels, on recorded pieces of ptxas reports and SASS, and on made-up counts.
 from __future__ import annotations
 
 import shutil
@@ -12,7 +12,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # bench is no installed package
 
 from bench.cases import CASES  # noqa: E402
-from bench.kernels import cubins, sass, static, workloads  # noqa: E402
+from bench.kernels import cubins, history, sass, static, workloads  # noqa: E402
 from tests.kernel_launches import Launched  # noqa: E402
 
 REPORT = """\
@@ -281,11 +281,11 @@ def row(kernel, registers=32, instructions=100, math=50, kind="float32"):
 def test_history_shows_what_changed_against_the_last_entry_that_had_it():
     described = {"date": "2026-11-25", "commit": "abc"}
     entries = [
-        static.snapshot("first", [row("a"), row("same")], [counted()], described),
-        static.snapshot("kernels alone", [row("a", registers=40), row("same")], [], described),
-        static.snapshot("fewer bytes", [row("a", registers=40), row("same")], [counted(requested=500)], described),
+        history.snapshot("first", [row("a"), row("same")], [counted()], described),
+        history.snapshot("kernels alone", [row("a", registers=40), row("same")], [], described),
+        history.snapshot("fewer bytes", [row("a", registers=40), row("same")], [counted(requested=500)], described),
     ]
-    text = "\n".join(static.history_text(entries))
+    text = "\n".join(history.history_text(entries))
     first, second, third = text.split("### ")[1:]
     assert "|" not in first
     assert "32 registers" in second and "40 registers" in second and "`same`" not in second
@@ -296,10 +296,10 @@ def test_history_shows_a_first_resident_walk_beside_the_layered_one():
     described = {"date": "2026-11-25", "commit": "abc"}
     layered, resident = both_walks()
     entries = [
-        static.snapshot("layered", [], [layered], described),
-        static.snapshot("resident", [], [resident], described),
+        history.snapshot("layered", [], [layered], described),
+        history.snapshot("resident", [], [resident], described),
     ]
-    *_, last = [line for line in static.history_text(entries) if line]
+    *_, last = [line for line in history.history_text(entries) if line]
     assert last == "| MLP 1-40-40-1, K = 1, resident | 4 launches, 0.5 MB, 1.2 us | 2 launches, 0.5 MB, 12.0 us |"
 
 
@@ -317,7 +317,7 @@ def test_short_names():
     name = "product<fastmaml::cuda::Gemm<(fastmaml::cuda::Order)0, (fastmaml::cuda::Order)1>, false> >"
     assert static.short(name) == "product<Gemm<along_k, along_rows>, false>>"
     assert static.short("TensorProduct<(fastmaml::cuda::Numbers)2> >") == "TensorProduct<bf16x3>>"
-    assert static.lasting("product<Tile<32, 64, 4, 8, 3>, TensorTile<128, 64, 32, 64>>") == (
+    assert history.lasting("product<Tile<32, 64, 4, 8, 3>, TensorTile<128, 64, 32, 64>>") == (
         "product<Tile<32, 64, 4, 8>, TensorTile<128, 64, 32, 64>>"
     )
 

@@ -75,12 +75,14 @@ def test_a_missing_result_names_the_command(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", LEARNERS)
+@pytest.mark.bench
 def test_learners_agree_with_their_loops(algorithm):
     case = LEARNERS[algorithm]
     entry = learners.measure(replace(case, on=replace(case.on, tasks=2, query=5), inner_steps=2), 1, 0, 5.0)
     assert [row["name"] for row in entry["rows"]] == ["fastmaml", "torch_loop"], entry["absent"]
 
 
+@pytest.mark.bench
 def test_the_policy_batch_agrees_with_its_loop(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(policy, "POLICY", {"tiny": PolicyCase("tiny", 3, 2, 6)})
     out = tmp_path / "policy.json"
@@ -99,6 +101,7 @@ def test_policy_gradient_counts():
     assert policy.gflop(case)["fisher products"] == pytest.approx(30 * (9 * F - 5 * F1) / 1e9)
 
 
+@pytest.mark.bench
 def test_slopes():
     assert scaling.slope([(n, 3.0 * n**2) for n in (1, 2, 4, 8)]) == pytest.approx(2.0)
     found = scaling.measure(replace(scaling.CURVES["W1 tasks"], values=(1, 2, 4)), 1, 1)
@@ -127,6 +130,7 @@ def test_results_are_drawn(tmp_path):
         assert (tmp_path / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.bench
 def test_startup_is_measured_in_fresh_processes(tmp_path, capsys):
     out = tmp_path / "startup.json"
     assert startup.main(["--processes", "1", "--cases", "sinusoid-k1", "--threads", "1", "--out", str(out)]) == 0
@@ -134,6 +138,7 @@ def test_startup_is_measured_in_fresh_processes(tmp_path, capsys):
     assert content["rows"][0]["first_ms"] > 0 and "| sinusoid-k1 |" in tables.startup(content)
 
 
+@pytest.mark.bench
 def test_hvp_results_make_a_table(tmp_path, monkeypatch):
     out = tmp_path / "hvp.json"
     monkeypatch.setitem(bench_hvp.HVP, "mlp32-t16-n32", HvpCase(8, 16, 32))

@@ -1,4 +1,4 @@
-"""The table of where the time goes: every second of the workers has a row, and bounds follow the roofline."""
+"""The profile's table: every second of the workers has a row, and bounds follow the roofline."""
 
 from __future__ import annotations
 

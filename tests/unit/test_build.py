@@ -1,5 +1,5 @@
-# Is the compiled module the one of these sources, does it use torch's threads and refuse what does not fit, and what
-# happens where it is missing or cannot be built?
+# The compiled module comes from these sources, uses torch's threads and refuses wrong input. Also the errors if it is
+# missing or cannot be built.
 from __future__ import annotations
 
 import importlib.metadata
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastmaml import build
+from fastmaml.compiled.loading import load_compiled
 
 _C = pytest.importorskip("fastmaml._C", reason="make build")
 
@@ -130,6 +131,7 @@ OPERATORS = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck_accepts(name):
+    assert not load_compiled()  # it registers the operators' shapes too
     operator = getattr(torch.ops.fastmaml, name).default
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     if (

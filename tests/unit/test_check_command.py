@@ -1,4 +1,4 @@
-# The command `fastmaml check`: what it reads, prints and exits with.
+# The command `fastmaml check`: its input, output and exit codes.
 from __future__ import annotations
 
 import json

@@ -1,112 +1,27 @@
-# fm.check names the mistake: each is planted in a hand-written loop, and the test holds the sentence that a user reads.
+# fm.check names the mistake. Each test plants one in a hand-written loop and checks the sentence that a user reads.
 from __future__ import annotations
 
 import copy
-import re
 
 import pytest
 import torch
+from mistaken_loops import (
+    FIRST_ORDER,
+    IMAGES,
+    RATE,
+    SUPPORT,
+    TASKS,
+    by_adjoint,
+    by_task,
+    check_function,
+    norm_net,
+    says,
+    unrolled,
+    verdicts,
+)
 from torch import nn
 from torch.func import functional_call
-from unrolled import cross_entropy, image_batch, mse, regression_batch, small_mlp
-
-from fastmaml.checking import check
-
-TASKS, SUPPORT, QUERY = 4, 5, 6
-BATCH = regression_batch(TASKS, SUPPORT, QUERY)
-IMAGES = image_batch(TASKS, 6, 6, shape=(1, 6, 6))
-RATE = 0.3
-
-
-def norm_net():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)).double()
-    with torch.no_grad():  # running statistics of a network in use
-        net[1].running_mean.uniform_(-0.5, 0.5)
-        net[1].running_var.uniform_(0.5, 2.0)
-    return net
-
-
-def unrolled(
-    steps=2, rate=RATE, create_graph=True, loss=mse, step_gradient=lambda k, g: g, start=lambda k, p: p,
-    after=lambda k, p: p, before_inner=lambda model: None, before_query=lambda model: None, inner_scale=1.0, total=None,
-    moves=lambda name: True, sets=lambda task: task, query_loss=None,
-):  # fmt: skip
-    """A user's loop over tasks; the arguments say where it goes wrong."""
-
-    def meta_loss(model, batch):
-        losses = []
-        for task in zip(*batch):
-            support_x, support_y, query_x, query_y = sets(task)
-            phi = dict(model.named_parameters())
-            for k in range(steps):
-                before_inner(model)
-                value = inner_scale * loss(functional_call(model, phi, (support_x,)), support_y)
-                grads = torch.autograd.grad(value, list(phi.values()), create_graph=create_graph)
-                moved = {n: start(k, p) - rate * step_gradient(k, g) for (n, p), g in zip(phi.items(), grads)}
-                phi = {n: after(k, moved[n]) if moves(n) else phi[n] for n in phi}
-            before_query(model)
-            losses.append((query_loss or loss)(functional_call(model, phi, (query_x,)), query_y))
-        return torch.stack(losses).mean() if total is None else total(losses)
-
-    return meta_loss
-
-
-def by_adjoint(rate, steps=2, order="H(a*v)", forget_query=False):
-    """A user's adjoint sweep that fills .grad itself: v = q; v = v - H (a * v)."""
-
-    def meta_loss(model, batch):
-        names, params = zip(*model.named_parameters())
-        sizes = [p.numel() for p in params]
-        theta = torch.cat([p.detach().reshape(-1) for p in params])
-        rates = torch.full_like(theta, rate) if isinstance(rate, float) else rate.to(theta)
-
-        def value(flat, x, y):
-            pieces = {n: f.reshape(p.shape) for n, p, f in zip(names, params, flat.split(sizes))}
-            return mse(functional_call(model, pieces, (x,)), y)
-
-        total, loss = torch.zeros_like(theta), 0.0
-        for support_x, support_y, query_x, query_y in zip(*batch):
-            points = [theta]
-            for _ in range(steps):
-                g = torch.func.grad(value)(points[-1], support_x, support_y)
-                points.append(points[-1] - rates * g)
-            q, here = torch.func.grad_and_value(value)(points[-1], query_x, query_y)
-            v = q
-            for point in reversed(points[:-1]):
-
-                def gradient(at, x=support_x, y=support_y):
-                    return torch.func.grad(value)(at, x, y)
-
-                u = rates * v if order == "H(a*v)" else v
-                hu = torch.func.jvp(gradient, (point,), (u,))[1]
-                v = v - (hu if order == "H(a*v)" else rates * hu)
-            total, loss = total + (v - q if forget_query else v), loss + float(here)
-        for p, g in zip(params, (total / len(batch[0])).split(sizes)):
-            p.grad = g.reshape(p.shape)
-        return loss / len(batch[0])
-
-    return meta_loss
-
-
-def check_function(function, model=None, batch=BATCH, loss="mse", inner_lr=RATE, inner_steps=2, **options):
-    options.setdefault("directions", 0)
-    return check(
-        function, batch, model=model or small_mlp(), loss=loss, inner_lr=inner_lr, inner_steps=inner_steps, **options
-    )
-
-
-def says(report, *beginnings):
-    """The report is not ok, and its first sentences begin so (numbers that depend on the network stand as #)."""
-    assert not report.ok, str(report)
-    for sentence, beginning in zip(report.sentences, beginnings):
-        pattern = re.escape(beginning).replace(r"\#", r"[-\d.e]+")
-        assert re.match(pattern, sentence), f"{sentence}\nis not\n{beginning}"
-
-
-def verdicts(report):
-    return {row.name: row.verdict for row in report.table}
-
+from unrolled import mse
 
 # ---------------------------------------------------------------- right
 
@@ -129,12 +44,6 @@ def test_an_exact_adjoint_sweep_is_exact(rate):
 
 
 # ---------------------------------------------------------------- the graph
-
-
-FIRST_ORDER = (
-    "First order only: the Hessian terms are missing. Either the inner gradient is taken without create_graph=True (or is "
-    "detached), or this is the gradient of the adapted copy, not of the start."
-)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -418,116 +327,6 @@ def test_part_of_the_model_is_not_adapted():
         "The inner loop does not adapt anything but the last layer. If this is intended, check with adapted=[...].",
     )
     assert check_function(unrolled(moves=lambda name: name.startswith("4")), adapted="4.*").ok
-
-
-# ---------------------------------------------------------------- batch norm
-
-
-EVAL = "batch_norm='transductive' means batch statistics. Call model.train(), or check with batch_norm='frozen' if eval mode is intended."
-
-
-def by_task(**modes):
-    """Backward task by task."""
-
-    def meta_loss(model, batch):
-        total = 0.0
-        for task in zip(*batch):
-            loss = unrolled(loss=cross_entropy, **modes)(model, [part[None] for part in task]) / TASKS
-            loss.backward()
-            total += loss.item()
-        return total
-
-    return meta_loss
-
-
-def test_batch_norm_in_eval_mode():
-    report = check_function(by_task(before_inner=nn.Module.eval), norm_net(), IMAGES, "cross_entropy")
-    where = "in the inner loop and the query pass"
-    says(
-        report,
-        f"The batch norm '1' uses its running statistics {where}, because the model is in eval mode there. But {EVAL}",
-    )
-    assert verdicts(report)["1.weight"] == "batch norm in eval mode"
-
-
-def test_batch_norm_in_eval_mode_whose_statistics_the_query_pass_changes_before_backward():
-    # torch takes the changed statistics in backward, without a word: the gradient is that of no loss at all
-    report = check_function(
-        by_task(before_inner=nn.Module.eval, before_query=nn.Module.train), norm_net(), IMAGES, "cross_entropy"
-    )
-    assert not report.ok
-    where = "in the inner loop (as updated by the query passes so far)"
-    assert (
-        f"The loss fits this mistake, but the gradient does not: The batch norm '1' uses its running statistics {where}, "
-        f"because the model is in eval mode there. But {EVAL}"
-    ) in report.sentences
-    assert any(sentence.startswith("Stateful layer '1' (BatchNorm2d)") for sentence in report.sentences)
-
-
-def test_batch_norm_in_eval_mode_in_the_inner_loop():
-    def eval_without_track(model):
-        model[1].training = False
-
-    def train_without_track(model):
-        model[1].training, model[1].momentum = True, 0.0
-
-    report = check_function(
-        unrolled(loss=cross_entropy, before_inner=eval_without_track, before_query=train_without_track),
-        norm_net(),
-        IMAGES,
-        "cross_entropy",
-    )
-    says(
-        report,
-        f"The batch norm '1' uses its running statistics in the inner loop, because the model is in eval mode there. But {EVAL}",
-    )
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["a copy of the buffers for each task", "the model's buffers"])
-def test_batch_norm_in_eval_mode_in_the_query_pass(shared):
-    def meta_loss(model, batch):
-        losses = []
-        for support_x, support_y, query_x, query_y in zip(*batch):
-            buffers = dict(model.named_buffers())
-            if not shared:
-                buffers = {n: b.clone() for n, b in buffers.items()}
-            phi = dict(model.named_parameters())
-            for _ in range(2):
-                model.train()
-                loss = cross_entropy(functional_call(model, {**phi, **buffers}, (support_x,)), support_y)
-                grads = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
-                phi = {n: p - RATE * g for (n, p), g in zip(phi.items(), grads)}
-            model.eval()
-            # the running statistics are changed in place by the next task, so backward runs here
-            loss = cross_entropy(functional_call(model, {**phi, **buffers}, (query_x,)), query_y) / TASKS
-            loss.backward()
-            losses.append(loss.item())
-        return sum(losses)
-
-    report = check_function(meta_loss, norm_net(), IMAGES, "cross_entropy")
-    of = " of all tasks so far" if shared else ""
-    says(
-        report,
-        f"The batch norm '1' uses its running statistics in the query pass (as updated by the inner passes{of}), because the "
-        f"model is in eval mode there. But {EVAL}",
-    )
-    stateful = [s for s in report.sentences if s.startswith("Stateful")]
-    assert len(stateful) == int(shared)
-
-
-def test_batch_norm_modes_that_are_right():
-    plain = unrolled(loss=cross_entropy)
-    report = check_function(plain, norm_net(), IMAGES, "cross_entropy", directions=1)
-    assert report.ok and verdicts(report)["0.bias"] == "zero"
-    assert check_function(plain, norm_net().eval(), IMAGES, "cross_entropy", batch_norm="frozen").ok
-
-
-def test_batch_norm_in_train_mode_where_frozen_is_meant():
-    says(
-        check_function(unrolled(loss=cross_entropy), norm_net(), IMAGES, "cross_entropy", batch_norm="frozen"),
-        "The batch norm '1' uses batch statistics everywhere, but batch_norm='frozen' means running statistics. The model is "
-        "in train mode there.",
-    )
 
 
 # ---------------------------------------------------------------- parts of the gradient

@@ -1,5 +1,5 @@
-# fastmaml.compat.learn2learn gives learn2learn's numbers: against learn2learn itself where its sources lie in the cache, and
-# against an unrolled loop of our own.
+# fastmaml.compat.learn2learn gives learn2learn's numbers. Compared with learn2learn itself, if its sources are in the
+# cache, and with our own unrolled loop.
 from __future__ import annotations
 
 import copy

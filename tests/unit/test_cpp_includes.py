@@ -71,7 +71,7 @@ def test_the_table_has_no_folder_that_is_gone():
         ("plan/plan.h", '"cpu/choose.h"'),
         ("meta/adapt.cpp", '"ops/ops.h"'),
         ("meta/meta.h", '"plan/plan.h"'),
-        ("program/passes.cpp", '"meta/meta.h"'),
+        ("program/forward_pass.cpp", '"meta/meta.h"'),
         ("program/op.cpp", "<pybind11/pybind11.h>"),
         ("ops/walk.cpp", '"meta/meta.h"'),
         ("ops/walk.cpp", '"plan/plan.h"'),

@@ -1,4 +1,4 @@
-# The CUDA library: what it is built from and for, and what it says on a machine without a GPU.
+# The CUDA library: its sources and devices, and its messages on a machine without a GPU.
 from __future__ import annotations
 
 import re

@@ -1,4 +1,4 @@
-"""What autodiff promises for modules that are not fused: dropout, buffers, loops over tasks, double backward."""
+"""autodiff on modules that are not fused: dropout, buffers, loops over tasks, double backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-# Engines take numpy and cupy arrays in place of tensors, and answer in kind.
+# Engines take numpy and cupy arrays instead of tensors, and return the same type.
 from __future__ import annotations
 
 import sys

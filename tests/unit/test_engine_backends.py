@@ -1,4 +1,4 @@
-"""Which backend runs a model, and what is said when it is not the fast one."""
+"""Which backend runs a model, and the message if it is not the fast one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The batch norm modes against batch norm written out, with plain double backward."""
+"""The batch norm modes against batch norm from elementary operations, with plain double backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input: one sentence each, with the shapes or values in it, before anything is computed."""
+"""Bad input gives one sentence with the shapes or values, before any computation."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def test_a_python_loss_leaves_the_network_fused():
     _, grads, _ = meta_gradient(model, batch, rates_like(model, 0.1), 2, lambda o, y: (o - y).abs().pow(3).mean())
     engine = Engine(model, loss=lambda output, y: (output - y).abs().pow(3).mean(1))
     assert (engine.backend, engine.fused) == ("cpu", True)
-    assert engine.why.startswith("the loss is a Python function: the network's steps are fused, layer by layer")
+    assert engine.why.startswith("the loss is a Python function: the network stays fused, but runs layer by layer")
     assert relative_error(engine.meta_gradient(engine.flatten(), batch, 0.1, 2).grad, flat(grads)) < EXACT
 
 

@@ -1,4 +1,4 @@
-"""Models of a user's own: recurrent, attention, tokens, several inputs and outputs, dropout. They train on every face."""
+"""A user's own models: recurrent, attention, tokens, several inputs and outputs, dropout."""
 
 from __future__ import annotations
 
@@ -158,7 +158,9 @@ def test_several_outputs_are_exact_and_keep_their_structure():
 
 def test_a_named_loss_refuses_several_outputs():
     learner = fm.MAML(TwoOutputs(), inner_lr=0.05, loss="mse")
-    with pytest.raises(ValueError, match="the model returns 2 tensors; loss='mse' takes one, give a function"):
+    with pytest.raises(
+        ValueError, match="the model returns 2 tensors; loss='mse' takes one, so give a function as loss"
+    ):
         learner(*regression((3,)))
 
 

@@ -1,5 +1,4 @@
-# Which backends run batch norm, max-pool and ReLU as one layer, and ReLU as a part of the layers beside it; and what of it
-# the plans show.
+# Which backends fuse batch norm, max-pool and ReLU into one layer, and ReLU into its neighbours. Also the plans that show it.
 from __future__ import annotations
 
 import pytest

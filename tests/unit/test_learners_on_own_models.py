@@ -1,4 +1,4 @@
-"""Learners on what is not fused: a layer the engine does not have, two inputs, a loss that is a Python function."""
+"""Learners on models that are not fused: an unknown layer, two inputs, a loss written in Python."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-# The pairs of snippets of fastmaml/compat/README.md, before and after moving to fastmaml, as files in tests/migration: each is executed, and its
-# meta-gradients and the weights after the outer step agree. What is not installed is skipped, with the reason.
+# The snippets of fastmaml/compat/README.md, before and after moving to fastmaml, as files in tests/migration. Each is executed. Their
+# meta-gradients and the weights after the outer step must agree. Missing libraries are skipped, with the reason.
 from __future__ import annotations
 
 import importlib

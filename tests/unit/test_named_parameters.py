@@ -1,4 +1,4 @@
-"""Nothing of a model that has changed between two calls is remembered."""
+"""A model may change between two calls: the engine always uses its current parameters."""
 
 from __future__ import annotations
 

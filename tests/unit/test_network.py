@@ -1,4 +1,4 @@
-"""An nn.Module becomes Program text that computes the same, or a sentence that names the layer.
+"""An nn.Module becomes Program text that computes the same function, or a sentence that names the layer.
 
 The text is checked by a small interpreter of its own (no compiled module needed).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import POINTWISE, torch_pointwise
 from torch import nn
 from unrolled import BACKENDS
 
@@ -60,19 +61,16 @@ def batch_norm(x, w, b, o, running):
     return F.batch_norm(x, None, None, w, b, True, 0.0, float(o["eps"]))
 
 
+def pointwise(kind, key):
+    return lambda x, w, b, o, r: torch_pointwise(kind, x, *([float(o[key])] if key else []))
+
+
 LAYERS = {
     "linear": lambda x, w, b, o, r: x @ w.T + (0 if b is None else b),
     "conv2d": lambda x, w, b, o, r: F.conv2d(x, w, b, pair(o["stride"]), pair(o["padding"])),
     "batch_norm": batch_norm,
     "layer_norm": lambda x, w, b, o, r: F.layer_norm(x, x.shape[-int(o["dims"]) :], w, b, float(o["eps"])),
     "group_norm": lambda x, w, b, o, r: F.group_norm(x, int(o["groups"]), w, b, float(o["eps"])),
-    "relu": lambda x, w, b, o, r: F.relu(x),
-    "leaky_relu": lambda x, w, b, o, r: F.leaky_relu(x, float(o["slope"])),
-    "tanh": lambda x, w, b, o, r: torch.tanh(x),
-    "sigmoid": lambda x, w, b, o, r: torch.sigmoid(x),
-    "gelu": lambda x, w, b, o, r: F.gelu(x),
-    "gelu_tanh": lambda x, w, b, o, r: F.gelu(x, approximate="tanh"),
-    "silu": lambda x, w, b, o, r: F.silu(x),
     "max_pool2d": lambda x, w, b, o, r: F.max_pool2d(x, pair(o["kernel"]), pair(o["stride"]), pair(o["padding"])),
     "avg_pool2d": lambda x, w, b, o, r: F.avg_pool2d(
         x, pair(o["kernel"]), pair(o["stride"]), pair(o["padding"]), False, o["count_include_pad"] == "1"
@@ -80,6 +78,7 @@ LAYERS = {
     "global_avg_pool2d": lambda x, w, b, o, r: x.mean((2, 3), keepdim=True),
     "flatten": lambda x, w, b, o, r: x.flatten(1),
     "add": lambda x, y, w, b, o, r: x + y,
+    **{kind: pointwise(kind, key) for kind, key in POINTWISE.items()},
 }
 
 

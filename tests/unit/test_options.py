@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import options_table
 import pytest
 import torch
 from unrolled import BACKENDS, regression_batch, small_mlp
@@ -113,3 +114,9 @@ def test_the_memory_mode_may_change_later_and_is_checked(engine):
     assert engine.memory == "low"
     with pytest.raises(ValueError, match="memory 'lots' is not one of auto, low, stash"):
         engine.memory = "lots"
+
+
+def test_the_page_shows_every_setting():
+    page = options_table.PAGE.read_text()
+    assert page == options_table.written(page), "python tests/options_table.py writes the table"
+    assert all(f"| `{name}` |" in page for name in MetaGradientOptions.__dataclass_fields__)

@@ -1,4 +1,4 @@
-"""fastmaml plan: what it asks the engine, how it interpolates, and that its memory is what a process takes. No test times anything."""
+"""fastmaml plan: its engine calls, its interpolation, and its memory against that of a process. No test depends on timings."""
 
 from __future__ import annotations
 

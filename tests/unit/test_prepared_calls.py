@@ -1,4 +1,4 @@
-"""Calls in settings and sizes that an engine has run before give what a new engine gives, whatever has changed since."""
+"""Prepared calls: repeated settings and sizes give the same as a new engine, whatever has changed in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-# Is a run folder read right, also one that is torn, half-written or foreign?
+# Run folders are read right, even if they are damaged, half-written or not ours.
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-# Does the page say what the run found, in one valid file that fetches nothing, and say so where something is missing?
+# The page shows the run's results in one valid file that fetches nothing. It names missing files.
 from __future__ import annotations
 
 import json

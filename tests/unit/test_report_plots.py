@@ -1,4 +1,4 @@
-# Do the plots show the numbers: smoothing, best checkpoint, distances, and values with their interval?
+# The plots show the right numbers: smoothing, best checkpoint, distances, and values with their interval.
 from __future__ import annotations
 
 import math

@@ -1,4 +1,4 @@
-# Memory of large results comes back when the last tensor over it is gone, and not before.
+# The memory of large results is reused after the last tensor over it is gone, and not before.
 from __future__ import annotations
 
 import pytest

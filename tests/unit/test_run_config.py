@@ -1,4 +1,4 @@
-"""Settings of a run: the presets, what may change them, files, and the sentence for each mistake."""
+"""Settings of a run: presets, changes, files, and the sentence for each mistake."""
 
 from __future__ import annotations
 

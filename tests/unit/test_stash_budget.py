@@ -1,4 +1,4 @@
-"""memory="auto": which mode it takes is what the plan says, and no mode changes a bit."""
+"""memory="auto": it takes the mode that the plan says, and no mode changes a bit."""
 
 from __future__ import annotations
 

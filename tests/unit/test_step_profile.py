@@ -1,4 +1,4 @@
-"""The profile of the walks: every Step of every plan, with what it costs on paper."""
+"""The profile of the walks: every Step of every plan, with its counted costs."""
 
 from __future__ import annotations
 

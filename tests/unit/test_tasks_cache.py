@@ -1,4 +1,4 @@
-"""The cache of rendered and decoded images: atomic, checked, and never in the way."""
+"""The cache of rendered and decoded images: atomic and checked. A broken cache never stops the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloads against a server of our own that is slow of understanding, breaks off, or sends the wrong thing."""
+"""Downloads from our own test server, which ignores ranges, breaks off, or sends the wrong file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rendered letters: complete, distinct, disjoint, the same to the byte, and of a sensible difficulty."""
+"""The rendered letters: complete, distinct, disjoint, reproducible to the byte, and of a sensible difficulty."""
 
 from __future__ import annotations
 

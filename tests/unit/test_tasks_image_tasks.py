@@ -1,4 +1,4 @@
-"""Image tasks on images whose pixels say which class, drawing and turn they are."""
+"""Image tasks on images whose pixels encode their class, drawing and rotation."""
 
 from __future__ import annotations
 

@@ -315,8 +315,8 @@ def nearest_neighbour_accuracy(source: Omniglot, tasks: int = 600) -> float:
 
 @pytest.mark.parametrize(("ways", "known"), [(5, 0.420), (20, 0.225)])
 def test_pixel_nearest_neighbour_meets_the_known_figure(real, ways, known):
-    # The known figures are those of smoothly resized images: 600 tasks have a standard deviation of 0.9 % (5-way) and
-    # 0.35 % (20-way), and so had the run that is known, hence 3 sqrt(2) of it.
+    # The known figures are for smoothly resized images. 600 tasks have a standard deviation of 0.9 % (5-way) and
+    # 0.35 % (20-way). The known run has the same deviation, so the tolerance is 3 sqrt(2) times as large.
     accuracy = nearest_neighbour_accuracy(Omniglot(ways, 1, 1, "test", root=real))
     assert accuracy == pytest.approx(known, abs={5: 0.038, 20: 0.015}[ways])
 

@@ -1,4 +1,4 @@
-"""Sinusoid tasks, and what every task source shares: the stream, its position, its state, its checks."""
+"""Sinusoid tasks, and the base of every task source: the stream, its position, its state, its checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints survive what befalls them: kill -9, a full disk, damage. One test each."""
+"""Checkpoints survive kill -9, a full disk and damage. One test each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: step by step what a learner predicts, summarised beside its baselines, on disk in the agreed form."""
+"""Evaluation: a learner's predictions step by step, their summary with reference predictors, and the written files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer: a run resumed is the run in one piece; what goes wrong says so and loses nothing."""
+"""The trainer: a resumed run equals the run in one piece. Errors are reported and lose no work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of tasks, their summary, and the files a run writes them to."""
+"""Metrics of tasks, their summary, and a run's metric files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain way to a meta-gradient, to compare with: unrolled inner steps, double backward, one task after the other.
+"""The reference meta-gradient: unrolled inner steps with double backward, one task after the other.
 
 Also the small networks and batches of the engine's unit tests, and the backends that can run here.
 """

@@ -237,6 +237,7 @@ void wait_warp(const Operation& operation, uint32_t mask, void* deposit, Where w
   self.deposit = deposit;
   self.where = where;
   self.warp->ready &= ~bit;
+  if (self.warp->ready & mask) return give_way();  // not the last one to arrive
   for (uint32_t rest = mask; rest; rest &= rest - 1) {
     const Thread& other = lanes[__builtin_ctz(rest)];
     if (other.waits != &operation || other.mask != mask) return give_way();

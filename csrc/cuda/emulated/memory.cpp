@@ -18,6 +18,11 @@ constexpr size_t kGuard = 256 * kPage;  // on either side: far accesses end ther
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
+// Is all of [at, end) poison? Each byte is compared with the next one, many at a time.
+bool poisoned(const unsigned char* at, const unsigned char* end) {
+  return at == end || (*at == kPoison && std::memcmp(at, at + 1, size_t(end - at - 1)) == 0);
+}
+
 // A buffer between guards: its end, rounded up to 16 bytes, is the end of a page. What it leaves of its pages stays poisoned.
 struct Guarded {
   unsigned char* mapping;
@@ -44,10 +49,7 @@ struct Guarded {
   // The bytes beside it, as far as they are watched.
   unsigned char* low() const { return std::max(mapping + kGuard, data - kPage); }
   unsigned char* high() const { return mapping + kGuard + pages; }
-  bool clean() const {
-    const auto poisoned = [](unsigned char c) { return c == kPoison; };
-    return std::all_of(low(), data, poisoned) && std::all_of(data + bytes, high(), poisoned);
-  }
+  bool clean() const { return poisoned(low(), data) && poisoned(data + bytes, high()); }
   void mend() const {
     std::fill(low(), data, kPoison);
     std::fill(data + bytes, high(), kPoison);

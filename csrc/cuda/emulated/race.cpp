@@ -3,6 +3,7 @@
 // a barrier between them. So a race is found in any order of threads, also where the values happen to be right. Atomics order nothing
 // but one another, a shuffle or a vote nothing at all, and __threadfence does not exist. Of bytes that several threads write in one
 // word the last is remembered.
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <memory>
@@ -15,29 +16,37 @@ namespace {
 
 // ---------------------------------------------------------------- who touched a word
 
-struct Touch {
-  Position position{};
-  uint32_t block = 0;    // in the order of execution, over all launches
-  uint32_t barrier = 0;  // barriers that the block had passed
-  uint32_t clock = 0;    // of the lane
-  uint16_t thread = 0;
-  uint8_t bytes = 0;  // of the word, a bit each
-  bool atomic = false;
+class Touch {
+ public:
+  Touch() = default;
+  Touch(Position position, int thread, unsigned bytes, bool atomic, uint32_t epoch, uint32_t clock)
+      : epoch(epoch), clock(clock), what_(position.bits | uint64_t(thread) << 48 | uint64_t(bytes) << 58 | uint64_t(atomic) << 62) {}
+
+  uint32_t epoch = 0;  // blocks that had begun and barriers that were passed, over all launches
+  uint32_t clock = 0;  // of the lane
+
+  int thread() const { return int(what_ >> 48 & 1023); }
+  unsigned bytes() const { return unsigned(what_ >> 58 & 15); }  // of the word, a bit each
+  bool atomic() const { return what_ >> 62 & 1; }
+  Position position() const { return {what_ & ~(uint64_t(0x7fff) << 48)}; }  // addresses have 48 bits, and the highest one says which kind
+
+ private:
+  uint64_t what_ = 0;
 };
 
-struct Word {
+struct alignas(64) Word {
   Touch write;
   Touch read[2];      // in the last block: of two warps where there were two, else the two last lanes
   Touch read_before;  // in a block before it
-  Touch copying;      // a cp.async that has not been waited for
 };
 
-constexpr size_t kPage = 4096;
+constexpr size_t kPage = 4096, kWords = kPage / 4;
 struct Page {
   uint32_t launch = 0;
   bool foreign = false;  // the stack of another thread
   Range buffer;          // that the page belongs to
-  std::array<Word, kPage / 4> words;
+  std::array<Word, kWords> words;
+  std::unique_ptr<std::array<Touch, kWords>> copying;  // cp.async that have not been waited for, where there have been any
 };
 
 // Lane i knows of lane j what it did up to clock known[i][j]: __syncwarp tells all lanes of its mask what any of them knows.
@@ -52,23 +61,21 @@ class Race : public Watcher {
 
   void begin_launch() override {
     ++launch_;
-    first_of_launch_ = last_block_ + 1;
+    launch_epoch_ = epoch_ + 1;
     sequence_.clear();
     if (pages_.size() > kMostPages) pages_.clear();
     recent_.fill({});
-    clocks_.assign(32, {});
     image_ = image();
     static_neighbourhood_ = static_neighbourhood();
     dynamic_neighbourhood_ = dynamic_neighbourhood();
   }
   void begin_block() override {
-    ++last_block_;
-    barrier_ = 0;
-    sequence_.push_back(blockIdx);
+    block_epoch_ = ++epoch_;
+    sequence_.push_back({epoch_, blockIdx});
     dynamic_ = dynamic_range();
     for (size_t w = 0; w < block.warps.size(); ++w) reset(clocks_[w]);
   }
-  void pass_barrier() override { ++barrier_; }
+  void pass_barrier() override { ++epoch_; }
   void sync_warp(uint32_t mask) override {
     Clocks& clocks = clocks_[size_t(block.running->number / 32)];
     std::array<uint32_t, 32> all{};
@@ -93,29 +100,28 @@ class Race : public Watcher {
       if (access != Access::read) block.bytes_written += int64_t(bytes);
     }
     if (counts_bytes_alone) return;
-    Touch now;
-    now.position = position;
-    now.block = last_block_;
-    now.barrier = barrier_;
-    now.clock = clocks_[size_t(self.number / 32)].known[size_t(self.lane)][size_t(self.lane)];
-    now.thread = uint16_t(self.number);
-    now.atomic = access == Access::atomic;
-    oldest_block_ = shared ? last_block_ : first_of_launch_;
+    const uint32_t clock = clocks_[size_t(self.number / 32)].known[size_t(self.lane)][size_t(self.lane)];
+    oldest_epoch_ = shared ? block_epoch_ : launch_epoch_;
     for (size_t done = 0; done < bytes;) {
       const size_t in_word = reinterpret_cast<uintptr_t>(at + done) % 4, n = std::min(4 - in_word, bytes - done);
-      now.bytes = uint8_t(((1u << n) - 1) << in_word);
-      touch(access, at + done, n, now);
+      const unsigned of_word = ((1u << n) - 1) << in_word;
+      touch(access, at + done, n, {position, self.number, of_word, access == Access::atomic, epoch_, clock});
       done += n;
     }
   }
 
  private:
-  static constexpr size_t kMostPages = 4096;  // 500 MB
-  uint32_t oldest_block_ = 1;  // that can have touched this memory: this block where it is shared, else the first of the launch
-  uint32_t launch_ = 0, first_of_launch_ = 1, last_block_ = 0, barrier_ = 0;
+  static constexpr size_t kMostPages = 4096;                 // 300 MB
+  uint32_t epoch_ = 0, launch_epoch_ = 1, block_epoch_ = 1;  // now, and when the launch and the block began
+  uint32_t oldest_epoch_ = 1;  // of a touch that matters: of this block where memory is shared, else of this launch
+  uint32_t launch_ = 0;
   Range image_, static_neighbourhood_, dynamic_neighbourhood_, dynamic_;
-  std::vector<uint3> sequence_;  // the blocks of this launch
-  std::vector<Clocks> clocks_;
+  struct Begun {
+    uint32_t epoch;
+    uint3 block;
+  };
+  std::vector<Begun> sequence_;                           // the blocks of this launch
+  std::vector<Clocks> clocks_ = std::vector<Clocks>(32);  // of the warps of a block
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   struct Recent {
     uintptr_t number = 0;
@@ -161,46 +167,59 @@ class Race : public Watcher {
 
   // Is it of this launch and not ordered before what the running thread does now?
   bool open(const Touch& before, const Touch& now) const {
-    if (before.block < oldest_block_ || !(before.bytes & now.bytes)) return false;
-    if (before.block != now.block) return true;
-    if (before.thread == now.thread || before.barrier < now.barrier) return false;
-    if (before.thread / 32 != now.thread / 32) return true;
-    return before.clock > clocks_[now.thread / 32].known[now.thread % 32][before.thread % 32];
+    if (before.epoch < oldest_epoch_ || !(before.bytes() & now.bytes())) return false;
+    if (before.epoch < block_epoch_) return true;
+    const int of_before = before.thread(), of_now = now.thread();
+    if (of_before == of_now || before.epoch < now.epoch) return false;
+    if (of_before / 32 != of_now / 32) return true;
+    return before.clock > clocks_[size_t(of_now / 32)].known[size_t(of_now % 32)][size_t(of_before % 32)];
   }
 
   void touch(Access access, const unsigned char* address, size_t bytes, const Touch& now) {
     Page& page = this->page(address);
-    if (page.foreign) fail("it " + verb(access) + " a local variable of another thread at " + now.position.text());
-    if (!page.buffer.holds(address, bytes)) fail_beside(page.buffer, access, now.position);
-    Word& word = page.words[reinterpret_cast<uintptr_t>(address) % kPage / 4];
-    if (word.copying.block == now.block && (word.copying.bytes & now.bytes) && access != Access::land)
-      fail("missing wait: it " + verb(access) + " " + name_of(address) + " at " + now.position.text() + ", where the cp.async at " +
-           word.copying.position.text() + " of thread " + to_string(index_of(word.copying)) + " may still be under way");
-    if (open(word.write, now) && !(now.atomic && word.write.atomic)) report(access, address, now, word.write, "writes");
+    if (page.foreign) fail("it " + verb(access) + " a local variable of another thread at " + now.position().text());
+    if (!page.buffer.holds(address, bytes)) fail_beside(page.buffer, access, now.position());
+    const size_t number = reinterpret_cast<uintptr_t>(address) % kPage / 4;
+    Word& word = page.words[number];
+    if (page.copying && access != Access::land) {
+      const Touch& copying = (*page.copying)[number];
+      if (copying.epoch >= block_epoch_ && (copying.bytes() & now.bytes()))
+        fail("missing wait: it " + verb(access) + " " + name_of(address) + " at " + now.position().text() + ", where the cp.async at " +
+             copying.position().text() + " of thread " + to_string(index_of(copying)) + " may still be under way");
+    }
+    if (open(word.write, now) && !(now.atomic() && word.write.atomic())) report(access, address, now, word.write, "writes");
     if (access == Access::read) return remember(word, now);
     for (const Touch* read : {&word.read[0], &word.read[1], &word.read_before})
       if (open(*read, now)) report(access, address, now, *read, "reads");
     word.write = now;
-    if (access == Access::copy) word.copying = now;
-    if (access == Access::land) word.copying = {};
+    if (access == Access::copy) {
+      if (!page.copying) page.copying = std::make_unique<std::array<Touch, kWords>>();
+      (*page.copying)[number] = now;
+    }
+    if (access == Access::land) (*page.copying)[number] = {};
   }
 
   void remember(Word& word, const Touch& now) const {
     Touch &a = word.read[0], &b = word.read[1];
-    const auto current = [&](const Touch& t) { return t.block == now.block && t.barrier == now.barrier; };
-    if (a.block != now.block && a.block >= oldest_block_) word.read_before = a;
-    const auto same_warp = [&](const Touch& t) { return t.thread / 32 == now.thread / 32; };
-    if (!current(a)) {
+    if (a.epoch != now.epoch) {  // a barrier or a block ago
+      if (a.epoch >= oldest_epoch_ && a.epoch < block_epoch_) word.read_before = a;
       a = now;
       b = {};
-    } else if (!current(b)) {
-      (a.thread == now.thread ? a : b) = now;
-    } else if (b.thread == now.thread) {
+      return;
+    }
+    const int of_a = a.thread(), of_now = now.thread();
+    if (b.epoch != now.epoch) {
+      (of_a == of_now ? a : b) = now;
+      return;
+    }
+    const int of_b = b.thread();
+    const bool same_warp_a = of_a / 32 == of_now / 32, same_warp_b = of_b / 32 == of_now / 32;
+    if (of_b == of_now) {
       b = now;
-    } else if (a.thread == now.thread || (same_warp(a) && same_warp(b))) {
+    } else if (of_a == of_now || (same_warp_a && same_warp_b)) {
       a = b;
       b = now;
-    } else if (!same_warp(a)) {
+    } else if (!same_warp_a) {
       b = now;
     }
   }
@@ -209,7 +228,7 @@ class Race : public Watcher {
 
   static std::string verb(Access access) { return access == Access::read ? "reads" : access == Access::atomic ? "updates" : "writes"; }
   static uint3 index_of(const Touch& touch) {
-    const unsigned n = touch.thread;
+    const unsigned n = unsigned(touch.thread());
     return {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
   }
   [[noreturn]] static void fail_beside(const Range& range, Access access, Position position) {
@@ -222,13 +241,15 @@ class Race : public Watcher {
   }
 
   [[noreturn]] void report(Access access, const void* address, const Touch& now, const Touch& before, const char* did) const {
-    const bool same_block = before.block == now.block;
-    const std::string of_block = same_block ? "" : " of block " + to_string(sequence_[before.block - first_of_launch_]);
-    const char* missing = !same_block                             ? "no launch"
-                          : before.thread / 32 == now.thread / 32 ? "no __syncwarp or __syncthreads"
-                                                                  : "no __syncthreads";
-    fail("race: it " + verb(access) + " " + name_of(address) + " at " + now.position.text() + ", which thread " +
-         to_string(index_of(before)) + of_block + " " + did + " at " + before.position.text() + ", with " + missing + " between them");
+    const bool same_block = before.epoch >= block_epoch_;
+    const auto later = [&](uint32_t epoch, const Begun& begun) { return epoch < begun.epoch; };
+    const auto begun = std::upper_bound(sequence_.begin(), sequence_.end(), before.epoch, later) - 1;
+    const std::string of_block = same_block ? "" : " of block " + to_string(begun->block);
+    const char* missing = !same_block                                 ? "no launch"
+                          : before.thread() / 32 == now.thread() / 32 ? "no __syncwarp or __syncthreads"
+                                                                      : "no __syncthreads";
+    fail("race: it " + verb(access) + " " + name_of(address) + " at " + now.position().text() + ", which thread " +
+         to_string(index_of(before)) + of_block + " " + did + " at " + before.position().text() + ", with " + missing + " between them");
   }
 };
 

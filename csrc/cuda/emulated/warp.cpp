@@ -107,12 +107,16 @@ void run_mma(Thread* lanes, uint32_t) {
       else
         for (int half = 0; half < 2; ++half) b[2 * q + half + i * 8][g] = bf16(f.b[i], half);
   }
-  for (int l = 0; l < 32; ++l)
-    for (int i = 0; i < 4; ++i) {
-      float& d = fragments(l).d[i];
-      const int row = l / 4 + i / 2 * 8, column = l % 4 * 2 + i % 2;
-      for (int k = 0; k < K; ++k) d = std::fma(a[row][k], b[k][column], d);
-    }
+  float d[16][8];
+  const auto for_each_d = [&](auto body) {
+    for (int l = 0; l < 32; ++l)
+      for (int i = 0; i < 4; ++i) body(fragments(l).d[i], d[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2]);
+  };
+  for_each_d([](const float& of_lane, float& here) { here = of_lane; });
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < K; ++k)
+      for (int column = 0; column < 8; ++column) d[row][column] = std::fma(a[row][k], b[k][column], d[row][column]);
+  for_each_d([](float& of_lane, const float& here) { of_lane = here; });
 }
 const Operation kMmaTf32{"mma_m16n8k8_tf32", run_mma<8>}, kMmaBf16{"mma_m16n8k16_bf16", run_mma<16>};
 

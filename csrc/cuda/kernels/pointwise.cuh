@@ -4,6 +4,7 @@
 
 #include "cuda/kernels/map.cuh"
 #include "cuda/kernels/rectifier.cuh"
+#include "program/pointwise.h"
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
@@ -12,8 +13,9 @@ struct Derivatives {
   T f, first, second;
 };
 
+// One for each name of FASTMAML_SMOOTH: of x and the function's number.
 template <class T>
-__device__ __forceinline__ Derivatives<T> tanh_derivatives(T x) {
+__device__ __forceinline__ Derivatives<T> tanh_derivatives(T x, T = 0) {
   const T e = exp(T(-2) * fabs(x)), y = tanh(x), first = T(4) * e / ((T(1) + e) * (T(1) + e));
   return {y, first, T(-2) * y * first};
 }
@@ -30,25 +32,33 @@ struct Sigmoid {
 };
 
 template <class T>
-__device__ __forceinline__ Derivatives<T> sigmoid_derivatives(T x) {
+__device__ __forceinline__ Derivatives<T> sigmoid_derivatives(T x, T) {
   const Sigmoid<T> s(x);
   return {s.s, s.slope, s.slope * (s.rest - s.s)};
 }
 
 template <class T>
-__device__ __forceinline__ Derivatives<T> silu_derivatives(T x) {
+__device__ __forceinline__ Derivatives<T> silu_derivatives(T x, T) {
   const Sigmoid<T> s(x);
   return {x * s.s, s.s + x * s.slope, s.slope * (T(2) + x * (s.rest - s.s))};
 }
 
+// At 0 torch has f' = alpha and f'' = 0.
 template <class T>
-__device__ __forceinline__ Derivatives<T> gelu_derivatives(T x) {
+__device__ __forceinline__ Derivatives<T> elu_derivatives(T x, T alpha) {
+  if (!(x <= T(0))) return {x, T(1), T(0)};
+  const T e = alpha * exp(x);
+  return {alpha * expm1(x), e, x < T(0) ? e : T(0)};
+}
+
+template <class T>
+__device__ __forceinline__ Derivatives<T> gelu_derivatives(T x, T) {
   const T cdf = T(0.5) * erfc(-x * T(0.70710678118654752440)), pdf = T(0.39894228040143267794) * exp(T(-0.5) * x * x);
   return {x * cdf, cdf + x * pdf, pdf * (T(2) - x * x)};
 }
 
 template <class T>
-__device__ __forceinline__ Derivatives<T> gelu_tanh_derivatives(T x) {
+__device__ __forceinline__ Derivatives<T> gelu_tanh_derivatives(T x, T) {
   const T k = T(0.79788456080286535588), c = T(0.044715);
   const T u = k * (x + c * x * x * x), u1 = k * (T(1) + T(3) * c * x * x), u2 = T(6) * k * c * x;
   const Derivatives<T> t = tanh_derivatives(u);
@@ -57,28 +67,29 @@ __device__ __forceinline__ Derivatives<T> gelu_tanh_derivatives(T x) {
   return {x * cdf, cdf + half * t.first * u1, t.first * u1 + half * (t.first * u2 + t.second * u1 * u1)};
 }
 
-enum class Smooth { tanh, sigmoid, silu, gelu, gelu_tanh };
+enum class Smooth {
+#define X(name, key) name,
+  FASTMAML_SMOOTH(X)
+#undef X
+};
 
 template <class T>
 struct SmoothFunction {
   Smooth kind;
+  T number;
 
   __device__ T value(T x) const { return derivatives(x).f; }
   __device__ T times_first(T x, T d) const { return derivatives(x).first * d; }
 
   __device__ Derivatives<T> derivatives(T x) const {
     switch (kind) {
-      case Smooth::tanh:
-        return tanh_derivatives(x);
-      case Smooth::sigmoid:
-        return sigmoid_derivatives(x);
-      case Smooth::silu:
-        return silu_derivatives(x);
-      case Smooth::gelu:
-        return gelu_derivatives(x);
-      default:
-        return gelu_tanh_derivatives(x);
+#define X(name, key) \
+  case Smooth::name: \
+    return name##_derivatives(x, number);
+      FASTMAML_SMOOTH(X)
+#undef X
     }
+    no_such_case();
   }
 };
 

@@ -331,8 +331,8 @@ __device__ __forceinline__ void run_step(const Here& here) {
     return op##_step<T>(here);
       FASTMAML_RESIDENT_STEPS(FASTMAML_STEP)
 #undef FASTMAML_STEP
-    default:
-      return;
+    default:  // resident_code.cu made no such Step
+      no_such_case();
   }
 }
 
