@@ -47,7 +47,7 @@ void* data_of(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
 
 bool interleaved(const Shape& shape) { return shape.image && shape.C > 1 && shape.H * shape.W > 1; }
 
-// torch's own function goes through its dispatcher also where there is nothing to do, for a microsecond
+// torch::stable::contiguous calls torch's dispatcher even if nothing is to do; this costs a microsecond
 Tensor without_gaps(const Tensor& x) { return x.is_contiguous() ? x : stable::contiguous(x); }
 
 // [rows, a, b] -> [rows, b, a]
@@ -107,7 +107,7 @@ int64_t CallArguments::examples(Arg arg, const char* name, const Tensor& x) {
   if (sizes[0] < 1 || sizes[1] < 1) throw std::invalid_argument(described(name, x) + " holds no " + (sizes[0] < 1 ? "tasks" : "examples"));
   if (tasks_ < 0) tasks_ = sizes[0];
   if (sizes[0] != tasks_)
-    throw std::invalid_argument(described(name, x) + " holds " + std::to_string(sizes[0]) + " tasks where the others hold " +
+    throw std::invalid_argument(described(name, x) + " holds " + std::to_string(sizes[0]) + " tasks, but the other inputs hold " +
                                 std::to_string(tasks_));
   images(arg, real(name, x), program_->input_shape());
   return sizes[1];
@@ -131,7 +131,9 @@ void CallArguments::labels(Arg arg, const char* name, const Tensor& y, int64_t e
   const Tensor labels = without_gaps(y);
   const int64_t* label = labels.const_data_ptr<int64_t>();
   const int64_t classes = program_->loss.size;
-  const int64_t seen = labels.is_cpu() ? labels.numel() : 0;  // a device is not waited for; its kernels take any label for no class
+  const int64_t seen =
+      labels.is_cpu() ? labels.numel()
+                      : 0;  // labels on a device are not read here, since the host would wait; kernels treat unknown labels as no class
   for (int64_t i = 0; i < seen; ++i)
     if (label[i] < 0 || label[i] >= classes)
       throw std::invalid_argument(described(name, y) + " holds label " + std::to_string(label[i]) + " for a network with " +
@@ -307,12 +309,12 @@ Tensor CallArguments::inputs(Arg arg, int64_t examples) const { return from_imag
 
 Tensor CallArguments::to_torch(const Params& params, const void* engine, const Sizes& sizes) const {
   const Tensor x = executor_->empty(sizes, type());
-  const int64_t size = size_of(params);  // 0 for a network of nothing but activations
+  const int64_t size = size_of(params);  // 0 if the network has only activations
   if (size) executor_->reorder(params, false, x.mutable_data_ptr(), engine, numbers_in(sizes) / size, element_bytes());
   return in_callers_type(x);
 }
 
-// A plan that runs on the host on parameters as torch has them reads the caller's memory, and writes into what is handed out.
+// On the host, with parameters in torch's order, the plan reads and writes torch's memory without a copy.
 bool CallArguments::as_torch() const { return plan_->as_torch(); }
 
 const CallArguments::Made* CallArguments::find_made(Arg arg) const {

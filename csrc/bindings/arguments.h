@@ -1,5 +1,5 @@
-// The arrays of one call: torch tensors are checked, moved into the engine's type and layout, bound to the arguments of a Schedule,
-// and the results are moved back (executor.h). Through torch's stable ABI: what is compiled here runs with every torch from 2.10 on.
+// The arrays of one call. Torch tensors are checked, moved into the engine's type and layout, and bound to a Schedule's arguments.
+// Results are moved back (executor.h). Uses torch's stable ABI: one compiled module runs with every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -15,13 +15,13 @@ namespace fastmaml {
 
 class CallArguments {
  public:
-  // The type of `params` (float32 or float64) is that of all other real tensors and of the results.
+  // All other real tensors and the results have the type of `params` (float32 or float64).
   CallArguments(std::string text, const std::string& backend, const Tensor& params);
 
   const Program& program() const { return *program_; }
   int64_t tasks() const { return tasks_; }
 
-  // Inputs. A tensor that does not fit raises std::invalid_argument with its name and shape in the sentence.
+  // Inputs. A tensor that does not fit raises std::invalid_argument with the tensor's name and shape.
   int64_t examples(Arg arg, const char* name, const Tensor& x);                               // [T, N, *input]; returns N
   void targets(Arg arg, const char* name, const Tensor& y, int64_t examples);                 // labels [T, N], or [T, N, *output]
   void labels(Arg arg, const char* name, const Tensor& y, int64_t examples);                  // [T, N]
@@ -32,42 +32,42 @@ class CallArguments {
   void params_of_tasks(Arg arg, const char* name, const Tensor& params);                      // [T, P]
   struct Rates {
     int64_t rows;
-    bool uniform;  // bound are [rows] numbers: the tensor repeats each of them, and the plan can make use of that
+    bool uniform;  // only [rows] numbers are bound: each row repeats one number, and the plan supports this
   };
   Rates rates(const Tensor& rates, const InnerLoop& loop);                               // [1, P] or [K, P]
   void step_rows(const std::optional<Tensor>& rows, const InnerLoop& loop);              // [K, R]
   bool state(const std::optional<Tensor>& state, int64_t vectors);                       // [T, vectors P]; false where absent
-  bool shared(Arg arg, const char* name, const std::optional<Tensor>& x, int64_t size);  // [size] for all tasks; the same
+  bool shared(Arg arg, const char* name, const std::optional<Tensor>& x, int64_t size);  // [size] for all tasks; false where absent
   void buffers(const Tensor& buffers);                                                   // [B]
   void numbers(Arg arg, std::initializer_list<double> values);                           // for all tasks
-  // Of an input [tasks, ..] of real numbers that run() refuses if one of them is not finite. A device is not asked.
+  // run() refuses this input [tasks, ..] if a number is not finite. Inputs on a device are not checked.
   void finite(const char* name, const Tensor& x);
 
-  // What a linearisation leaves for the products with its curvature, by type: [T, its size in `call`'s Schedule] (tapes.cpp).
+  // The tape of a linearisation, for products with its curvature: [T, size in `call`'s Schedule] for each type (tapes.cpp).
   struct Tapes {
     Tensor real, index, tap;
   };
-  Tapes new_tapes(const CallSpec& call);                 // where it will be
-  void finish(Tapes& tapes) const;                       // it is there
+  Tapes new_tapes(const CallSpec& call);                 // uninitialised, for run() to fill
+  void finish(Tapes& tapes) const;                       // after run()
   void tapes(const CallSpec& call, const Tapes& tapes);  // as an input
 
-  // Where the results will be. They live in this object until a function below hands them out.
-  void result(Arg arg, int64_t size);                             // [size] a task
-  void params_result(Arg arg, std::optional<int64_t> rows = {});  // [P] or [rows, P] a task, for params() below
-  // Of a result their weighted sum over the tasks, their mean without weights. Once before they are asked for:
+  // Declares results. This object holds them until a function below hands them out.
+  void result(Arg arg, int64_t size);                             // [size] for each task
+  void params_result(Arg arg, std::optional<int64_t> rows = {});  // [P] or [rows, P] for each task, for params() below
+  // Results summed over the tasks: a weighted sum, or the mean without weights. Call task_weights once, before the others.
   void task_weights(const std::optional<Tensor>& w);              // [T]
   void summed_params(Arg arg, std::optional<int64_t> rows = {});  // [P] or [rows, P], for params() below
   void summed_step_rows(Arg arg, const InnerLoop& loop);          // [K, R], for step_rows() below
 
   void run(const CallSpec& call);
 
-  Tensor nothing() const;                                  // [0], for a result that was not asked for
+  Tensor nothing() const;                                  // [0], for a result that was not requested
   Tensor values(Arg arg) const;                            // [T], for a result of size 1
   Tensor values(Arg arg, int64_t size) const;              // [T, size]
   Tensor outputs(Arg arg, int64_t examples) const;         // [T, N, *output]
   Tensor inputs(Arg arg, int64_t examples) const;          // [T, N, *input]
-  Tensor params(Arg arg) const;                            // [T, P] or [T, rows, P] of a params_result, without T of a summed one
-  Tensor step_rows(Arg arg, const InnerLoop& loop) const;  // [T, K, R] of a result of K x R, without T of a summed one
+  Tensor params(Arg arg) const;                            // [T, P] or [T, rows, P] after params_result; without T after summed_params
+  Tensor step_rows(Arg arg, const InnerLoop& loop) const;  // [T, K, R]; without T after summed_step_rows
 
  private:
   using Type = torch::headeronly::ScalarType;
@@ -96,20 +96,20 @@ class CallArguments {
   torch::stable::Device callers_device_;
   int64_t tasks_ = -1;
   std::array<View, kArgs> args_{};
-  std::vector<Tensor> kept_;  // what the Views point into
-  struct Vectors {            // over the parameters, until the plan tells in which order it reads them
+  std::vector<Tensor> kept_;  // keeps the Views' memory alive
+  struct Vectors {            // vectors of parameters, held until the plan says in which order it reads them
     Arg arg;
     Tensor tensor;
-    int64_t count;  // of them, for all tasks or of each
+    int64_t count;  // number of vectors, for all tasks or for each
     bool of_tasks;
   };
   std::vector<Vectors> vectors_;
-  struct Made {  // a result that is made where and as the plan has it
+  struct Made {  // a result that the plan writes in its own place and order
     Arg arg;
-    Sizes sizes;                   // with the tasks, or where they are summed without
-    bool summed, of_params;        // or of step rows
-    std::optional<Tensor> tensor;  // where the plan writes it, if that needs no move
-    void* sum = nullptr;           // else, where it is summed
+    Sizes sizes;                   // with the tasks' axis; without it if summed
+    bool summed, of_params;        // of_params: parameters; false: step rows
+    std::optional<Tensor> tensor;  // where the plan writes, if no move is needed
+    void* sum = nullptr;           // else the place of the sum
   };
   const Made* find_made(Arg arg) const;
   std::optional<Tensor> task_weights_;

@@ -15,11 +15,11 @@ namespace {
 #define FASTMAML_TEXT(x) FASTMAML_TEXT_OF(x)
 constexpr const char* kStamp = FASTMAML_TEXT(FASTMAML_STAMP);
 
-std::atomic<CudaTable> cuda_table{nullptr};  // of the library, which is never unloaded
+std::atomic<CudaTable> cuda_table{nullptr};  // from the library, which is never unloaded
 
 CudaTable loaded_cuda_table() {
   if (CudaTable table = cuda_table) return table;
-  throw std::invalid_argument("backend \"cuda\" is not loaded: its library is built by `make cuda` or, with nvcc, by its first use");
+  throw std::invalid_argument("backend \"cuda\" is not loaded: build its library by `make cuda`; with nvcc the first use builds it");
 }
 
 Precision precision_named(const std::string& name) {
@@ -60,7 +60,7 @@ void load_cuda(const std::string& path) {
   const auto table = reinterpret_cast<CudaTable>(dlsym(library, "fastmaml_cuda_table"));
   if (!stamp || !table) throw std::runtime_error(path + " is not fastmaml's CUDA library");
   if (std::string(stamp()) != kStamp)
-    throw std::runtime_error(path + " was built from other sources than the compiled module; `make cuda` builds it again");
+    throw std::runtime_error(path + " was built from other sources than the compiled module; run `make cuda` again");
   cuda_table = table;
 }
 

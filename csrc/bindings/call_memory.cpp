@@ -12,7 +12,7 @@ namespace {
 
 std::mutex idle_mutex;
 std::vector<std::unique_ptr<CallMemory>>& idle() {
-  static auto* memories = new std::vector<std::unique_ptr<CallMemory>>;  // outlives calls made while the process ends
+  static auto* memories = new std::vector<std::unique_ptr<CallMemory>>;  // never destroyed: calls may still run while the process ends
   return *memories;
 }
 

@@ -1,4 +1,4 @@
-// The memory of calls, which outlives them. All of it is thread-safe.
+// Memory that outlives calls, so that repeated calls allocate nothing. All of it is thread-safe.
 #pragma once
 
 #include <memory>
@@ -8,11 +8,11 @@
 
 namespace fastmaml {
 
-// The memory of one call: an arena a worker, and blocks for arrays on their way between torch's layout and the engine's.
+// The memory of one call: an arena for each worker, and blocks for arrays between torch's layout and the engine's.
 class CallMemory {
  public:
   Arenas arenas;
-  void* take(size_t bytes);  // 64-byte aligned, until reset
+  void* take(size_t bytes);  // 64-byte aligned; valid until reset
   void reset() { taken_ = 0; }
   int64_t allocations() const { return arenas.allocations() + block_allocations_; }
 
@@ -29,7 +29,7 @@ class CallMemory {
   int64_t block_allocations_ = 0;
 };
 
-// Lends a CallMemory for one call, the last returned first, so that calls at the same time never share one.
+// Lends a CallMemory for one call, the last returned first. Simultaneous calls never share one.
 class CallMemoryLease {
  public:
   CallMemoryLease();
@@ -42,12 +42,12 @@ class CallMemoryLease {
   std::unique_ptr<CallMemory> memory_;
 };
 
-// What the CallMemories between two calls hold.
+// The memory that the CallMemories hold between calls.
 struct MemoryHeld {
-  int64_t allocations = 0;  // ever made for them
+  int64_t allocations = 0;  // allocations since the process began
   size_t high_water = 0;    // bytes of the largest arena of one worker
 };
 MemoryHeld memory_held();
-void release_memory();  // back to the system; the next call allocates anew
+void release_memory();  // gives it back to the system; the next call allocates again
 
 }  // namespace fastmaml

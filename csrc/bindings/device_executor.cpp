@@ -31,7 +31,7 @@ Tensor bytes_on(const stable::Device& device, size_t bytes) {
 
 // ---------------------------------------------------------------- where torch is
 
-// torch's CUDA library has it, which a torch for the CPU lacks; so it is looked up where it is loaded.
+// The function is in torch's CUDA library, which a CPU build of torch lacks. So it is looked up at run time.
 uintptr_t current_cuda_stream(int device) {
   using Function = int (*)(int32_t, void**);
   static const Function function = [] {
@@ -39,7 +39,7 @@ uintptr_t current_cuda_stream(int device) {
     return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
   void* stream = nullptr;
-  if (!function || function(device, &stream) != 0) throw std::runtime_error("torch does not say which CUDA stream is current");
+  if (!function || function(device, &stream) != 0) throw std::runtime_error("torch cannot name its current CUDA stream");
   return reinterpret_cast<uintptr_t>(stream);
 }
 
@@ -49,7 +49,7 @@ class CurrentDevice {
   ~CurrentDevice() {
     try {
       device_.use(before_);
-    } catch (const std::exception&) {  // the device is lost; the call itself has said so
+    } catch (const std::exception&) {  // the device is lost; the call itself has reported this
     }
   }
   CurrentDevice(const CurrentDevice&) = delete;
@@ -62,10 +62,10 @@ class CurrentDevice {
 
 // ---------------------------------------------------------------- orders of parameters
 
-// Where in one order the numbers of the other come from, on the device: made once for a list of parameters.
+// For each number of one order, its index in the other. On the device, made once for each list of parameters.
 Tensor reorder_index(const Executor::Params& params, bool from_torch, const stable::Device& device) {
   static std::mutex mutex;
-  static auto* known = new std::map<std::string, Tensor>;  // outlives calls made while the process ends
+  static auto* known = new std::map<std::string, Tensor>;  // never destroyed: calls may still run while the process ends
   std::string key = std::to_string(int(device.type())) + " " + std::to_string(device.index()) + (from_torch ? "<" : ">");
   for (const Param& p : params) {
     key += ' ' + std::to_string(p.offset) + char('0' + int(p.order));
@@ -87,16 +87,16 @@ Tensor reorder_index(const Executor::Params& params, bool from_torch, const stab
 
 // ---------------------------------------------------------------- Steps for a kernel that reads them
 
-// In the device's memory, copied there once for a plan.
+// A plan's encoded Steps in the device's memory, copied there once.
 const void* resident_steps(const std::shared_ptr<const Plan>& plan, const stable::Device& device) {
-  if (device.type() == stable::DeviceType::CPU) return plan->resident.steps.data();  // the emulator's memory is the host's
+  if (device.type() == stable::DeviceType::CPU) return plan->resident.steps.data();  // the emulator's device memory is the host's
   struct Copy {
     std::shared_ptr<const Plan> plan;
     stable::Device device;
     Tensor steps;
   };
   static std::mutex mutex;
-  static auto* known = new std::list<Copy>;  // the one used last in front; outlives calls made while the process ends
+  static auto* known = new std::list<Copy>;  // most recently used first; never destroyed: calls may still run while the process ends
   const std::lock_guard<std::mutex> lock(mutex);
   for (auto it = known->begin(); it != known->end(); ++it)
     if (it->plan == plan && it->device == device) {
@@ -114,7 +114,7 @@ const void* resident_steps(const std::shared_ptr<const Plan>& plan, const stable
 // ---------------------------------------------------------------- recordings
 
 constexpr size_t kMostRecordings = 16;
-// A call with more memory than this works so long that launching its Steps costs nothing beside it.
+// A call with more memory than this runs so long that its launches cost next to nothing.
 constexpr size_t kMostBytes = size_t(1) << 30;
 
 struct Recorded {
@@ -124,9 +124,9 @@ struct Recorded {
   int device;
   uintptr_t stream;
 
-  std::mutex in_use;  // from copying the inputs until the results are on their way out
+  std::mutex in_use;  // held from copying the inputs until the results are being copied out
   const Device* functions = nullptr;
-  void* recording = nullptr;  // null: seen once
+  void* recording = nullptr;  // null: the call was seen only once
   Tensor memory;
   std::array<View, kArgs> args;
   std::array<size_t, kArgs> bytes;
@@ -142,12 +142,12 @@ struct Recorded {
 std::mutex recordings_mutex;
 bool recording_on = true;
 int64_t replays = 0;
-std::list<std::shared_ptr<Recorded>>& recordings() {  // the one used last in front
+std::list<std::shared_ptr<Recorded>>& recordings() {  // most recently used first
   static auto* all = new std::list<std::shared_ptr<Recorded>>;
   return *all;
 }
 
-// The arguments' sizes, and which of them the tasks share.
+// Bytes of one argument; a shared argument counts once.
 size_t bytes_of_arg(const Slot& slot, const View& view, int64_t tasks, size_t real_bytes) {
   return size_t(slot.size) * (view.task_stride ? size_t(tasks) : 1) * element_bytes(slot.type, real_bytes);
 }
@@ -177,7 +177,7 @@ class DeviceExecutor : public Executor {
     device_.copy(&piece, 1, stream_);
   }
 
-  // As launches with the values in them: host memory would have to outlive the call.
+  // The values travel in the launches. A copy from host memory would need that memory to outlive the call.
   void numbers(void* to, const double* values, size_t count, size_t real_bytes) override {
     Tensor x = empty({int64_t(count)}, real_bytes == sizeof(float) ? ScalarType::Float : ScalarType::Double);
     for (size_t i = 0; i < count; ++i) {
@@ -208,7 +208,7 @@ class DeviceExecutor : public Executor {
   const uintptr_t stream_;
   std::vector<Tensor> taken_;
   std::shared_ptr<Recorded> replayed_;
-  std::unique_lock<std::mutex> replaying_;  // goes before replayed_
+  std::unique_lock<std::mutex> replaying_;  // destroyed before replayed_, which owns the mutex
 
   void walk(const std::shared_ptr<const Plan>& plan, View* args, int64_t tasks, const PythonLossFn& loss) {
     Run run{*plan->table, plan->schedule, plan->workspace, args, tasks, 1, stream_};
@@ -224,7 +224,7 @@ class DeviceExecutor : public Executor {
     run_layered(run, static_cast<std::byte*>(take(layered_bytes(run))));
   }
 
-  // The recording of such a call, if it was made often enough to have one.
+  // The recording of this call, if the call was made often enough to have one.
   std::shared_ptr<Recorded> recorded(const std::shared_ptr<const Plan>& plan, int64_t tasks, const View* args) {
     std::array<bool, kArgs> shared{};
     for (int a = 0; a < kArgs; ++a) shared[a] = args[a] && args[a].task_stride == 0;
@@ -269,7 +269,7 @@ class DeviceExecutor : public Executor {
     return true;
   }
 
-  // Gives every argument a place that stays, and walks the Steps once without running them.
+  // Gives every argument a fixed place, and records one walk of the Steps without running them.
   bool record(Recorded& it, const Run& run) {
     size_t total = 0;
     it.args = {};
@@ -298,7 +298,7 @@ class DeviceExecutor : public Executor {
     } catch (...) {
       try {
         if (void* part = device_.end_recording()) device_.forget(part);
-      } catch (const std::exception&) {  // the error of the walk is the one to report
+      } catch (const std::exception&) {  // the walk's own error is the one to report
       }
       throw;
     }

@@ -5,7 +5,7 @@
 namespace fastmaml {
 namespace {
 
-// An exponent of all ones carries into the sign. In vectors that any machine has, several at once: a pass takes what the reading takes.
+// Adding one to an exponent of all ones carries into the sign bit. Portable vectors, several at once: as fast as reading memory.
 template <class Bits>
 bool all_finite(const Bits* numbers, int64_t count) {
   constexpr Bits kSign = Bits(1) << (8 * sizeof(Bits) - 1), kLeast = Bits(1) << (sizeof(Bits) == 4 ? 23 : 52), kExponent = kSign - kLeast;

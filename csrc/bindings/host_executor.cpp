@@ -18,7 +18,7 @@
 namespace fastmaml {
 namespace {
 
-// `count` vectors, from number `first` on
+// moves `count` vectors, starting at number `first`
 template <class T>
 void reorder_as(const Executor::Params& params, bool from_torch, void* to, const void* from, int64_t first, int64_t count) {
   const int64_t at = first * size_of(params);
@@ -36,7 +36,7 @@ void reorder_some(const Executor::Params& params, bool from_torch, void* to, con
     reorder_as<double>(params, from_torch, to, from, first, count);
 }
 
-// Memory outlives the call in a CallMemory: after the first call nothing is allocated.
+// Memory comes from a CallMemory that outlives the call: after the first call nothing is allocated.
 class HostExecutor : public Executor {
  public:
   void* take(size_t bytes) override { return memory_->take(bytes); }
@@ -58,12 +58,12 @@ class HostExecutor : public Executor {
     in_parallel(count, [&](int64_t i) { reorder_some(params, from_torch, to, from, i, 1, real_bytes); });
   }
 
-  // By the worker that walks a task, just before: then they are in its cache.
+  // Done by the worker that walks the task, just before the walk, so that the numbers are in its cache.
   void reorder_tasks(const Params& params, void* to, const void* from, int64_t, int64_t count, size_t real_bytes) override {
     moves_.push_back({&params, to, from, count, real_bytes});
   }
 
-  // Likewise: the walk of a task whose numbers are refused is left out.
+  // Also done by the task's worker, just before the walk. A task with refused numbers is not walked.
   void expect_finite(const char* name, const void* x, int64_t count, size_t real_bytes) override {
     checks_.push_back({name, x, count, real_bytes});
   }
@@ -113,7 +113,7 @@ class HostExecutor : public Executor {
 
  private:
   void reduce(const OpTable& table, const Sum& sum, void* x, int64_t tasks) {
-    constexpr int64_t kShare = 16 * 1024;  // numbers that are worth a thread
+    constexpr int64_t kShare = 16 * 1024;  // numbers that are worth one thread
     const int64_t size = sum.size, shares = std::min<int64_t>(thread_count(), tasks * size / kShare), bytes = int64_t(table.real_bytes);
     const int64_t share = shares > 1 ? (size + shares - 1) / shares : size;
     const auto columns = [&](int64_t i) {
@@ -129,13 +129,13 @@ class HostExecutor : public Executor {
     const Params* params;
     void* to;
     const void* from;
-    int64_t count;  // vectors of a task
+    int64_t count;  // vectors for each task
     size_t real_bytes;
   };
   struct Check {
     const char* name;
     const void* x;
-    int64_t count;  // numbers of a task
+    int64_t count;  // numbers for each task
     size_t real_bytes;
     bool passes(int64_t first, int64_t tasks) const {
       return all_finite(static_cast<const std::byte*>(x) + size_t(first * count) * real_bytes, tasks * count, real_bytes);

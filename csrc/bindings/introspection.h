@@ -1,4 +1,4 @@
-// What Python asks about networks, inner loops and plans; nothing here runs a plan.
+// Questions of Python about networks, inner loops and plans. Nothing here runs a plan.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,7 +15,7 @@
 
 namespace fastmaml {
 
-// The plan that a call with these sizes and options would run.
+// The plan of a call with these sizes and options.
 std::shared_ptr<const Plan> plan_asked_for(const std::string& program, const std::string& kind, const std::string& backend,
                                            int64_t real_bytes, int64_t support_examples, int64_t query_examples, const std::string& loop,
                                            const std::string& memory, int solve_steps, bool uniform_rate);
@@ -24,9 +24,9 @@ size_t arena_bytes_of(const Plan& plan);
 int lanes_of(const Plan& plan);
 std::string walk_of(const Plan& plan);
 
-std::vector<int64_t> output_shape(const std::string& text);                      // of one example, as torch has it
-pybind11::dict loop_sizes(const std::string& program, const std::string& text);  // what the shapes of an inner loop's results depend on
-// (tape, tape_index, tape_tap): elements of a task that linearise returns
+std::vector<int64_t> output_shape(const std::string& text);                      // for one example, in torch's order
+pybind11::dict loop_sizes(const std::string& program, const std::string& text);  // the sizes that set the shapes of an inner loop's results
+// (tape, tape_index, tape_tap): elements for each task that linearise returns
 std::tuple<int64_t, int64_t, int64_t> tape_sizes_of(const std::string& program, const std::string& backend, bool gauss_newton,
                                                     int64_t real_bytes, int64_t examples, bool weights);
 

@@ -1,4 +1,4 @@
-// The list of everything Python can reach: torch.ops.fastmaml.* and the functions of the module fastmaml._C.
+// All that Python can reach: torch.ops.fastmaml.* and the functions of the module fastmaml._C.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -15,8 +15,8 @@
 #include "cpu/isa/choose_isa.h"
 #include "plan/stash_budget.h"
 
-// T tasks, N examples, P parameters in torch's order, K inner steps, B running statistics. program: the text of fastmaml/program_text.py.
-// loop: the text of meta/inner_loop.cpp.
+// T tasks, N examples, P parameters in torch's order, K inner steps, B running statistics.
+// program: the text of fastmaml/program_text.py. loop: the text of meta/inner_loop.cpp.
 STABLE_TORCH_LIBRARY(fastmaml, m) {
   m.def("forward(str program, str backend, Tensor params, Tensor x, Tensor? support_x, Tensor buffers) -> Tensor");
   m.def("grad(str program, str backend, Tensor params, Tensor x, Tensor y, Tensor? weights, Tensor buffers) -> (Tensor loss, Tensor grad)");
@@ -51,7 +51,7 @@ STABLE_TORCH_LIBRARY(fastmaml, m) {
   m.def("scaled_parts(Tensor flat, Tensor scale, int[] shapes) -> Tensor[]");
 }
 
-// The same for both: the arrays say where they are.
+// The CPU and CUDA registrations are the same: the arrays' device selects the executor.
 template <class Library>
 void implement(Library& m) {
   m.impl("forward", TORCH_BOX(&fastmaml::forward_call));
@@ -76,7 +76,7 @@ namespace {
 
 using namespace fastmaml;
 
-// A function of the arguments of plan_asked_for().
+// Applies kOf to the plan of these arguments (plan_asked_for).
 template <auto kOf, class... A>
 auto planned(std::shared_ptr<const Plan> (*make)(A...)) {
   return [make](A... arguments) { return kOf(*make(arguments...)); };

@@ -9,7 +9,7 @@
 namespace fastmaml {
 namespace {
 
-// The examples of grad, hvp, adapt and solve.
+// Binds the support set of grad, hvp, adapt or solve.
 InnerLoopSpec support(CallArguments& arguments, const Tensor& x, const Tensor& y, const MaybeTensor& weights) {
   InnerLoopSpec spec;
   spec.support_examples = arguments.examples(Arg::support_x, "x", x);
@@ -30,7 +30,7 @@ void sum_into(const Tensor& to, const Tensor& loss, const MaybeTensor& task_weig
   *static_cast<Real*>(to.mutable_data_ptr()) = Real(task_weights ? sum : sum / double(tasks));
 }
 
-// [1, P] of one number, which is stored once
+// [1, P] that repeats one number and stores it once
 Tensor repeated(double value, int64_t P, torch::headeronly::ScalarType type) {
   const bool single = type == torch::headeronly::ScalarType::Float;
   const int64_t sizes[] = {1, P}, strides[] = {1, 0};
@@ -45,7 +45,7 @@ Tensor repeated(double value, int64_t P, torch::headeronly::ScalarType type) {
   return x;
 }
 
-// The losses [T] as the one number whose gradient the reduced ones are.
+// Losses [T] reduced to one number, as their gradients are.
 Tensor weighted_sum(const Tensor& loss, const MaybeTensor& task_weights) {
   const Tensor sum = host_executor()->empty({}, loss.scalar_type());
   loss.scalar_type() == torch::headeronly::ScalarType::Float ? sum_into<float>(sum, loss, task_weights)
@@ -53,7 +53,7 @@ Tensor weighted_sum(const Tensor& loss, const MaybeTensor& task_weights) {
   return sum;
 }
 
-// What adapt and meta_gradient are told of the inner loop. Returns the rows of the rates.
+// Binds the inner loop's options of adapt and meta_gradient. Returns the number of rows of the rates.
 int64_t given_loop(CallArguments& arguments, InnerLoopSpec& spec, const std::string& text, const Tensor& rates,
                    const MaybeTensor& step_rows, const MaybeTensor& lam, const MaybeTensor& mask) {
   spec.loop = *inner_loop_of(text);
@@ -62,7 +62,7 @@ int64_t given_loop(CallArguments& arguments, InnerLoopSpec& spec, const std::str
   spec.uniform_rate = uniform;
   arguments.step_rows(step_rows, spec.loop);
   if (arguments.shared(Arg::lam, "lam", lam, 1) != spec.loop.proximal)
-    throw std::invalid_argument("lam and the word proximal=1 go together, but the inner loop is \"" + text + "\"");
+    throw std::invalid_argument("lam and the word proximal=1 must be given together, but the inner loop is \"" + text + "\"");
   spec.mask = mask.has_value();
   if (mask) arguments.shared_params(Arg::mask, "mask", *mask);
   return rate_rows;
@@ -212,7 +212,7 @@ MetaGradientResults meta_gradient_call(const std::string& program, const std::st
   const int64_t K = loop.steps, P = arguments.program().param_count, queries = int64_t(loop.queries.size());
   spec.loss_weights = arguments.shared(Arg::loss_weights, "loss_weights", loss_weights, K + 1);
   if (loop.per_task && task_weights)
-    throw std::invalid_argument("task_weights are given to an inner loop with per_task=1, which reduces nothing");
+    throw std::invalid_argument("task_weights weigh a sum over tasks, but an inner loop with per_task=1 has no sum");
   if (loop.per_task)
     arguments.params(Arg::params, "theta", theta);
   else
@@ -250,7 +250,7 @@ MetaGradientResults plain_meta_gradient_call(const std::string& program, const s
                                              double rate, const std::string& loop, const std::string& memory) {
   const Tensor flat = concatenated(theta);
   const auto type = flat.scalar_type();
-  // The executor goes at once: the next call takes the memory that was given back last, and this is to be that of the call before.
+  // The executor is destroyed at once. Calls reuse the latest returned memory, and this call should get the previous call's.
   const Tensor no_buffers = host_executor()->empty({0}, type), rates = repeated(rate, flat.numel(), type);
   const MaybeTensor none;
   return meta_gradient_call(program, backend, flat, support_x, support_y, none, query_x, query_y, none, none, rates, loop, memory, none,
@@ -291,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> passes_call(const std
   call.dual = dual;
   const int64_t N = call.spec.support_examples = arguments.examples(Arg::support_x, "x", x);
   if (arguments.examples(Arg::support_x_dot, "x_dot", x_dot) != N)
-    throw std::invalid_argument("x_dot holds another number of examples than x's " + std::to_string(N));
+    throw std::invalid_argument("x_dot must hold " + std::to_string(N) + " examples, as x does");
   arguments.outputs(Arg::output_grad, "dy", dy, N);
   arguments.outputs(Arg::output_grad_dot, "dy_dot", dy_dot, N);
   arguments.params(Arg::params, "params", params);

@@ -1,4 +1,4 @@
-// What the operators compute: one function each, with the schema's arguments in its order (module.cpp).
+// The operators' functions: one for each, with the schema's arguments in order (module.cpp).
 #pragma once
 
 #include <optional>
@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> grad_call(const std::string& program, const std::stri
 Tensor hvp_call(const std::string& program, const std::string& backend, const Tensor& params, const Tensor& x, const Tensor& y,
                 const MaybeTensor& weights, const Tensor& v, const Tensor& buffers);
 
-// What hvp computes for every direction again, once: (tape, tape_index, tape_tap) for curvature_call with the same arguments.
+// Computes once all that hvp would repeat for every direction. Pass (tape, tape_index, tape_tap) to curvature_call with equal arguments.
 std::tuple<Tensor, Tensor, Tensor> linearise_call(const std::string& program, const std::string& backend, bool gauss_newton,
                                                   const Tensor& params, const Tensor& x, const Tensor& y, const MaybeTensor& weights,
                                                   const Tensor& buffers);
@@ -45,7 +45,7 @@ MetaGradientResults meta_gradient_call(const std::string& program, const std::st
                                        const MaybeTensor& loss_weights, const MaybeTensor& step_rows, const MaybeTensor& lam,
                                        const MaybeTensor& mask, const Tensor& buffers);
 
-// meta_gradient of one rate for all parameters and without options. theta: parts (parameter_list.h). In host memory.
+// meta_gradient on the host with one rate for all parameters and without options. theta: parts (parameter_list.h).
 MetaGradientResults plain_meta_gradient_call(const std::string& program, const std::string& backend, const std::vector<Tensor>& theta,
                                              const Tensor& support_x, const Tensor& support_y, const Tensor& query_x, const Tensor& query_y,
                                              double rate, const std::string& loop, const std::string& memory);

@@ -26,12 +26,12 @@ void scale_into(const Tensor& to, const Tensor& flat, int64_t first, Real scale)
 
 Tensor concatenated(const std::vector<Tensor>& parts) {
   if (parts.size() == 1 && parts[0].dim() == 1) return parts[0];
-  if (parts.empty()) throw std::invalid_argument("there are no parts of a vector");
+  if (parts.empty()) throw std::invalid_argument("the list of parameters is empty");
   const ScalarType type = parts[0].scalar_type();
-  if (type != ScalarType::Float && type != ScalarType::Double) throw std::invalid_argument("parts of a vector must be float32 or float64");
+  if (type != ScalarType::Float && type != ScalarType::Double) throw std::invalid_argument("parameters must be float32 or float64");
   int64_t size = 0;
   for (const Tensor& part : parts) {
-    if (!part.is_cpu() || part.scalar_type() != type) throw std::invalid_argument("parts of a vector are of several types or places");
+    if (!part.is_cpu() || part.scalar_type() != type) throw std::invalid_argument("parameters must have one type and be on the CPU");
     size += part.numel();
   }
   const Tensor flat = host_executor()->empty({size}, type);
@@ -49,9 +49,9 @@ std::vector<Tensor> scaled_parts_call(const Tensor& flat, const Tensor& scale, c
   const ScalarType type = flat.scalar_type();
   const bool fits = flat.is_cpu() && scale.is_cpu() && flat.dim() == 1 && scale.numel() == 1 && scale.scalar_type() == type &&
                     (type == ScalarType::Float || type == ScalarType::Double);
-  if (!fits) throw std::invalid_argument("scaled_parts takes a vector and a scale of one type, float32 or float64, in host memory");
+  if (!fits) throw std::invalid_argument("scaled_parts takes a vector and a scale of one type, float32 or float64, on the CPU");
   const auto misfit = [&] {
-    return std::invalid_argument("shapes hold other than the " + std::to_string(flat.numel()) + " numbers of the vector");
+    return std::invalid_argument("shapes must hold " + std::to_string(flat.numel()) + " numbers in all, as the vector does");
   };
   const auto executor = host_executor();
   std::vector<Tensor> parts;

@@ -1,4 +1,4 @@
-// Plans and profiles as plain rows for Python.
+// Plans and profiles as rows of plain numbers for Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,6 +8,6 @@
 namespace fastmaml {
 
 pybind11::dict cost_rows(const Plan& plan);  // the plan's sizes, and a dict for each Step
-pybind11::list profile_rows();               // stop_profile, the same with times for each plan
+pybind11::list profile_rows();               // stops the profile; cost_rows with times, for each plan
 
 }  // namespace fastmaml

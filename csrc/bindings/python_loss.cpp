@@ -10,10 +10,10 @@ namespace {
 
 namespace py = pybind11;
 
-// Not a py::object: a thread may end without the interpreter's lock.
+// A raw pointer and not a py::object, because a thread may end without the interpreter's lock.
 thread_local PyObject* python_loss = nullptr;
 
-// Operands of all tasks as arrays in torch's order, and back. The engine holds images channels last.
+// All tasks' operands as arrays in torch's order, and back. The engine keeps channels last.
 template <class T>
 class Outputs {
  public:
@@ -51,7 +51,7 @@ class Outputs {
   }
 };
 
-// Memory of a device, in place, as numpy's and CUDA's array interfaces describe it.
+// Device memory, in place, described by numpy's and CUDA's array interfaces.
 template <class T>
 py::object in_place(const View& view, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
   py::tuple shape(sizes.size()), bytes(sizes.size());
@@ -120,7 +120,7 @@ void call_python_loss(const Call& call, size_t real_bytes, const char* device) {
       real_bytes == sizeof(float) ? call_on_device<float>(call, device) : call_on_device<double>(call, device);
     else
       real_bytes == sizeof(float) ? call_in<float>(call) : call_in<double>(call);
-  } catch (const py::error_already_set& error) {  // holds Python objects, so it must not leave the lock
+  } catch (const py::error_already_set& error) {  // the error holds Python objects, so it must not leave the lock
     throw std::runtime_error(std::string("the loss written in Python raised ") + error.what());
   }
 }

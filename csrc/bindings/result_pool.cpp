@@ -10,7 +10,7 @@
 
 #include "ops/huge_pages.h"
 
-// Of torch 2.11; null in one without it.
+// Exists since torch 2.11; null in torch 2.10.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t dims, const int64_t* sizes, const int64_t* strides,
                                                                 int64_t offset, int32_t dtype, int32_t device_type, int32_t device_index,
                                                                 AtenTensorHandle* made, int32_t layout, const uint8_t* metadata,
@@ -23,8 +23,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr size_t kPooled = size_t(64) << 10;  // from here on malloc may fetch pages for each call
-constexpr size_t kHeld = size_t(256) << 20;   // that wait for a next call, at most
+constexpr size_t kPooled = size_t(64) << 10;  // for this size and above, malloc may fetch new pages at each call
+constexpr size_t kHeld = size_t(256) << 20;   // most bytes kept for later calls
 
 struct Block {
   void* data;
@@ -83,7 +83,7 @@ class Pool {
 };
 
 Pool& pool() {
-  static auto* made = new Pool;  // outlives tensors that go while the process ends
+  static auto* made = new Pool;  // never destroyed: tensors may be freed while the process ends
   return *made;
 }
 
@@ -100,7 +100,7 @@ Tensor empty_on_host(const std::vector<int64_t>& sizes, ScalarType type) {
   const int32_t dtype = single ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(), cpu = aoti_torch_device_type_cpu();
   const int64_t dims = int64_t(sizes.size());
   AtenTensorHandle made = nullptr;
-  if (bytes < kPooled || !torch_from_blob) {  // not stable::empty: that goes through torch's dispatcher, which takes three times as long
+  if (bytes < kPooled || !torch_from_blob) {  // not stable::empty, which calls torch's dispatcher and takes three times as long
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, cpu, 0, &made));
     return Tensor(made);
   }

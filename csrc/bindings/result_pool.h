@@ -1,5 +1,5 @@
-// Memory of large results on the host. When the last tensor over it is gone it stays for the next call's: malloc gives such blocks back to
-// the system and takes them anew, and the faults of fresh pages took a third of a Hessian-vector product.
+// Memory of large results on the host. When a result's last tensor is freed, its memory waits for the next call.
+// malloc would give such blocks back to the system. The page faults of fresh pages took a third of a Hessian-vector product.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -8,9 +8,10 @@
 
 namespace fastmaml {
 
-// Uninitialised and contiguous. From torch's allocator where it is small, or where torch (2.10) cannot call back when it is gone.
+// Uninitialised and contiguous. Small tensors come from torch's allocator; so do all in torch 2.10, which has no
+// callback for freed tensors.
 torch::stable::Tensor empty_on_host(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type);  // Float or Double
 
-void release_results();  // what no tensor uses, back to the system
+void release_results();  // gives memory without tensors back to the system
 
 }  // namespace fastmaml

@@ -1,15 +1,15 @@
-// How much a linearisation leaves for the products with its curvature.
+// The size of a linearisation's tape.
 #pragma once
 
 #include "program/schedule.h"
 
 namespace fastmaml {
 
-struct TapeSizes {  // of a task, in elements
+struct TapeSizes {  // elements for one task
   int64_t real = 0, index = 0, tap = 0;
 };
 
-// Of a Schedule that writes or reads a tape.
+// schedule: one part of a split Schedule, which writes or reads a tape.
 TapeSizes tape_sizes(const Schedule& schedule);
 
 }  // namespace fastmaml

@@ -1,5 +1,5 @@
-// Arrays of what a linearisation leaves (program/split.cpp), as torch tensors in the engine's types. They are written in place: nothing of
-// that size is copied on the host.
+// The tape of a linearisation (program/split.cpp) as torch tensors in the engine's types.
+// The tensors are written in place: on the host nothing of this size is copied.
 #include <torch/csrc/stable/ops.h>
 
 #include <stdexcept>
@@ -51,7 +51,7 @@ CallArguments::Tapes CallArguments::new_tapes(const CallSpec& call) {
   return {made(kParts[0]), made(kParts[1]), made(kParts[2])};
 }
 
-// A device may have replayed a recording, whose results are in its own memory.
+// A device may have replayed a recording. The results are then in the recording's memory and are copied.
 void CallArguments::finish(Tapes& tapes) const {
   for (const Part& part : kParts) {
     const Tensor& x = tapes.*part.tensor;
@@ -67,7 +67,7 @@ void CallArguments::tapes(const CallSpec& call, const Tapes& tapes) {
     const int64_t size = sizes.*part.size;
     expect_place(part.name, x);
     if (x.dim() != 2 || x.size(0) != tasks_ || x.size(1) != size || x.scalar_type() != type_of(part.made, type()) || !x.is_contiguous())
-      throw std::invalid_argument(std::string(part.name) + " is not what linearise returned for this work: it must be [" +
+      throw std::invalid_argument(std::string(part.name) + " is not what linearise returned for these arguments: it must be [" +
                                   std::to_string(tasks_) + ", " + std::to_string(size) + "], contiguous and of the same type");
     bind(part.read, x, size);
   }

@@ -13,7 +13,7 @@ namespace fastmaml {
 
 int thread_count() { return static_cast<int>(torch::stable::get_num_threads()); }
 
-// What a body throws is carried to the caller here: torch's C entry would replace the sentence by its own.
+// Exceptions of a body are carried to the caller here. Torch's C entry would replace their text.
 void in_parallel(int64_t n, const std::function<void(int64_t)>& body) {
   std::mutex mutex;
   std::exception_ptr error;
@@ -28,7 +28,7 @@ void in_parallel(int64_t n, const std::function<void(int64_t)>& body) {
   if (error) std::rethrow_exception(error);
 }
 
-// Every index waits (at most a second) until all have begun, so that one quick thread cannot take them all.
+// Every index waits, at most a second, until all have begun. So a fast thread cannot take several.
 int threads_seen() {
   const int64_t n = thread_count();
   std::atomic<int64_t> begun{0};

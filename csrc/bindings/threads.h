@@ -1,4 +1,4 @@
-// The caller's threads: torch's own pool, reached through libtorch, so that no second OpenMP runtime enters the process.
+// Parallel loops on torch's own thread pool, called through libtorch. No second OpenMP runtime enters the process.
 #pragma once
 
 #include <cstdint>

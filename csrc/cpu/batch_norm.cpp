@@ -1,5 +1,5 @@
-// batch norm over [rows, C], rows = examples x pixels; formulas in ALGORITHMS section 6. Variance from deviations, never from a sum of
-// squares, which cancels when |mean| is much larger than the deviation.
+// batch norm over [rows, C], rows = examples x pixels; formulas in ALGORITHMS section 6.
+// The variance comes from deviations. A sum of squares would cancel when |mean| >> std.
 #include <cmath>
 
 #include "cpu/kernels/normalization.h"
@@ -32,8 +32,8 @@ size_t affine_bytes(const Step&, const Layer& layer) {
   return scratch.used();
 }
 
-// Of x less its first row, which is exactly zero for a constant channel: the mean, and the squared deviations from it. Two passes over each
-// tile, which is in the L1 cache for the second; tiles are merged by Chan's formula. So x is read from memory once.
+// The mean and the squared deviations of x minus its first row, which is exactly zero for a constant channel.
+// Each tile is read twice, the second time from L1, so x is read from memory once. Chan's formula merges the tiles.
 template <class T>
 void moments(const T* x, int64_t rows, int64_t C, double* means, double* squares) {
   for (int64_t c = 0; c < C; ++c) means[c] = squares[c] = 0;
@@ -115,7 +115,7 @@ void batch_norm_fwd(const Call& call) {
   }
 }
 
-// xhat_dot = r (x_dot - mean(x_dot) - xhat s), s = mean(xhat x_dot); frozen statistics have no tangent.
+// xhat_dot = r (x_dot - mean(x_dot) - xhat s), s = mean(xhat x_dot). Frozen statistics have no tangent.
 template <class V, class T>
 inline __attribute__((always_inline)) V xhat_tangent(V xhat, const T* x_dot, int64_t i, V rstd, const T* stats_dot, int64_t c, int64_t C) {
   if (!x_dot) return V{};
@@ -187,8 +187,8 @@ void batch_norm_bwd_weight_jvp(const Call& call) {
   }
 }
 
-// Rows that gave the statistics feel them change: dx = gamma r (dy - p - xhat q), p = dbeta / M, q = dgamma / M. Other rows
-// (and frozen statistics): dx = gamma r dy.
+// Rows that give the statistics: dx = gamma r (dy - p - xhat q), p = dbeta / M, q = dgamma / M.
+// Other rows, and frozen statistics: dx = gamma r dy.
 template <class T>
 void batch_norm_bwd_data(const Call& call) {
   const Sizes z(call);

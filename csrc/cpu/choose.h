@@ -1,4 +1,4 @@
-// Which layout of tasks a network takes. Not told of tasks or threads: a task's bits must not depend on them.
+// Chooses the layout of tasks for a network. It must not see the number of tasks or threads: a task's bits must not depend on them.
 #pragma once
 
 #include "cpu/cpu.h"
@@ -27,9 +27,9 @@ inline bool lanes_run(const Program& net) {
   return true;
 }
 
-// Side by side every number is as wide as a vector, so that layers of 32 and more are read from L2 where they were read from L1; and a
-// group keeps one thread busy that might be sixteen tasks on two. Up to these sizes lanes were at least one and a half times as fast as
-// tasks one after the other, with 8 and with 16 lanes: a gain that a half-filled group does not lose.
+// Lanes make every number a vector. Layers of 32 and more then come from L2 instead of L1.
+// A group of tasks in lanes also keeps only one thread busy, where 16 single tasks would feed several threads.
+// Up to these sizes lanes were at least 1.5 times as fast, with 8 and with 16 lanes. That outweighs a half-filled group.
 inline bool lanes_pay_off(const Program& net, int64_t examples) {
   constexpr int64_t kMostParams = 8192, kMostProducts = 65536;
   return net.param_count <= kMostParams && net.param_count * examples <= kMostProducts;

@@ -1,4 +1,4 @@
-// Clipping of a gradient by value or by norm, and the adjoint. Formulas: ALGORITHMS 1.2, reference/clip.cpp.
+// Clips a gradient by value or by norm, and the adjoints. Formulas: ALGORITHMS 1.2, reference/clip.cpp.
 #include <cmath>
 
 #include "cpu/layout.h"
@@ -39,7 +39,7 @@ void clip_value_adjoint(const Call& call) {
   }
 }
 
-// A gradient, and which of its entries count: where there is a mask, those with mask != 0.
+// A gradient and the entries that count for its norm: all, or with a mask those with mask != 0.
 template <class Layout>
 struct Gradient {
   typename Layout::Operand g;

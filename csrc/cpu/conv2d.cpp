@@ -1,6 +1,6 @@
-// conv2d on [N, H, W, C] images with filters [KH, KW, C, F], as row products over padded copies of a few images at a time:
-// the KW C numbers under one row of the filter lie side by side, so no im2col is needed. Backward-data is the same product over
-// the padded gradient with flipped, transposed filters, once per phase of the stride.
+// conv2d on [N, H, W, C] images with filters [KH, KW, C, F]: row products over padded copies of a few images at a time.
+// The KW C numbers under one row of the filter are neighbours, so no im2col is needed.
+// Backward-data is the same product, over the padded gradient with flipped, transposed filters, once for each phase of the stride.
 #include <algorithm>
 
 #include "cpu/conv2d_winograd.h"
@@ -10,7 +10,7 @@
 FASTMAML_CPU_BEGIN
 namespace {
 
-constexpr int64_t kChunkBytes = 256 * 1024;  // padded images that are worked on at once stay in L2
+constexpr int64_t kChunkBytes = 256 * 1024;  // padded images of one chunk, which stay in L2
 
 // A stack of zero-padded images.
 struct Padded {
@@ -20,7 +20,7 @@ struct Padded {
 
 Padded padded_input(const Conv2d& s) { return {s.H, s.W, s.C, s.pad_h, s.pad_w, s.H + 2 * s.pad_h, s.W + 2 * s.pad_w}; }
 
-// Room for every (ih + pad - kh) / stride that a pixel of the input asks for.
+// Padded for every (ih + pad - kh) / stride that a pixel of the input reads.
 Padded padded_gradient(const Conv2d& s) {
   const int64_t top = (s.KH - 1) / s.stride_h, left = (s.KW - 1) / s.stride_w;
   const int64_t rows = (s.H - 1 + s.pad_h) / s.stride_h + 1, cols = (s.W - 1 + s.pad_w) / s.stride_w + 1;
@@ -49,7 +49,7 @@ template <class T>
 struct Work {
   T* image[2];             // padded images of a chunk and their tangents
   int32_t *a_at, *out_at;  // where the rows of the product start
-  T* filter[2];            // filters in whole vectors, or flipped and transposed
+  T* filter[2];            // filters in whole vectors; backward-data: flipped and transposed
   Term<T>* terms;
   T* rows[2];  // dy, dy_dot in whole vectors
 
@@ -74,11 +74,11 @@ size_t scratch_bytes(const Step& step, const Layer& layer) {
   const Conv2d& s = *std::get_if<Conv2d>(&layer);
   Scratch direct(nullptr), sums(nullptr);
   Work<T>(direct, s, step.examples, kind);
-  if (kind == ConvKind::weight) sums.take<double>(s.F);  // of the bias gradient, which comes last
+  if (kind == ConvKind::weight) sums.take<double>(s.F);  // for the bias gradient, which comes last
   return std::max(takes_winograd(s) ? winograd_scratch<T>(s, kind) : direct.used(), sums.used());
 }
 
-// Where the window of every output pixel of a chunk starts in the padded images.
+// Start of every output pixel's window in the padded images of a chunk.
 template <class T>
 void window_starts(int32_t* a_at, const Conv2d& s, const Padded& p, int64_t count) {
   for (int64_t n = 0; n < count; ++n)
@@ -159,7 +159,7 @@ struct Phase {
         taps(phase < kernel ? (kernel - phase + stride - 1) / stride : 0) {}
 };
 
-// to [taps_h, taps_w, F, C in whole vectors]: the phase's taps in falling order, each filter transposed.
+// Writes [taps_h, taps_w, F, C in whole vectors]: the phase's taps in falling order, each filter transposed.
 template <class T>
 void pack_flipped(T* to, const T* w, const Conv2d& s, const Phase& ph, const Phase& pw, int64_t rh, int64_t rw) {
   const int64_t ld = padded_cols<T>(s.C);

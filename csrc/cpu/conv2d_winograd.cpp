@@ -8,13 +8,13 @@
 FASTMAML_CPU_BEGIN
 namespace {
 
-constexpr int64_t kChannelUnit = 16;  // whole vectors on every machine, so that all of them choose alike
-// Of the transformed tiles that are worked on at once. Products read theirs from L1; gradients by the filters add up in L2, so that
-// more tiles are worth a longer way.
+constexpr int64_t kChannelUnit = 16;  // whole vectors on every machine, so that all machines choose alike
+// Bytes of transformed tiles in flight. Products read their tiles from L1.
+// Gradients by the filters add up in L2; more tiles at a time then pay.
 constexpr int64_t kProductBytes = 48 * 1024, kGradientBytes = 96 * 1024;
 
 Tiling forward_tiling(const Conv2d& s) { return {s.H, s.W, s.C, s.pad_h, s.pad_w, s.OH, s.OW}; }
-// dx is the product of dy, padded for a full correlation, with the turned filters.
+// dx is the product of dy, padded for a full correlation, with the filters turned by 180 degrees.
 Tiling data_tiling(const Conv2d& s) { return {s.OH, s.OW, s.F, s.KH - 1 - s.pad_h, s.KW - 1 - s.pad_w, s.H, s.W}; }
 
 template <class T>
@@ -26,10 +26,10 @@ int64_t block_tiles(const Conv2d& s, ConvKind kind) {
 template <class T>
 struct Work {
   int64_t block;
-  int32_t* a_at;  // where a tile's channels start
-  T* u[2];        // transformed filters of w and w_dot; or (weight) u[0]: the gradient by them
+  int32_t* a_at;  // start of each tile's channels
+  T* u[2];        // transformed filters of w and w_dot; weight gradient: u[0] is the gradient by them
   T* v[2];        // tiles of the input and its tangent
-  T* m;           // products; or (weight) z[0]
+  T* m;           // products; weight gradient: z[0]
   T* z[2];        // tiles of dy and its tangent
   T* transposed;  // filters [9, F, C]
   T* zeros;
@@ -53,7 +53,7 @@ struct Work {
   }
 };
 
-// One output of `products`: y = x * u_for_x + x_dot * u_for_x_dot, of which either may be absent.
+// One output of `products`: y = x * u_for_x + x_dot * u_for_x_dot. Either term may be absent.
 template <class T>
 struct Product {
   T* y;

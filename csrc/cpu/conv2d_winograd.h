@@ -1,4 +1,4 @@
-// The 3x3 layers of conv2d by Winograd's F(2x2, 3x3) (kernels/winograd.h), and what both ways of conv2d share.
+// 3x3 layers of conv2d by Winograd's F(2x2, 3x3) (kernels/winograd.h), and the helpers shared with conv2d.cpp.
 #pragma once
 
 #include "cpu/cpu.h"
@@ -16,12 +16,12 @@ struct ConvOutput {
   const T* w_for_x_dot;
 };
 
-// A 3x3 layer of stride 1 with whole vectors of channels, whose output has few pixels beyond its last whole tile.
+// Does Winograd take this layer? Only 3x3 with stride 1, whole vectors of channels, and few output pixels beyond the last whole tile.
 bool takes_winograd(const Conv2d& s);
 
 template <class T>
 size_t winograd_scratch(const Conv2d& s, ConvKind kind);
-// As conv2d.cpp's functions of these names.
+// The same functions as in conv2d.cpp.
 template <class T>
 void winograd_forward(const Conv2d& s, int64_t N, void* scratch, const T* x, const T* x_dot, const T* const* w,
                       const ConvOutput<T>* outputs, int n_outputs);

@@ -1,5 +1,5 @@
-// copy, also from one layout of tasks to the other: in a lane walk the only op, beside losses' labels, that sees
-// task-major operands which are not shared.
+// copy, also between the two layouts of tasks. In a lane walk, only copy and the losses' labels see task-major operands
+// that tasks do not share.
 #include <array>
 
 #include "cpu/kernels/transpose.h"
@@ -8,7 +8,7 @@
 FASTMAML_CPU_BEGIN
 namespace {
 
-// One group: kLanes rows of `size` numbers, a task in each, and the same in lanes.
+// One group: between kLanes rows of `size` numbers, one for each task, and lanes.
 template <class T>
 struct Group {
   static constexpr int64_t L = kLanes<T>;
@@ -19,7 +19,7 @@ struct Group {
   Group(const View& task_major, const View& in_lanes, int64_t group, int64_t tasks)
       : lanes(static_cast<T*>(in_lanes.data) + group * in_lanes.task_stride * L) {
     for (int64_t l = 0; l < L; ++l) {
-      // Lanes without a task hold the last one again, so that nothing strange happens in them.
+      // Lanes without a task hold the last task again, so that they compute ordinary numbers.
       const int64_t t = group * L + l < tasks ? group * L + l : tasks - 1;
       task[l] = static_cast<T*>(task_major.data) + t * task_major.task_stride;
     }

@@ -1,4 +1,4 @@
-// What the files of cpu/ share: one task's operands as plain pointers, and the functions that fill the table, by op family.
+// Shared by the files of cpu/: one task's operands as plain pointers, and the functions that fill the table by op family.
 #pragma once
 
 #include "cpu/vec.h"
@@ -13,7 +13,7 @@ inline T* at(const Call& call, int i, int64_t t) {
   return view.data ? static_cast<T*>(view.data) + t * view.task_stride : nullptr;
 }
 
-// Hands out the pieces of a Call's scratch, or, over a null base, measures how much a Step needs.
+// Hands out the pieces of a Call's scratch. Over a null base, measures how much a Step needs.
 class Scratch {
  public:
   explicit Scratch(void* base) : base_(static_cast<std::byte*>(base)) {}

@@ -1,4 +1,4 @@
-// Fills the tables of one instruction set: tasks one after the other, and side by side.
+// Fills the two tables of one instruction set: one task at a time, and tasks in lanes.
 #include "cpu/choose.h"
 #include "cpu/lanes/lanes.h"
 

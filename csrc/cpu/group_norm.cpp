@@ -19,7 +19,7 @@ struct Sizes {
 
 size_t sums_bytes(const Step&, const Layer& layer) { return size_t(std::get_if<GroupNorm>(&layer)->channels) * 2 * sizeof(double); }
 
-// Q means over a row: f(V{}, element, channel, V out[Q]).
+// Q means over a row, where f(V{}, element, channel, V out[Q]) gives the values.
 template <class T, int Q, class F>
 inline void row_means(const Sizes& z, int64_t n, int64_t g, double* means, F f) {
   for (int q = 0; q < Q; ++q) means[q] = 0;
@@ -43,7 +43,7 @@ inline void row_means(const Sizes& z, int64_t n, int64_t g, double* means, F f) 
   for (int q = 0; q < Q; ++q) means[q] /= double(z.values);
 }
 
-// f(V{}, element, channel) over a row.
+// Calls f(V{}, element, channel) along a row.
 template <class T, class F>
 inline void for_row(const Sizes& z, int64_t n, int64_t g, F f) {
   for (int64_t p = 0; p < z.s.spatial; ++p) {

@@ -1,8 +1,8 @@
 // The two layouts of tasks (View in ops/ops.h), so that an element-wise op is written once for both.
-//   for (int64_t g = 0; g < Layout::groups(call); ++g)       a task, or kLanes tasks side by side
+//   for (int64_t g = 0; g < Layout::groups(call); ++g)       a task, or kLanes tasks in lanes
 //     Layout::each(size, [&](auto lane, int64_t i) { ... })  with  using V = decltype(lane)  as in for_lanes
-// A Number is one value of every task of a group: a double, or a vector with a task in each lane. In a lane walk what all tasks share
-// by its nature (rates, mask, lam, weights of losses) is not interleaved: shared() broadcasts it.
+// A Number is one value for every task of a group: a double, or a vector with a task in each lane.
+// Arguments that all tasks share (rates, mask, lam, weights of losses) are not interleaved; shared() broadcasts them.
 #pragma once
 
 #include "cpu/cpu.h"
@@ -23,7 +23,7 @@ struct TaskMajor {
     V get(int64_t i) const {
       return load<V>(data + i);
     }
-    // asks for what is read a page later: by itself the machine follows a stream to the end of a page
+    // prefetches one page ahead; the hardware prefetcher stops at the end of a page
     void ahead(int64_t i) const { __builtin_prefetch(data + i + kPage / int64_t(sizeof(T))); }
     template <class V>
     void put(int64_t i, V v) const {
@@ -55,7 +55,7 @@ struct TaskMajor {
   static bool any(bool condition) { return condition; }
 };
 
-// A sum that keeps what its roundings lost (Knuth's two-sum), where a task has no lanes to spare for doubles.
+// A sum that keeps its rounding errors (Knuth's two-sum), for lanes, which have no room for doubles.
 template <class V>
 class LaneSum {
  public:
@@ -64,7 +64,7 @@ class LaneSum {
     lost_ += (sum_ - (total - of_x)) + (x - of_x);
     sum_ = total;
   }
-  V value() const { return lost_ == lost_ ? sum_ + lost_ : sum_; }  // an overflow is infinite and not NaN
+  V value() const { return lost_ == lost_ ? sum_ + lost_ : sum_; }  // an overflow stays infinite instead of NaN
 
  private:
   V sum_{}, lost_{};

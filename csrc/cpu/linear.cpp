@@ -1,4 +1,4 @@
-// linear: y = x w^T + b with w [out, in] as torch has it (Linear::out_in), and its tangents; see ALGORITHMS section 6.
+// linear: y = x w^T + b with w [out, in] in torch's order (Linear::out_in), and its tangents; see ALGORITHMS section 6.
 #include "cpu/cpu.h"
 #include "cpu/kernels/dot_product.h"
 #include "cpu/kernels/panel_product.h"
@@ -8,7 +8,7 @@ namespace {
 
 template <class T>
 struct Work {            // scratch of one Step, laid out the same when it is measured and when it is used
-  int32_t *x_at, *y_at;  // where rows of x and of y start
+  int32_t *x_at, *y_at;  // start of each row of x and of y
   T* packed[2];          // slices of w and w_dot
   T* rows[2];            // x, x_dot in whole vectors
   OuterPack<T> pack;
@@ -50,7 +50,7 @@ struct Task {
     }
   }
 
-  // y = x w^T + b and y_dot = x_dot w^T + x w_dot^T + b_dot; either may be missing, as may x_dot.
+  // y = x w^T + b and y_dot = x_dot w^T + x w_dot^T + b_dot. Either output may be absent, and so may x_dot.
   void forward(T* y, T* y_dot, const T* x, const T* x_dot, const T* w, const T* w_dot, const T* b, const T* b_dot) {
     if (dots_pay(N, s.in)) {
       const DotTerm<T> terms[] = {{x, w}, {x, w_dot}, {x_dot, w}};
@@ -65,7 +65,7 @@ struct Task {
     panels<true>(sums, count, y || x_dot ? w : nullptr, w_dot, s.out, s.in, work.x_at, work.y_at);
   }
 
-  // dx = dy w and dx_dot = dy_dot w + dy w_dot; either may be missing.
+  // dx = dy w and dx_dot = dy_dot w + dy w_dot. Either output may be absent.
   void backward(T* dx, T* dx_dot, const T* dy, const T* dy_dot, const T* w, const T* w_dot) {
     PanelSum<T> sums[2] = {};
     int count = 0;
@@ -122,7 +122,7 @@ void linear_bwd_data_dual(const Call& call) {
                            at<T>(call, 5, t));
 }
 
-// dw [out, in] = sum over terms of dy^T x; at most two terms. With a base, which may be dw: base - rate times that.
+// dw [out, in] = sum over at most two terms of dy^T x. With a base, which may be dw: base - rate times the sum.
 template <class T>
 void weight_gradient(Task<T>& task, T* dw, const T* const* dy, const T* const* x, int n_terms, const T* base = nullptr, T rate = T(0)) {
   const Linear& s = task.s;

@@ -1,5 +1,5 @@
-// Losses: a weighted sum over examples (weight 1/N where none are given) and its gradient by the output; ALGORITHMS section 6.
-// Sums run in double: a loss is a handful of numbers, and its gradient starts every backward pass.
+// Losses: a weighted sum over examples (weight 1/N by default) and its gradient by the output; ALGORITHMS section 6.
+// Sums run in double. They cost little, and every backward pass starts from the loss's gradient.
 #include <cmath>
 
 #include "cpu/cpu.h"
@@ -69,7 +69,7 @@ void cross_entropy_jvp(const Call& call) {
   }
 }
 
-// f(weight of a number, from, count) for all examples at once, or one after the other where each has a weight of its own.
+// Calls f(weight of a number, from, count): once for all examples, or for each example if examples have their own weights.
 template <class T, class F>
 void for_examples(const T* weights, int64_t N, int64_t size, F f) {
   if (!weights) return f(1.0 / double(N * size), 0, N * size);

@@ -1,7 +1,8 @@
-// batch norm, max-pool (or none) and ReLU or leaky ReLU in one: z = gamma xhat + beta, y = act(the largest z of a window).
-//   x [N, H, W, C]   y, winner, tap, dy [N, OH, OW, C]   with winner and tap as program/op.h has them
-// Neither z nor its gradient is ever in memory. What a formula takes of a channel is folded, in double, into the few numbers by which the
-// pixels' x - mean, x_dot - mean(x_dot), dz and dz_dot are multiplied.
+// batch norm, max-pool (or none) and ReLU or leaky ReLU as one op: z = gamma xhat + beta, y = act(the largest z of a window).
+//   x [N, H, W, C]   y, winner, tap, dy [N, OH, OW, C]; winner and tap as in program/op.h
+// z and its gradient are never in memory.
+// Each formula is folded, in double, into a few numbers for each channel.
+// They multiply the pixels' x - mean, x_dot - mean(x_dot), dz and dz_dot.
 #include "cpu/cpu.h"
 #include "cpu/kernels/normalization.h"
 #include "cpu/kernels/pool_windows.h"
@@ -12,7 +13,7 @@ namespace {
 
 struct Sizes {
   const BatchNorm norm;
-  const Pool2d pool;  // a copy: what is stored must not make the compiler read it again
+  const Pool2d pool;  // a copy, so that the compiler need not read it again after each store
   const bool pooled;
   const double slope;
   const int64_t C, N, stat_N, windows;  // of all examples
@@ -39,7 +40,7 @@ size_t scratch_bytes(const Step&, const Layer& layer) {
   return scratch.used();
 }
 
-// body(side): 1: no pool, the window is the pixel; 2: 2 x 2 without padding; 0: any windows
+// Calls body(side). 1: no pool, the window is the pixel; 2: 2 x 2 without padding; 0: any windows.
 template <class Body>
 void with_side(const Sizes& z, Body body) {
   const Pool2d& p = z.pool;
@@ -48,8 +49,8 @@ void with_side(const Sizes& z, Body body) {
   body(std::integral_constant<int, 0>());
 }
 
-// f(V{}, c, n, h, w) for h < rows and w < columns of every example, and all channels of one place before the next: the order of memory,
-// which streams 1.4 times as fast as rows channel by channel. A channel's numbers come from the L1 cache each time.
+// Calls f(V{}, c, n, h, w) for h < rows and w < columns of every example. All channels of one place come before the next place.
+// This order of memory streams 1.4 times as fast as channel by channel. A channel's numbers come from L1 each time.
 template <class T, class F>
 inline __attribute__((always_inline)) void for_places(const Sizes& z, int64_t rows, int64_t columns, F f) {
   for (int64_t n = 0; n < z.N; ++n)
@@ -57,7 +58,7 @@ inline __attribute__((always_inline)) void for_places(const Sizes& z, int64_t ro
       for (int64_t w = 0; w < columns; ++w) for_lanes<T>(z.C, [&](auto lane, int64_t c) { f(lane, c, n, h, w); });
 }
 
-// f(tap, input pixel) for the taps of a window that lie in the image
+// Calls f(tap, input pixel) for the taps of a window inside the image.
 template <int kSide, class F>
 inline __attribute__((always_inline)) void for_window(const Pool2d& p, int64_t n, int64_t oh, int64_t ow, F f) {
   if constexpr (kSide == 0) {
@@ -73,7 +74,7 @@ inline __attribute__((always_inline)) void for_window(const Pool2d& p, int64_t n
   }
 }
 
-// A tap of either sign as its number, and whether the activation let it through.
+// A tap is stored as tap or ~tap (program/op.h). Below: its number, and whether the activation let the value through.
 template <class I>
 inline __attribute__((always_inline)) I place_of(I tap) {
   return where(tap < I{}, ~tap, tap);
@@ -126,7 +127,7 @@ void norm_pool_act_fwd(const Call& call) {
   }
 }
 
-// y' = act'(z) (gamma' xhat + gamma xhat' + beta') of the winner, whose x' is kept in winner_dot
+// y' = act'(z) (gamma' xhat + gamma xhat' + beta') of the winner. winner_dot keeps the winner's x'.
 template <class T>
 void norm_pool_act_fwd_jvp(const Call& call) {
   const Sizes z(call);
@@ -240,8 +241,8 @@ void norm_pool_act_bwd_weight_jvp(const Call& call) {
 
 // ---------------------------------------------------------------- x
 
-// dx, or dx_dot where kDot, of a pixel is  dz by_dz + dz_dot by_dz_dot  plus, in the examples that made the statistics,
-// (x - mean) by_x + (x_dot - mean_dot) by_x_dot + constant.  Without kDot there are no dz_dot and x_dot.
+// dx of a pixel, or dx_dot with kDot, is  dz by_dz + dz_dot by_dz_dot.  Without kDot there are no dz_dot and x_dot.
+// Examples that give the statistics add  (x - mean) by_x + (x_dot - mean_dot) by_x_dot + constant.
 template <class T, bool kDot>
 struct DataGradient {
   const T *x, *x_dot = nullptr, *dy, *dy_dot = nullptr;
@@ -278,19 +279,19 @@ struct DataGradient {
       }
     }
 
-    // through dz = act'(z) dy, where the activation's slope is one
+    // the term through dz = act'(z) dy, where the activation's slope is one
     V of_dy(int64_t i) const {
       V share = load<V>(from.dy + i) * by_dz;
       if constexpr (kDot) share = load<V>(from.dy_dot + i) * by_dz_dot + share;
       return share;
     }
-    // through the statistics
+    // the term through the statistics
     V of_statistics(int64_t i) const {
       V share = (load<V>(from.x + i) - norm.mean) * by_x + constant;
       if constexpr (kDot) share = (load_or<V>(from.x_dot, i, T(0)) - mean_dot) * by_x_dot + share;
       return share;
     }
-    // of a window, for the pixel at its tap
+    // a window's term for the pixel at its tap
     template <class I>
     V of_window(int64_t i, I tap) const {
       const V share = of_dy(i);
@@ -299,7 +300,7 @@ struct DataGradient {
   };
 };
 
-// No pool, or windows of 2 x 2 side by side: a window writes all of its pixels.
+// No pool, or adjacent windows of 2 x 2: a window writes all of its pixels.
 template <class T, int kSide, bool kDot>
 void write_tiles(const Sizes& z, T* dx, const int8_t* tap, const DataGradient<T, kDot>& gradient) {
   const Pool2d& p = z.pool;
@@ -320,14 +321,14 @@ void write_tiles(const Sizes& z, T* dx, const int8_t* tap, const DataGradient<T,
         const V here = where(place == broadcast<I>(k), share, V{});
         store(dx + pixel * z.C + c, inside ? here + channels.of_statistics(pixel * z.C + c) : here);
       });
-    } else {  // what is left of the image, in no window
+    } else {  // pixels at the edge that no window covers
       for_taps(p, n, oh * kSide, ow * kSide,
                [&](int32_t, int64_t pixel) { store(dx + pixel * z.C + c, inside ? channels.of_statistics(pixel * z.C + c) : V{}); });
     }
   });
 }
 
-// Any windows: first what pixels have from the statistics, then what each window adds to its winner.
+// Any windows: writes the statistics' term of all pixels, then adds each window's term to its winner.
 template <class T, bool kDot>
 void write_windows(const Sizes& z, T* dx, const int8_t* tap, const DataGradient<T, kDot>& gradient) {
   const Pool2d& p = z.pool;
@@ -358,7 +359,7 @@ void write(const Sizes& z, T* dx, const int8_t* tap, const DataGradient<T, kDot>
   write_windows(z, dx, tap, gradient);
 }
 
-// dx = gamma r u  with  u = dz - dbeta / M - xhat dgamma / M  in the M rows that made the statistics, and u = dz in all others
+// dx = gamma r u  with  u = dz - dbeta / M - xhat dgamma / M  in the M rows that give the statistics, and u = dz in all others
 template <class T>
 void norm_pool_act_bwd_data(const Call& call) {
   const Sizes z(call);

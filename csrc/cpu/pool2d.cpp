@@ -5,7 +5,7 @@
 FASTMAML_CPU_BEGIN
 namespace {
 
-// f(output pixel, window's first row and column in the input)
+// Calls f(output pixel, the window's first row and column in the input).
 template <class F>
 inline void for_windows(const Call& call, const Pool2d& s, F f) {
   for (int64_t n = 0; n < call.step.examples; ++n)
@@ -13,7 +13,7 @@ inline void for_windows(const Call& call, const Pool2d& s, F f) {
       for (int64_t ow = 0; ow < s.OW; ++ow) f(n, (n * s.OH + oh) * s.OW + ow, oh * s.stride_h - s.pad_h, ow * s.stride_w - s.pad_w);
 }
 
-// Lanes of T with int32 indices: vectors only where both have the same width.
+// Vectors of T with int32 indices if both have the same width; else single numbers.
 template <class T, class F>
 inline __attribute__((always_inline)) void for_channels(int64_t C, F f) {
   if constexpr (sizeof(T) == sizeof(int32_t))

@@ -102,7 +102,7 @@ void adam_adjoint(const Call& call) {
       const V root = square_root<V>(s.template get<V>(i) * over2), over = T(1) / (root + eps), step = mh * over;
       if (da) da.put(i, da.template get<V>(i) - (step + decay * (phi ? phi.template get<V>(i) : V{})) * adjoint);
       const V of_m = p.template get<V>(i) + v * over1 * over;
-      // Divided in turn, for root^2 and D^2 leave float32's range; where root is 0 there is no gradient to pass on.
+      // One division after the other, because root^2 and D^2 leave float32's range. If root is 0, no gradient passes.
       const V of_s = r.template get<V>(i) - (root != V{} ? v * (mh / root) * over * over * half2 : V{});
       u.put(i, new1 * of_m + new2 * g.template get<V>(i) * of_s);
       lambda.put(i, adjoint - decay * v);

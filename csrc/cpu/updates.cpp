@@ -68,7 +68,7 @@ void adjoint_update(const Call& call) {
   }
 }
 
-// rate_grad -= g lambda;  lambda -= hu;  u = rate lambda: the parts' bits
+// rate_grad -= g lambda;  lambda -= hu;  u = rate lambda: the same bits as the three separate ops
 template <class Layout>
 void sgd_adjoint(const Call& call) {
   for (int64_t g = 0; g < Layout::groups(call); ++g) {
@@ -137,7 +137,7 @@ void cg_start(const Call& call) {
     const Number vv = dot<Layout>(v, v, size_of(call)), none{};
     state.put_number(0, vv);
     state.put_number(1, vv);
-    state.put_number(2, vv != none ? none + 1 : none);  // NaN goes on, and shows in the solution
+    state.put_number(2, vv != none ? none + 1 : none);  // NaN stays active, and shows in the solution
     state.put_number(3, none);
     state.put_number(4, none);
     history.put_number(0, relative_residual(vv, vv));
@@ -206,7 +206,7 @@ template <class T>
 void tree_reduce(void* out_, void* x_, const void* w_, int64_t tasks, int64_t size, int64_t stride, uintptr_t /* stream */) {
   T *out = static_cast<T*>(out_), *x = static_cast<T*>(x_);
   const T* w = static_cast<const T*>(w_);
-  constexpr int64_t kBlock = 1024;  // every task's slice of a block stays in cache
+  constexpr int64_t kBlock = 1024;  // every task's part of a block stays in cache
   const T mean = w ? T(1) : T(1.0 / double(tasks));
   for (int64_t from = 0; from < size; from += kBlock) {
     const int64_t count = size - from < kBlock ? size - from : kBlock;

@@ -1,5 +1,5 @@
-// Width-generic vectors: every file of cpu/ is compiled once per instruction set with FASTMAML_ISA (a namespace) and
-// FASTMAML_LANES_BYTES (16, 32 or 64). Code is written for a type V that is either a vector or, for the tail, one number.
+// Vectors of any width. Every file of cpu/ is compiled once for each instruction set, with FASTMAML_ISA (a namespace) and
+// FASTMAML_LANES_BYTES (16, 32 or 64). Code uses a type V: a vector, or one number for the tail.
 #pragma once
 
 #include <cstdint>
@@ -69,7 +69,7 @@ inline T sum_lanes(V v) {
   }
 }
 
-// f(V{}, i) for i = 0, lanes, 2 lanes, ..., then one by one.
+// Calls f(V{}, i) for i = 0, lanes, 2 lanes, ..., then for single numbers.
 template <class T, class F>
 inline __attribute__((always_inline)) void for_lanes(int64_t n, F f) {
   int64_t i = 0;
@@ -77,7 +77,7 @@ inline __attribute__((always_inline)) void for_lanes(int64_t n, F f) {
   for (; i < n; ++i) f(T{}, i);
 }
 
-// The sum of f(V{}, i) over i = 0 .. n - 1: blocks of 64 numbers in T, blocks in double.
+// The sum of f(V{}, i) over i = 0 .. n - 1: in T within blocks of 64 numbers, in double over blocks.
 template <class T, class F>
 inline double block_sum(int64_t n, F f) {
   constexpr int64_t kBlock = 64;
@@ -98,13 +98,13 @@ inline double block_sum(int64_t n, F f) {
   return total;
 }
 
-// Sums down columns go through tiles of rows and columns: in T within a tile, in double over tiles, so that the error does not grow with
-// the number of rows. A tile fits the L1 cache.
+// Sums down columns go through tiles that fit L1: in T within a tile, in double over tiles.
+// The error then does not grow with the number of rows.
 inline constexpr int64_t kSumRows = 32;
 inline constexpr int64_t kSumColumns = 128;
 
 // sums[q][c - first] = sum over a tile's rows of f's q-th value at (row, c), for Q sums at once. f(V{}, row, c, V out[Q]).
-// Four rows at a time through all columns: nearly the order of memory.
+// Four rows at a time go through all columns, which is nearly the order of memory.
 template <class T, int Q, class F>
 inline __attribute__((always_inline)) void tile_sums(int64_t from, int64_t to, int64_t first, int64_t columns, T (&sums)[Q][kSumColumns],
                                                      F f) {
@@ -130,7 +130,7 @@ inline __attribute__((always_inline)) void tile_sums(int64_t from, int64_t to, i
     });
 }
 
-// f(from, to, first, columns) for every tile
+// Calls f(from, to, first, columns) for every tile.
 template <class F>
 inline __attribute__((always_inline)) void for_tiles(int64_t rows, int64_t C, F f) {
   for (int64_t from = 0; from < rows; from += kSumRows)

@@ -1,4 +1,4 @@
-// What vec.h's vectors cannot say in C++. On its own because <immintrin.h> takes GCC a second for every file that includes it.
+// Math on vec.h's vectors that needs intrinsics. A separate file, because <immintrin.h> costs GCC a second in each including file.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,7 @@
 
 FASTMAML_CPU_BEGIN
 
-// Of every lane. Compilers leave std::sqrt scalar for the sake of errno, so the instruction is named where there is one.
+// The square root of every lane. Compilers keep std::sqrt scalar because of errno, so the instruction is named.
 template <class V>
 inline __attribute__((always_inline)) V square_root(V x) {
   if constexpr (std::is_floating_point_v<V>) {
@@ -21,7 +21,7 @@ inline __attribute__((always_inline)) V square_root(V x) {
   } else {
     constexpr bool kFloats = sizeof(x[0]) == sizeof(float);
 #ifdef __AVX512F__
-    if constexpr (sizeof(V) == 64) {  // masked by nothing: GCC 12 warns of the plain one's undefined source
+    if constexpr (sizeof(V) == 64) {  // masked with all ones: GCC 12 warns about an undefined source in the plain intrinsic
       return kFloats ? V(_mm512_maskz_sqrt_ps(__mmask16(-1), __m512(x))) : V(_mm512_maskz_sqrt_pd(__mmask8(-1), __m512d(x)));
     }
 #endif
@@ -43,8 +43,8 @@ inline __attribute__((always_inline)) V square_root(V x) {
   }
 }
 
-// a b + c, rounded once where the machine has an instruction for it. For results on whose bits two functions must agree: what a compiler
-// makes of a * b + c depends on the code around it.
+// a b + c, rounded once if the machine has FMA. For results on whose bits two functions must agree:
+// the compiler may contract a * b + c in one place and not in another.
 template <class V>
 inline __attribute__((always_inline)) V multiply_add(V a, V b, V c) {
 #if defined(__FMA__)
@@ -58,7 +58,7 @@ inline __attribute__((always_inline)) V multiply_add(V a, V b, V c) {
 #endif
     if constexpr (sizeof(V) == 32)
       return kFloats ? V(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c))) : V(_mm256_fmadd_pd(__m256d(a), __m256d(b), __m256d(c)));
-    if constexpr (sizeof(V) == 64) {  // 16 lanes where registers have 8
+    if constexpr (sizeof(V) == 64) {  // 16 lanes where registers hold 8
       V sum;
       for (int half = 0; half < 2; ++half) {
         __m256 x, y, z;

@@ -1,4 +1,4 @@
-// Batch norm of [examples, spatial, C]; the first stat_examples make the statistics.
+// Batch norm of [examples, spatial, C]. The first stat_examples give the statistics.
 #include "cuda/columns.h"
 #include "cuda/cuda_ops.h"
 #include "cuda/kernels/batch_norm.cuh"
@@ -26,7 +26,7 @@ size_t scratch_bytes(const Step& step, const Layer& layer) {
   return column_scratch_bytes<T>(z.rows, z.C);
 }
 
-// May all these operands, [rows, C] each, be accessed in chunks?
+// May all these operands, [rows, C] each, be read and written in chunks?
 template <class T>
 bool all_wide(const Call& call, int64_t C, std::initializer_list<int> operands) {
   return std::all_of(operands.begin(), operands.end(), [&](int i) { return wide(operand<const T>(call, i), C); });

@@ -1,5 +1,5 @@
-// Which tile serves which product, and into how many parts a long sum is cut. Sizes of the layer and N decide, never the number of
-// tasks: so a task's bits do not depend on its batch.
+// Chooses the tile of each product, and the number of parts of a long sum.
+// Sizes of the layer and N decide, never the number of tasks, so a task's bits do not depend on its batch.
 #pragma once
 
 #include <algorithm>
@@ -15,10 +15,10 @@ struct ProductSize {
   int64_t rows, cols, depth;
 };
 
-// From 1024 rows on there are tiles enough to fill a GPU with a few tasks, even if they are large.
+// From 1024 rows on, even large tiles are enough to fill a GPU with a few tasks.
 inline constexpr int64_t kManyRows = 1024, kSomeRows = 256;
 
-// Half, flat and small ones are for few rows.
+// half, flat and small are for few rows.
 enum class TileSize { large, medium, half, flat, small };
 
 inline TileSize choose_tile(ProductSize size) {
@@ -27,15 +27,15 @@ inline TileSize choose_tile(ProductSize size) {
   return size.rows >= kSomeRows ? TileSize::half : TileSize::flat;
 }
 
-// Weight gradients are small matrices of long sums: their parts make the tiles many.
+// Weight gradients are small matrices of long sums. Cutting the sums into parts gives more tiles.
 inline TileSize choose_weight_tile(ProductSize size) {
   if (size.rows <= 32) return TileSize::small;
   if (size.depth < kManyRows) return size.cols > 32 ? TileSize::flat : TileSize::small;
   return size.cols > 32 ? TileSize::large : TileSize::medium;
 }
 
-// 8 x 8 numbers a thread where registers allow: 16 fma to one 16-byte read of shared memory. Where there are few rows the blocks of a
-// multiprocessor are few, too: then three stages keep twice as many bytes under way.
+// 8 x 8 numbers for each thread if registers allow: 16 fma for one 16-byte read of shared memory.
+// With few rows, a multiprocessor has few blocks. Three stages then keep twice as many bytes in flight.
 template <class T, bool dual, bool weight>
 struct Tiles {
   using Large = Tile<128, 64, 8, 8, 2>;
@@ -45,7 +45,7 @@ struct Tiles {
   using Small = Tile<32, 32, 4, 4, 3>;
 };
 template <>
-struct Tiles<float, true, false> {  // two sums a thread
+struct Tiles<float, true, false> {  // two sums for each thread
   using Large = Tile<64, 64, 8, 4, 2>;
   using Medium = Tile<64, 32, 8, 4, 2>;
   using Half = Large;
@@ -61,7 +61,7 @@ struct Tiles<float, false, true> {
   using Small = Tile<32, 32, 4, 4, 3>;
 };
 template <bool dual, bool weight>
-struct Tiles<double, dual, weight> {  // for gradient checks: one size
+struct Tiles<double, dual, weight> {  // float64 is for gradient checks: one size
   using Large = Tile<32, 32, 4, 4, 2>;
   using Medium = Large;
   using Half = Large;
@@ -69,7 +69,7 @@ struct Tiles<double, dual, weight> {  // for gradient checks: one size
   using Small = Large;
 };
 
-// Tensor cores take the products of large and medium tiles.
+// Tensor cores compute the products of large and medium tiles.
 template <bool dual, bool weight>
 struct TensorTiles {
   using Any = TensorTile<64, 64, 32, 32>;
@@ -80,11 +80,11 @@ struct TensorTiles<false, false> {
 };
 
 struct Parts {
-  int count, depth;  // `depth` k's a part, a multiple of kDepth
+  int count, depth;  // k's of each part, a multiple of kDepth
 };
 
-// Sums over up to 1024 rows stay whole, longer ones are cut into parts of 512 or more: enough blocks for a GPU, and an error that does not
-// grow with the length (the parts are added in double).
+// Sums over up to 1024 rows stay whole. Longer ones are cut into parts of 512 or more, which gives enough blocks for a GPU.
+// The parts are added in double, so the error does not grow with the length.
 inline Parts choose_parts(int64_t depth) {
   constexpr int64_t kWhole = 1024, kPart = 512, kMost = 256;
   const int64_t parts = depth <= kWhole ? 1 : std::min((depth + kPart - 1) / kPart, kMost);
@@ -92,7 +92,7 @@ inline Parts choose_parts(int64_t depth) {
   return {int((depth + part_depth - 1) / part_depth), int(part_depth)};
 }
 
-// As many tasks share the scratch of a cut sum, one launch after the other, as fill the largest GPU about four times.
+// Blocks that fill the largest GPU about four times. So many tasks share the scratch of a cut sum; further tasks need another launch.
 inline constexpr int64_t kBlocksAtOnce = 2048;
 inline int64_t choose_tasks_at_once(int64_t blocks_per_task) {
 #ifdef FASTMAML_EMULATED
@@ -105,7 +105,7 @@ inline int64_t choose_tasks_at_once(int64_t blocks_per_task) {
 
 // ---------------------------------------------------------------- [rows, C] with numbers for every column (kernels/columns.cuh)
 
-// `lanes` threads side by side, at most `widest`, and as many below as make a block, but no more than have four rows each.
+// `lanes` threads side by side, at most `widest`. Below them as many as a block holds, with at least four rows each.
 inline Columns choose_columns(int64_t rows, int64_t C, int chunk, int64_t widest, int64_t threads = kColumnThreads) {
   const int64_t chunks = (C + chunk - 1) / chunk, groups = (chunks + widest - 1) / widest, lanes = (chunks + groups - 1) / groups;
   int row_lanes = 1;
@@ -113,7 +113,7 @@ inline Columns choose_columns(int64_t rows, int64_t C, int chunk, int64_t widest
   return {int(rows), int(C), int(lanes), row_lanes, int(rows)};
 }
 
-// Lines of 128 bytes, so that few tasks already make many blocks; long sums are cut.
+// Lines of 128 bytes, so that few tasks already give many blocks. Long sums are cut.
 inline Columns choose_column_sum(int64_t rows, int64_t C, int chunk) {
   constexpr int64_t kWhole = 4096, kPart = 2048;
   Columns s = choose_columns(rows, C, chunk, 8);
@@ -122,7 +122,7 @@ inline Columns choose_column_sum(int64_t rows, int64_t C, int chunk) {
   return s;
 }
 
-// A thread loads what belongs to its channels once for 4 or 16 rows.
+// A thread loads its channels' numbers once for 4 or 16 rows.
 inline Columns choose_column_map(int64_t rows, int64_t C, int chunk) {
   Columns s = choose_columns(rows, C, chunk, 32);
   int64_t part_rows = s.row_lanes * (rows <= 4096 ? 4 : 16);
@@ -131,7 +131,7 @@ inline Columns choose_column_map(int64_t rows, int64_t C, int chunk) {
   return s;
 }
 
-// About two classes a thread.
+// About two classes for each thread.
 inline int choose_loss_lanes(int64_t classes) {
   int lanes = 1;
   while (2 * lanes < classes && lanes < 32) lanes *= 2;
@@ -140,22 +140,22 @@ inline int choose_loss_lanes(int64_t classes) {
 
 // ---------------------------------------------------------------- one block for a task (resident.cu)
 
-// Walked layer by layer, a Step costs at least the 4 us of its launch, in which one block does about half a million products; a task
-// whose Steps take twice as many on average is better spread over the whole GPU.
+// In the layered walk a Step costs at least a launch of 4 us; in this time one block computes about half a million products.
+// A task with twice as many products for each Step, on average, runs better spread over the whole GPU.
 inline constexpr int64_t kMostResidentProducts = int64_t(1) << 20;
 
-// The share of the Steps' operands that must lie in shared memory; with less of it the block waits for the L2 cache most of its time.
+// The share of operands that must lie in shared memory. With less, the block mostly waits for the L2 cache.
 inline constexpr double kLeastInShared = 0.5;
 
-// As many threads as the Schedule's widest Step has use for: chunks of the output, of one row each.
+// As many threads as the Schedule's widest Step can use: one for each chunk of a row of the output.
 inline unsigned choose_resident_threads(int64_t chunks) {
   unsigned threads = 32;
   while (threads < kResidentThreads && threads < chunks) threads *= 2;
   return threads;
 }
 
-// A tall tile reads least from shared memory, but two warps of threads should have one; short of that a row each. Where
-// threads are left over, up to 32 share a tile's sum, each at least two chunks of it.
+// A tall tile reads least from shared memory, but at least two warps should have one. Otherwise each thread takes one row.
+// Up to 32 idle threads can share a tile's sum, if each gets at least two chunks.
 template <class T>
 ResidentTiles choose_resident_tiles(ProductSize size, bool dual, unsigned threads) {
   constexpr int64_t kTwoWarps = 64, chunk = kChunk<T>;

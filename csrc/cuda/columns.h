@@ -29,7 +29,7 @@ void launch_column_map(const Call& call, const F& f, int64_t rows, int64_t C, bo
 
 // The scratch of a sum whose rows are cut: parts [tasks at once, parts, 2, C].
 struct ColumnParts {
-  int64_t tasks, doubles;  // at once, of a task
+  int64_t tasks, doubles;  // tasks that share the scratch at once; doubles for one task
   ColumnParts(const Columns& s, int64_t channels_across)
       : tasks(choose_tasks_at_once(parts_of(s) * ((s.C + channels_across - 1) / channels_across))),
         doubles(parts_of(s) > 1 ? int64_t(parts_of(s)) * 2 * s.C : 0) {}
@@ -46,7 +46,7 @@ size_t column_scratch_bytes(int64_t rows, int64_t C) {
   return column_parts<T>(choose_column_sum(rows, C, kChunk<T>)).bytes();
 }
 
-// Runs body(first, tasks, parts) for all tasks at once, with parts null, or for as many as share the scratch.
+// Runs body(first, tasks, parts): once for all tasks with parts null, or in turn for as many tasks as share the scratch.
 template <class T, class Body>
 void for_column_parts(const Call& call, const Columns& s, Body body) {
   if (parts_of(s) == 1) return body(0, call.tasks, static_cast<double*>(nullptr));

@@ -1,5 +1,5 @@
 // conv2d (torch's cross-correlation), zero padding.   x [N, H, W, C]   w [KH, KW, C, F]   b [F]   y [N, OH, OW, F]
-// A 1x1 convolution that meets every pixel once is a linear layer on its pixels.
+// A 1x1 convolution with stride 1 and no padding runs as a linear layer on pixels.
 #include "cuda/cuda_ops.h"
 #include "cuda/kernels/conv2d.cuh"
 #include "cuda/products.h"

@@ -1,4 +1,4 @@
-// Fills the table.
+// Fills the tables of the CUDA backend.
 #include "cuda/cuda_ops.h"
 
 namespace fastmaml {

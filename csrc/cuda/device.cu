@@ -1,4 +1,4 @@
-// What a device does beside ops (ops.h, Device): moving numbers, and recording launches: CUDA graphs, or the emulator's lists.
+// The functions of Device (ops.h): moving numbers, and recording launches as CUDA graphs or as the emulator's lists.
 #include <algorithm>
 #include <vector>
 
@@ -58,7 +58,7 @@ int use(int index) {
   return before;
 }
 
-// The default stream cannot be recorded, so each thread keeps one for every device.
+// CUDA cannot record the default stream, so each thread keeps a stream for every device.
 cudaStream_t recording_stream() {
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
@@ -88,7 +88,7 @@ void replay(void* recording, uintptr_t stream) {
   check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(recording), stream_of(stream)), "cudaGraphLaunch");
 }
 
-// The device may still be running it: CUDA frees the graph behind its last launch.
+// The device may still be running the graph. CUDA frees it after its last launch.
 void forget(void* recording) { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(recording)); }
 
 bool is_recorded(uintptr_t stream) {

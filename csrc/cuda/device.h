@@ -1,5 +1,5 @@
-// The one include of the kernels: CUDA itself under nvcc and NVRTC, its emulation under g++ (FASTMAML_EMULATED); and the few
-// operations that CUDA C++ has no function for. Kernels and launchers live in namespace fastmaml::FASTMAML_CUDA_NS.
+// The one include of the kernels: CUDA under nvcc and NVRTC, the emulator under g++ (FASTMAML_EMULATED).
+// Also a few operations for which CUDA C++ has no function. Kernels and launchers live in namespace fastmaml::FASTMAML_CUDA_NS.
 #pragma once
 
 #ifdef FASTMAML_EMULATED
@@ -20,8 +20,8 @@ using uint64_t = unsigned long long;
 #define FASTMAML_SHARED extern __shared__ __align__(16) unsigned char shared_bytes[]
 #endif
 
-// A device function that is called, not copied into its caller: large ones that one kernel calls in turn keep to their own registers.
-// (CUDA's own word for it is a macro that the standard library of g++ does not survive.)
+// A device function that is not inlined. Large functions called in turn by one kernel then keep to their own registers.
+// (CUDA's own keyword is a macro that breaks g++'s standard library.)
 #ifdef FASTMAML_EMULATED
 #define FASTMAML_NOINLINE __attribute__((noinline))
 #else
@@ -41,8 +41,9 @@ __device__ __forceinline__ void no_such_case() {
 #endif
 
 // ---------------------------------------------------------------- copies from global to shared memory
-// Start copies, commit() them as a group, and wait<n>() until no more than the n latest groups are under way; then a barrier, before
-// other threads read them. `from` must be aligned to kBytes (4, 8 or 16); it is not touched where !valid, and zeros are written.
+// Start copies, commit() them as a group, and wait<n>() until at most the n latest groups are in flight.
+// A barrier must follow before other threads read the copies.
+// `from` must be aligned to kBytes (4, 8 or 16). If !valid, `from` is not read and zeros are written.
 #ifdef FASTMAML_EMULATED
 
 template <int kBytes>

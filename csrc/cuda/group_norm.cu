@@ -30,7 +30,7 @@ Mask<T> mask(const Call& call, int y) {
   return {operand<const T>(call, y), {T(rectified_output(call.layer).slope)}};
 }
 
-// May every pixel of a group be accessed in chunks, in all these operands?
+// May every pixel of a group be read and written in chunks, in all these operands?
 template <class T>
 bool all_wide(const Call& call, int64_t length, std::initializer_list<int> operands) {
   return std::all_of(operands.begin(), operands.end(), [&](int i) { return wide(operand<const T>(call, i), length); });
@@ -41,7 +41,7 @@ void launch_groups(const Call& call, const F& f, std::initializer_list<int> oper
   const Sizes z(call);
   const Groups s = z.groups<T>();
   const int64_t chunks = int64_t(s.spatial) * s.chunks;
-  const int64_t threads = std::clamp<int64_t>((chunks + 63) / 64 * 32, 32, 256);  // two chunks a thread, or more
+  const int64_t threads = std::clamp<int64_t>((chunks + 63) / 64 * 32, 32, 256);  // at least two chunks for each thread
   launch(map_groups<F>, dim3(unsigned(call.tasks), unsigned(std::min<int64_t>(z.N * s.groups, 65535))), dim3(unsigned(threads)), 0,
          call.stream, f, s, all_wide<T>(call, s.width, operands));
 }

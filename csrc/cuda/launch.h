@@ -1,5 +1,5 @@
-// launch(kernel, grid, block, shared_bytes, stream, arguments...) starts a kernel: by <<<>>> under nvcc, by the emulator otherwise.
-// What cannot start throws std::runtime_error with one sentence.
+// launch(kernel, grid, block, shared_bytes, stream, arguments...) starts a kernel: by <<<>>> under nvcc, otherwise by the emulator.
+// A kernel that cannot start throws std::runtime_error with one sentence.
 #pragma once
 
 #include <stdexcept>
@@ -40,7 +40,7 @@ template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, uintptr_t stream, Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "a kernel is launched with all its arguments");
   const void* symbol = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > 48 * 1024)  // more than every device gives without being asked
+  if (shared_bytes > 48 * 1024)  // above this, a device must be asked for it
     check_launch(cudaFuncSetAttribute(symbol, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), symbol);
   // clang-format off
   kernel<<<grid, block, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);

@@ -10,7 +10,7 @@
 namespace fastmaml::FASTMAML_CUDA_NS {
 
 struct Blocks {
-  unsigned threads, count;  // of a task
+  unsigned threads, count;  // for one task
 };
 
 template <class T>

@@ -1,4 +1,4 @@
-// Batch norm, max-pool and ReLU or leaky ReLU in one. Its statistics are batch_norm.cu's.
+// Batch norm, max-pool and ReLU or leaky ReLU as one op. batch_norm.cu computes the statistics.
 #include <type_traits>
 
 #include "cuda/columns.h"
@@ -34,19 +34,19 @@ size_t scratch_bytes(const Step& step, const Layer& layer) {
   return column_scratch_bytes<T>(z.windows, z.C);
 }
 
-// May all these operands be accessed in chunks? Those that are absent may.
+// May all these operands be read and written in chunks? Absent ones may.
 template <class T>
 bool all_wide(const Call& call, int64_t C, std::initializer_list<int> operands) {
   return std::all_of(operands.begin(), operands.end(), [&](int i) { return wide(operand<const T>(call, i), C); });
 }
 
-// A chunk of taps is as many bytes as a chunk of T has numbers.
+// A chunk of taps has as many bytes as a chunk of T has numbers.
 template <class T>
 bool wide_taps(const PerTask<const Tap>& tap) {
   return reinterpret_cast<uintptr_t>(tap.data) % kChunk<T> == 0 && tap.task_stride % kChunk<T> == 0;
 }
 
-// body(kSide) for the windows of the layer
+// Calls body(kSide) for the layer's windows.
 template <class Body>
 void with_side(const NormPoolAct& s, Body body) {
   if (!s.pooled) return body(std::integral_constant<int, 1>());
@@ -109,7 +109,7 @@ void launch_bwd_data(const Call& call, const Sizes& z, const F& f, bool wide) {
   with_side(z.s, [&](auto side) { launch_column_map<T>(call, NormPoolActBwdTiles<T, F, side()>{f, tap, s}, tiles, z.C, wide); });
 }
 
-// Numbers of x, of the examples that made the statistics.
+// Numbers of x in the examples that give the statistics.
 int inside(const Call& call, const Sizes& z) { return z.s.norm.frozen ? 0 : int(call.step.stat_examples * z.s.norm.spatial * z.C); }
 
 template <class T>

@@ -1,4 +1,4 @@
-// What the launchers of all op families share: a Call's operands as kernels take them, and the checks that go with it.
+// Shared by the launchers of all op families: a Call's operands as kernels take them, and size checks.
 #pragma once
 
 #include <initializer_list>
@@ -21,7 +21,7 @@ PerTask<T> operand(const Call& call, int i) {
   return {static_cast<T*>(call[i].data), call[i].task_stride};
 }
 
-// May every line of `length` numbers be accessed in chunks?
+// May every line of `length` numbers be read and written in chunks?
 template <class T>
 bool wide(const PerTask<T>& x, int64_t length) {
   return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.task_stride % kChunk<T> == 0 && length % kChunk<T> == 0;

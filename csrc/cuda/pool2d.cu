@@ -15,7 +15,7 @@ bool all_wide(int C, const Operands&... operands) {
   return C % kChunk<T> == 0 && (... && (reinterpret_cast<uintptr_t>(operands.data) % 16 == 0 && operands.task_stride % kChunk<T> == 0));
 }
 
-// A thread for every chunk of channels of `pixels`.
+// One thread for every chunk of channels of `pixels`.
 template <class T, class F>
 void launch_pool(const Call& call, const F& f, int64_t pixels, bool wide) {
   const int64_t places = pixels * ((f.s.C + kChunk<T> - 1) / kChunk<T>);

@@ -1,5 +1,6 @@
-// What linear.cu and conv2d.cu share: the eight ops of a layer y = x * w + b, given by a Family: precision, sizes, and Forms of the tile
-// engine (kernels/gemm_tile.cuh). The operands have the same roles in both families (program/op.h).
+// The eight ops of a layer y = x * w + b, shared by linear.cu and conv2d.cu.
+// A Family gives precision, sizes, and Forms of the tile engine (kernels/gemm_tile.cuh).
+// The operands have the same roles in both families (program/op.h).
 #pragma once
 
 #include <algorithm>
@@ -45,7 +46,7 @@ void launch_product(TileSize tile, const Form& form, const Product<T>& p, int64_
   }
 }
 
-// How the products of a layer are rectified, by `mask` or by what they make.
+// Sets up the rectifier of a layer's products: by `mask`, or by the product itself.
 template <class T>
 void rectify(Product<T>& p, const Rectified& how, PerTask<const T> mask = {}) {
   p.rectified = true;
@@ -94,7 +95,7 @@ void fwd_jvp(const Call& call) {
 template <class T, class Family>
 void fwd_dual(const Call& call) {
   const Rectified y = rectified_output(call.layer);
-  if (!call[3]) {  // the first layer: two products that share x alone
+  if (!call[3]) {  // the first layer: two products with the same x
     const View primal[] = {call[0], call[2], call[4], call[6]};
     const View tangent[] = {call[1], call[2], {}, call[4], call[5], call[7], y.on ? call[0] : View{}};
     fwd<T, Family>({call.step, call.layer, primal, call.tasks, call.scratch, call.stream});
@@ -112,7 +113,7 @@ void fwd_dual(const Call& call) {
   forward<T, Family, true>(call, p);
 }
 
-// dx = dy w^T, behind the rectifier that x comes out of where there is one: then `x` is that operand's number
+// dx = dy w^T, masked by the rectifier that made x, if there is one; `x` is then that operand's number.
 template <class T, class Family, bool dual>
 void backward_data(const Call& call, Product<T> p, int x) {
   const Family layer(call);
@@ -156,11 +157,11 @@ void bwd_data_dual(const Call& call) {
   backward_data<T, Family, true>(call, p, 6);
 }
 
-// How dw = x^T dy is cut, and what that takes of the scratch.
+// How the sum dw = x^T dy is cut, and the scratch that this needs.
 template <class T>
 struct WeightParts {
   Parts parts;
-  int64_t stride;  // numbers of a part: dw, then db
+  int64_t stride;  // numbers of one part: dw, then db
   int64_t tasks;   // at once
 
   explicit WeightParts(ProductSize size)
@@ -198,7 +199,8 @@ void backward_weight(const Call& call, Product<T> p) {
   p.parts = cut.parts.count;
   p.part_depth = cut.parts.depth;
   p.part_stride = cut.stride;
-  const int64_t rounds = (call.tasks + cut.tasks - 1) / cut.tasks, at_once = (call.tasks + rounds - 1) / rounds;  // none nearly empty
+  const int64_t rounds = (call.tasks + cut.tasks - 1) / cut.tasks,
+                at_once = (call.tasks + rounds - 1) / rounds;  // rounds of equal size, so that none is nearly empty
   for (int64_t first = 0; first < call.tasks; first += at_once) {
     const int64_t tasks = std::min(at_once, call.tasks - first);
     run(tasks);
@@ -229,7 +231,7 @@ template <class T, class Family>
 void bwd_weight_jvp(const Call& call) {
   Product<T> p;
   p.out[0] = operand<T>(call, 0);
-  p.sums = operand<T>(call, 1);  // of dy_dot
+  p.sums = operand<T>(call, 1);  // the sum of dy_dot
   p.a[0] = operand<const T>(call, 2);
   p.b[0] = operand<const T>(call, 5);
   if (call[3]) {

@@ -1,4 +1,4 @@
-// Launches the resident walk: a block for every task, one launch for the whole Schedule.
+// Launches the resident walk: one launch for the whole Schedule, with a block for every task.
 #include <stdexcept>
 #include <string>
 
@@ -10,7 +10,7 @@
 namespace fastmaml::FASTMAML_CUDA_NS {
 namespace {
 
-// 227 KB on sm_90, which also stands for a machine without a device; 163 KB on sm_80, 99 KB on sm_86, sm_89 and sm_120.
+// 227 KB on sm_90, which is also the value without a device; 163 KB on sm_80, 99 KB on sm_86, sm_89 and sm_120.
 size_t fast_bytes() {
   int bytes = 227 * 1024;
 #ifndef FASTMAML_EMULATED
@@ -30,7 +30,7 @@ void launch_resident(const ResidentCode& code, const void* steps, const View* ar
     pointers.data[a] = static_cast<unsigned char*>(args[a].data);
     pointers.task_stride[a] = args[a].task_stride * code.element_bytes[size_t(a)];
   }
-  // Where no Step uses the scratch, its address is one that nobody reads.
+  // If no Step uses the scratch, no thread reads its address.
   const int64_t scratch_at = int64_t(code.shared_bytes) - int64_t(resident_scratch_bytes<T>());
   launch(resident<T>, dim3(unsigned(tasks)), dim3(code.threads), code.shared_bytes, stream, static_cast<const ResidentStep*>(steps),
          code.count, pointers, static_cast<unsigned char*>(arena), int64_t(code.arena_bytes), int(scratch_at));

@@ -1,4 +1,4 @@
-// Encodes a Schedule for the resident walk: the settings of every Step, a place for every slot, and the stages; or says why not.
+// Encodes a Schedule for the resident walk: every Step's settings, every slot's place, and the stages. Or says why it cannot.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -14,17 +14,17 @@
 namespace fastmaml::FASTMAML_CUDA_NS {
 namespace {
 
-// The kernel's own arrays, and those of the sums over a block.
+// The kernel's static arrays, and those of the sums over a block.
 constexpr size_t kStaticShared = 3 * 1024;
 
 // ---------------------------------------------------------------- Steps
 
-// A Step to be: `operands` names which of the Schedule's Step are its own, in the order that the kernel wants.
+// A Step before its encoding. `operands`: indices of the Schedule's operands, in the kernel's order.
 struct Draft {
   ResidentStep step = {};
   const Step* from = nullptr;
   std::vector<int> operands = {};  // -1: absent
-  int64_t products = 0;            // multiplications of one matrix' numbers by another's
+  int64_t products = 0;            // multiplications in products of two matrices
   bool uses_scratch = false;
 };
 
@@ -33,7 +33,7 @@ int64_t chunks_of(int64_t numbers) {
   return (numbers + kChunk<T> - 1) / kChunk<T>;
 }
 
-// How many threads a Step of this layer keeps busy.
+// How many threads can work on a Step of this layer.
 template <class T>
 int64_t width_of(const Step& step, const Layer& layer) {
   const int64_t N = step.examples;
@@ -103,7 +103,7 @@ class Drafts {
         return product(Op::linear_fwd, step, fwd, {0, -1, 1, 2, 4, 3, 5});
       case Op::linear_fwd_dual:
         if (step.operand[3]) return product(Op::linear_fwd_dual, step, fwd, {0, 1, 2, 3, 4, 5, 6, 7});
-        product(Op::linear_fwd, step, fwd, {0, -1, 2, -1, 4, -1, 6});  // the first layer: two products that share x alone
+        product(Op::linear_fwd, step, fwd, {0, -1, 2, -1, 4, -1, 6});  // the first layer: two products with the same x
         return product(Op::linear_fwd, step, fwd, {1, -1, 2, -1, 5, -1, 7});
       case Op::linear_bwd_data:
         return product(Op::linear_bwd_data, step, data, {0, -1, 1, -1, 2});
@@ -210,31 +210,31 @@ class Drafts {
 
 // ---------------------------------------------------------------- places
 
-// Where the slots of a task lie, and how much of the reading and writing happens in shared memory.
+// Where a task's slots lie, and the share of reads and writes in shared memory.
 struct Places {
   std::vector<Place> of_slot;
   size_t shared_bytes = 0, arena_bytes = 0;
-  size_t all_bytes = 0;  // of shared memory, were all slots there
+  size_t all_bytes = 0;  // shared memory for all slots
   double in_shared = 1;
 };
 
-// How often a Step touches an operand's numbers: a product's come back for every tile.
+// How often a Step touches an operand's numbers. A product reads them again for every tile.
 double touches(const Draft& draft) { return draft.products > 0 ? 8 : 1; }
 
-// Gives all of them a place in one memory. Returns its size.
+// Gives all ranges a place in one memory. Returns its size.
 size_t pack(const std::vector<LiveRange>& ranges, int memory, std::vector<Place>& of_slot) {
   Packing packing;
   for (const LiveRange& range : ranges) of_slot[size_t(range.slot)] = {memory, uint32_t(packing.put(range))};
   return packing.bytes();
 }
 
-// All slots in shared memory where they fit; else first those with the most touches for the room and the time they take there.
+// All slots go to shared memory if they fit. Otherwise, slots with the most touches for their size and time come first.
 Places place(const Schedule& schedule, const std::vector<Draft>& drafts, size_t real_bytes, size_t shared_bytes) {
   Places places;
   places.of_slot.resize(schedule.slots.size());
   std::vector<LiveRange> ranges = live_ranges(schedule, real_bytes);
   largest_first(ranges);
-  // A Step more than they live, so that the next Step does not write where one still reads, and both may share a stage.
+  // One Step longer than their live ranges. The next Step then does not overwrite a slot still being read, and both may share a stage.
   std::vector<LiveRange> longer = ranges;
   for (LiveRange& range : longer) ++range.last;
   places.shared_bytes = pack(longer, kInShared, places.of_slot);
@@ -270,7 +270,7 @@ Places place(const Schedule& schedule, const std::vector<Draft>& drafts, size_t 
 
 // ---------------------------------------------------------------- stages
 
-// A Step's hand on a memory: bytes from .. to - 1.
+// A Step's access to a memory: bytes from .. to - 1.
 struct Access {
   int memory;
   size_t from, to;
@@ -280,7 +280,7 @@ struct Access {
   }
 };
 
-// Consecutive Steps that do not hinder each other make a stage.
+// Groups consecutive independent Steps into stages.
 class Stages {
  public:
   explicit Stages(std::vector<ResidentStep>& steps) : steps_(steps) {}
@@ -307,10 +307,10 @@ class Stages {
 
 std::string kilobytes(size_t bytes) { return std::to_string((bytes + 1023) / 1024) + " KB"; }
 
-// Why the walk cannot take this Schedule, whatever the memory.
+// Why the walk cannot take this Schedule, for any size of memory.
 std::optional<std::string> unfit(const Schedule& schedule, size_t real_bytes) {
   for (const Step& step : schedule.steps) {
-    if (is_python_loss(step.op)) return "the loss is written in Python, and all tasks meet at it";
+    if (is_python_loss(step.op)) return "a loss written in Python needs all tasks at once";
     if (!has_resident(step.op)) return std::string("the resident walk has no ") + op_name(step.op);
     const Layer& layer = schedule.layers[size_t(step.layer)];
     if (rectified_output(layer).on || rectified_input(layer).on)
@@ -375,7 +375,7 @@ ResidentCode resident_code(const Schedule& schedule, size_t fast_bytes) {
   }
   if (!drafts.empty() && products / int64_t(drafts.size()) > kMostResidentProducts) {
     code.refusal = "its Steps take " + std::to_string(products / int64_t(drafts.size())) + " products each, more than the " +
-                   std::to_string(kMostResidentProducts) + " that one block a task is quick at";
+                   std::to_string(kMostResidentProducts) + " at which one block for a task is still fast";
     return code;
   }
 
@@ -412,7 +412,7 @@ ResidentCode resident_code(const Schedule& schedule, size_t fast_bytes) {
     stages.add(step, accesses);
   }
   code.count = int(steps.size());
-  steps.resize(steps.size() + kStageSteps);  // the kernel reads a stage ahead
+  steps.resize(steps.size() + kStageSteps);  // the kernel reads one stage ahead
   code.steps.resize(steps.size() * sizeof(ResidentStep));
   std::memcpy(code.steps.data(), steps.data(), code.steps.size());
   for (const Slot& slot : schedule.slots)

@@ -1,4 +1,4 @@
-// A Schedule as the resident walk reads it (kernels/resident.cuh).
+// Encodes a Schedule for the resident walk (kernels/resident.cuh).
 #pragma once
 
 #include "cuda/device.h"
@@ -8,11 +8,11 @@ namespace fastmaml::FASTMAML_CUDA_NS {
 
 bool has_resident(Op op);
 
-// fast_bytes: the shared memory that the device gives a block.
+// fast_bytes: shared memory of a block on the device.
 template <class T>
 ResidentCode resident_code(const Schedule& schedule, size_t fast_bytes);
 
-// What column sums and moments take of the shared memory, behind the slots, where there are any.
+// Shared memory for column sums and moments, after the slots; only if a Step needs them.
 template <class T>
 size_t resident_scratch_bytes();
 

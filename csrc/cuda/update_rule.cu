@@ -1,4 +1,4 @@
-// Launches of kernels/update_rule.cuh: the inner optimizers beside plain gradient descent.     all [P]
+// Launches kernels/update_rule.cuh: inner optimizers other than plain gradient descent.     all [P]
 #include "cuda/cuda_ops.h"
 #include "cuda/kernels/update_rule.cuh"
 #include "cuda/map.h"

@@ -39,7 +39,7 @@ template <class T>
 void run_tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size, int64_t stride, uintptr_t stream) {
   if (stride != size) throw std::logic_error("tree_reduce takes whole vectors on a device");
   constexpr int kColumns = 32, kSlices = 8;
-  int64_t slice = 8;  // tasks of a thread; whatever it is, the tree is the same
+  int64_t slice = 8;  // tasks of one thread; the tree is the same for any value
   while (slice * kSlices < tasks) slice *= 2;
   if (size == 0) return;
   launch(tree_reduce<T, kColumns, kSlices>, dim3(unsigned((size + kColumns - 1) / kColumns)), dim3(kColumns, kSlices), 0, stream,

@@ -1,6 +1,7 @@
-// Products with a task's Hessian or Gauss-Newton matrix at parameters that stay: what does not depend on the direction runs once.
+// Products with a task's Hessian or Gauss-Newton matrix at fixed parameters. The first part does not depend on the
+// direction and runs once.
 //   hessian        first: the gradient pass    second: its tangent
-//   gauss_newton   first: the forward pass     second: its tangent, and back from there with the loss's Hessian by the outputs
+//   gauss_newton   first: the forward pass     second: its tangent, then the backward pass from the loss's Hessian by the outputs
 #include "meta/meta.h"
 
 namespace fastmaml {

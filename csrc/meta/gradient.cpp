@@ -1,5 +1,5 @@
-// The gradient of a loss and its tangent (the Hessian-vector product), as Steps that the other Schedules are made of; and the
-// Schedules that are one such pass.
+// The gradient of a loss and its tangent (the Hessian-vector product) as Steps. All other Schedules are made of them.
+// Also the Schedules that are one such pass.
 #include <stdexcept>
 
 #include "meta/meta.h"
@@ -23,7 +23,7 @@ Op loss_op(const Loss& loss, bool tangent) {
 
 Operand buffers(Schedule& out, const Program& net) { return net.buffer_count ? out.external(Arg::buffers, net.buffer_count) : Operand{}; }
 
-// Labels, rows like the output's, or nothing where a loss written in Python has its own.
+// Labels, or rows shaped like the output. Empty for a loss written in Python, which may hold its own targets.
 Operand targets(Schedule& out, const Program& net, Arg arg, int64_t examples) {
   switch (target_of(net.loss.kind)) {
     case Target::label:
@@ -49,7 +49,7 @@ Operand targets_from(const Program& net, Operand y, int64_t rows) {
   throw std::logic_error("not a loss's target");
 }
 
-// The loss sees the last rows of the batch; the gradient by the others is zero.
+// The loss sees only the last rows of the batch. The gradient by the other rows is zero.
 void loss_step(Schedule& out, const Program& net, const Batch& batch, Pass pass, Tape& tape, Operand loss, Operand dz) {
   const int64_t skipped = batch.loss_from * net.output_shape().size(), rows = batch.examples - batch.loss_from;
   const Operand z = offset(tape.value[net.output], skipped);
@@ -67,7 +67,7 @@ void loss_step(Schedule& out, const Program& net, const Batch& batch, Pass pass,
   }
 }
 
-// The tangent of the gradient by the output.
+// The tangent of the loss's gradient by the output.
 Operand loss_tangent(Schedule& out, const Program& net, const Batch& batch, Tape& tape) {
   const int64_t outputs = batch.examples * net.output_shape().size();
   if (!tape.dot[net.output]) {  // no parameter reaches the output

@@ -1,5 +1,5 @@
-// Schedules made of Hessian-vector products (hvp = tangent of the backward pass, inner_loop.cpp): the product alone, conjugate
-// gradients on it, and the four bare passes.
+// Schedules made of Hessian-vector products (gradient.cpp): the product alone and conjugate gradients.
+// Also the four bare passes of the network.
 #include "meta/meta.h"
 
 namespace fastmaml {
@@ -11,7 +11,7 @@ Schedule hvp_schedule(const Program& net, int64_t examples, bool weights) {
   return out;
 }
 
-// The gradient pass does not depend on the direction, so it runs once; every step adds only the tangents.
+// The gradient pass does not depend on the direction, so it runs once. Every step adds only the tangents.
 Schedule conjugate_gradient_schedule(const Program& net, int64_t examples, bool weights, bool masked, int steps) {
   Schedule out;
   const int64_t P = net.param_count;

@@ -1,4 +1,4 @@
-// MAML as Schedules: plain data, the same for every backend. Nothing here runs anything or knows a device.
+// MAML as Schedules: plain data, the same for every backend. Nothing here runs a Schedule or knows a device.
 #pragma once
 
 #include "meta/inner_loop.h"
@@ -8,18 +8,19 @@
 
 namespace fastmaml {
 
-// An inner loop, the sizes of its inputs, and which of them there are.
+// An inner loop, the sizes of its inputs, and which optional inputs are given.
 struct InnerLoopSpec {
   InnerLoop loop;
   int64_t support_examples = 0, query_examples = 0;
   bool stash = false;           // keep the activations of the inner steps instead of recomputing them in the sweep
-  bool rates_per_step = false;  // Arg::rates has a row for each of K steps instead of one for all
-  bool uniform_rate = false;    // its rows are one number instead of P: for plain descent alone (InnerLoop::plain)
-  // Which of the optional arguments there are.
+  bool rates_per_step = false;  // Arg::rates has a row for each of K steps; false: one row for all steps
+  bool uniform_rate = false;    // a row of rates is one number, not P; only for plain descent (InnerLoop::plain)
+  // Which optional arguments are given.
   bool support_weights = false, query_weights = false, loss_weights = false, mask = false, state = false, step_count = false;
 };
 
-// output = net(params, query_x). In `support` batch-norm mode the statistics come from support_x (support_examples > 0).
+// output = net(params, query_x). In `support` batch-norm mode the statistics come from support_x (support_examples >
+// 0).
 Schedule forward_schedule(const Program& net, int64_t examples, int64_t support_examples);
 
 // loss, grad = L_S, grad L_S at params
@@ -31,15 +32,15 @@ Schedule vjp_schedule(const Program& net, int64_t examples);
 // grad_dot = H_S(params) params_dot
 Schedule hvp_schedule(const Program& net, int64_t examples, bool weights);
 
-// The curvature of a task's loss at params, as products of a matrix with params_dot (curvature.cpp).
+// Products of the loss's curvature matrix at params with params_dot (curvature.cpp).
 enum class Curvature : uint8_t {
   hessian,
-  gauss_newton,  // J^T L J: J the Jacobian of the outputs, L the loss's Hessian by them
+  gauss_newton,  // J^T L J: J is the Jacobian of the outputs, L the loss's Hessian by the outputs
 };
-// first: what all products share; second: grad_dot = the product
+// first: the work that all products share; second: grad_dot = the product
 SplitSchedule curvature_schedules(const Program& net, int64_t examples, bool weights, Curvature curvature);
 
-// adapted = phi[K], support_losses = L_S(phi[0..K-1]); state_next = the update rule's state behind the last step
+// adapted = phi[K], support_losses = L_S(phi[0..K-1]), state_next = the update rule's state after the last step
 Schedule adapt_schedule(const Program& net, const InnerLoopSpec& spec);
 
 // The whole meta-gradient of one task; see meta_gradient.cpp.
@@ -48,27 +49,28 @@ Schedule meta_gradient_schedule(const Program& net, const InnerLoopSpec& spec);
 // solution s of ((1 + damping) I + H_S(params) / lam) s = params_dot; masked: H has rows and columns where mask != 0 only
 Schedule conjugate_gradient_schedule(const Program& net, int64_t examples, bool weights, bool masked, int steps);
 
-// The four passes of the bare network from given gradients by the output, for tests and for losses written in Python.
+// The four passes of the network without a loss, from given gradients by the output. For tests and for losses written
+// in Python.
 Schedule passes_schedule(const Program& net, int64_t examples, bool dual);
 
 // Pieces that several schedules share (gradient.cpp).
 struct Batch {  // a task's examples, as the loss sees them
   Operand x, y, weights;
   int64_t examples = 0;       // rows of x
-  int64_t stat_examples = 0;  // rows that batch norm takes its statistics from
+  int64_t stat_examples = 0;  // rows that give batch norm its statistics
   int64_t loss_from = 0;      // the loss sees rows loss_from .. examples - 1
-  bool query = false;         // which set they are of, and from which row on: a loss written in Python is told
+  bool query = false;         // support or query set; a loss written in Python is told this and the first row
   int64_t first_row = 0;
 };
 Batch support_batch(Schedule& out, const Program& net, int64_t examples, bool weights);
-// In `support` batch-norm mode the support images run along, ahead of the query's, and give the statistics.
+// In `support` batch-norm mode the support images come before the query images and give the statistics.
 Batch query_batch(Schedule& out, const Program& net, const InnerLoopSpec& spec, const Batch& support);
-Batch step_batch(const Program& net, const InnerLoopSpec& spec, const Batch& support, int k);  // what inner step k sees of it
+Batch step_batch(const Program& net, const InnerLoopSpec& spec, const Batch& support, int k);  // the rows of inner step k
 Tape gradient(Schedule& out, const Program& net, Operand params, const Batch& batch, Operand loss, Operand grad);
-// hu = H(params) u. With a tape of the gradient at params only the tangents are computed; without one the gradient pass is
-// computed again beside them (dual), and written to `grad` if that is given.
+// hu = H(params) u. With a tape of the gradient at params, only the tangents are computed.
+// Without a tape, a dual pass computes the gradient again together with the tangents; `grad` receives it if given.
 void hvp(Schedule& out, const Program& net, Operand params, Operand u, const Batch& batch, const Tape* stashed, Operand hu, Operand grad);
-// A tape of the forward pass alone, and hu = J^T L J u with it.
+// A tape of the forward pass, and hu = J^T L J u from such a tape.
 Tape values(Schedule& out, const Program& net, Operand params, const Batch& batch);
 void gauss_newton(Schedule& out, const Program& net, Tape tape, Operand u, const Batch& batch, Operand hu);
 

@@ -3,9 +3,10 @@
 //   phi[0] = theta                         phi[k+1]  = phi[k] - a * grad_support(phi[k])
 //   lambda[K] = w_K grad_query(phi[K])     lambda[k] = lambda[k+1] - H_support(phi[k]) (a * lambda[k+1]) + w_k grad_query(phi[k])
 //
-// The meta-gradient is lambda[0]; first-order MAML drops the Hessian terms. The rate is per parameter, so scaling comes before the
-// Hessian: (diag(a) H)^T v = H (a * v). The gradient by the rate is da[k] = -grad_support(phi[k]) * lambda[k+1].
-// Other updates of phi, and their adjoints in the place of a * lambda, are in update_rule.cpp.
+// The meta-gradient is lambda[0]. First-order MAML drops the Hessian terms.
+// The rate `a` is per parameter, so lambda is scaled before the Hessian: (diag(a) H)^T v = H (a * v).
+// The gradient by the rate is da[k] = -grad_support(phi[k]) * lambda[k+1].
+// Other update rules and their adjoints are in update_rule.cpp; an adjoint takes the place of a * lambda.
 #include <algorithm>
 #include <stdexcept>
 #include <vector>
@@ -17,7 +18,7 @@
 namespace fastmaml {
 namespace {
 
-// The query losses at the phi[k] that the loop names: their weighted sum, and the sum of their gradients in lambda.
+// The query losses at the phi[k] named by the loop: their weighted sum, and the sum of their gradients in lambda.
 class QueryLosses {
  public:
   QueryLosses(Schedule& out, const Program& net, const InnerLoopSpec& spec, const Batch& support, Operand lambda)
@@ -31,7 +32,7 @@ class QueryLosses {
     out.step(Op::fill_zero, Vector{net.param_count}, 1, {lambda});
   }
 
-  // The network's output at phi[k].
+  // Adds the query loss at phi[k]. Returns the network's output there.
   Operand add(int k, Operand phi) {
     if (!weights_) return output_of(gradient(out_, net_, phi, batch_, loss_, lambda_));
     const auto at = std::lower_bound(queries_.begin(), queries_.end(), k) - queries_.begin();
@@ -80,16 +81,16 @@ Schedule meta_gradient_schedule(const Program& net, const InnerLoopSpec& spec) {
     rule.step(k, phi[k], g, phi[k + 1]);
   }
 
-  // the query pass: lambda[K]
+  // the query pass makes lambda[K]
   out.phase = Phase::query;
   QueryLosses query(out, net, spec, support, lambda);
   const Operand output = query.add(K, phi[K]);
   out.step(Op::copy, Vector{outputs}, 1, {out.external(Arg::output, outputs), output});
 
-  // the sweep: lambda[K-1] .. lambda[0]
+  // the sweep makes lambda[K-1] .. lambda[0]
   out.phase = Phase::sweep;
   const Operand rows_grad = rows.size() && K ? out.external(Arg::step_rows_grad, K * rows.size()) : Operand{};
-  if (rows_grad) out.step(Op::fill_zero, Vector{rows.size()}, 1, {rows_grad});  // row 0 is theta's own
+  if (rows_grad) out.step(Op::fill_zero, Vector{rows.size()}, 1, {rows_grad});  // theta holds row 0, so lambda carries its gradient
   rule.start_sweep();
   for (int k = K - 1; k >= 0; --k) {
     if (k >= loop.first_swept()) {

@@ -1,5 +1,5 @@
-// Parameters that hold another value in each inner step, such as MAML++'s rows of batch norm (Antoniou et al. 2019, section 4):
-// row k from step k's support pass on, up to the query pass behind that step. The start holds row 0.
+// Parameters with another value in each inner step, such as MAML++'s rows of batch norm (Antoniou et al. 2019, section 4).
+// Row k is used from step k's support pass up to the query pass after step k. The start of the loop holds row 0.
 #pragma once
 
 #include <vector>
@@ -15,8 +15,8 @@ class StepRows {
   StepRows(Schedule& out, const Program& net, const InnerLoop& loop);
 
   void put(int k, Operand phi) const;  // phi's entries become row k
-  // The gradient by row k: what lambda holds for its entries in front of step k > 0. It does not go on from there; that of row 0
-  // stays in lambda.
+  // The gradient by row k > 0: lambda's entries for these parameters before step k. They are taken out of lambda.
+  // Row 0's gradient stays in lambda.
   void collect(int k, Operand lambda, Operand rows_grad) const;
   int64_t size() const { return size_; }  // R
 
@@ -30,7 +30,7 @@ class StepRows {
   Operand rows_;  // [K, R]
 };
 
-// The parameters of InnerLoop::rows with their offsets in a row. Throws where the network does not have one.
+// The parameters of InnerLoop::rows with their offsets in a row. Throws if the network lacks one.
 std::vector<Param> step_row_params(const Program& net, const InnerLoop& loop);
 
 }  // namespace fastmaml

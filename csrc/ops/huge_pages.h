@@ -1,6 +1,7 @@
-// Pages of 2 MiB for large memory, where the system has them for the asking. A fresh page of 4 KiB costs a fault at its first touch, which
-// for results as large as all tasks' parameters took a third of a Hessian-vector product; and matrices whose rows lie pages apart ask for
-// more pages than a core remembers.
+// Pages of 2 MiB for large memory, where the system offers them.
+// The first touch of a 4 KiB page costs a page fault. For results as large as all tasks' parameters,
+// these faults took a third of a Hessian-vector product.
+// Matrices with rows several pages apart also need more pages than the TLB holds.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +14,7 @@ namespace fastmaml {
 
 inline constexpr size_t kHugePage = size_t(2) << 20;
 
-// Only a hint: a refusal changes nothing but the time.
+// Only a hint: without huge pages the results are the same.
 inline void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #ifdef __linux__
   if (bytes < 2 * kHugePage) return;

@@ -1,4 +1,4 @@
-// How long each Step of a Schedule took, for a profile of a walk. A Run without a clock measures nothing.
+// How long each Step of a Schedule took, to profile a walk. A Run without a clock measures nothing.
 #pragma once
 
 #include <time.h>
@@ -25,10 +25,10 @@ struct StepTime {
   }
 };
 
-// The Steps of one Schedule as one worker walks them: from the end of a Step to the end of the next, so that what a walk does between
-// two ops counts as the second one's. Time in which the system ran something else in the worker's place is taken off, as far as the
-// worker's own processor time tells; that costs a system call, so it is asked only behind a Step that seems long, as one that was
-// interrupted does.
+// Times the Steps of one Schedule in one worker. A Step's time runs from the end of the previous Step to its own end.
+// Work of the walk between two ops therefore counts for the second op.
+// If the system interrupts the worker, that time is subtracted. It is found by the worker's CPU time.
+// Reading the CPU time is a system call, so it happens only after a Step that seems long.
 class StepClock {
  public:
   explicit StepClock(size_t steps = 0) : times_(steps) {}
@@ -58,7 +58,7 @@ class StepClock {
   static constexpr int64_t kLong = 20'000, kLeast = 1;  // ns
   std::vector<StepTime> times_;
   int64_t last_ = 0;
-  int64_t mark_ = 0, ran_ = 0;  // when the processor time was asked, and what it was
+  int64_t mark_ = 0, ran_ = 0;  // when the CPU time was read, and its value
 
   void set_mark() {
     timespec ran;

@@ -22,7 +22,7 @@ int TreeSum::levels(int64_t groups) {
   return levels;
 }
 
-// Nodes wait beside the way down to each group that is being walked, and to the first that nobody has begun.
+// Finished nodes wait for their siblings: at each level, one for every worker and one for the first group not yet started.
 int64_t TreeSum::places(int64_t groups, int workers) { return std::min(groups, (workers + 1) * int64_t(levels(groups)) + workers); }
 
 size_t TreeSum::room(const OpTable& table, int64_t tasks, int64_t size, int64_t group, int workers) {
@@ -66,7 +66,7 @@ void TreeSum::add_group(int64_t group, std::byte* x) const {
     for (int64_t t = 0; t + apart < count; t += 2 * apart) table_.tree_add(x + t * bytes, x + (t + apart) * bytes, size_);
 }
 
-// The last groups' sums are left to finish(), which has all threads for them.
+// The last groups are left to finish(), where all threads can add them.
 void TreeSum::give(int64_t group, void* x) {
   Node node{0, group, static_cast<std::byte*>(x)};
   add_group(group, node.sum);
@@ -103,20 +103,20 @@ void TreeSum::finish(int workers, const ParallelFor& parallel_for) {
         above.push_back(node);
         continue;
       }
-      if (node.index % 2 == 1) continue;  // its left sibling sees to it
+      if (node.index % 2 == 1) continue;  // its left sibling adds them
       if (has_sibling(node)) sums.push_back({node.sum, find(level, node.index + 1)->sum});
       above.push_back({level + 1, node.index / 2, node.sum});
     }
     waiting_ = std::move(above);
   }
   std::byte* const root = waiting_.front().sum;
-  constexpr int64_t kShare = 16 * 1024;  // additions that are worth a thread
-  constexpr int64_t kBlock = 1024;       // numbers: all sums of a block stay in L1
+  constexpr int64_t kShare = 16 * 1024;  // additions that are worth one thread
+  constexpr int64_t kBlock = 1024;       // numbers of a block, so that all its sums stay in L1
   const int64_t bytes = int64_t(table_.real_bytes), shares = std::clamp<int64_t>(int64_t(sums.size() + 1) * size_ / kShare, 1, workers);
   const int64_t share = ((size_ + shares - 1) / shares + kBlock - 1) / kBlock * kBlock;
   const double mean = 1.0 / double(tasks_);
   const float mean_single = float(mean);
-  const void* scale = nullptr;  // 1
+  const void* scale = nullptr;  // null means 1
   if (!w_) scale = table_.real_bytes == sizeof(float) ? static_cast<const void*>(&mean_single) : &mean;
   const auto columns = [&](int64_t i) {
     const int64_t end = std::min(size_, (i + 1) * share);

@@ -1,4 +1,4 @@
-// The ways to walk a Schedule on a machine whose ops are host functions.
+// The walks of a Schedule (run_layered, run_resident, run_segments) for ops that are host functions.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -17,7 +17,7 @@ namespace {
 
 using Args = std::array<View, kArgs>;
 
-// From task `first` on.
+// The arguments, starting at task `first`.
 Args args_from(const Run& run, int64_t first) {
   Args args;
   std::copy(run.args, run.args + kArgs, args.begin());
@@ -30,7 +30,7 @@ Args args_from(const Run& run, int64_t first) {
   return args;
 }
 
-// The Steps from .. to - 1 for `count` tasks, whose slots start at `arena` and whose arguments are `args`.
+// Runs Steps [from, to) for `count` tasks. Their slots start at `arena`; their arguments are `args`.
 void walk(const Run& run, const Args& args, int64_t worker, std::byte* arena, std::byte* scratch, int64_t count, size_t from, size_t to) {
   const Schedule& schedule = run.schedule;
   StepClock* const clock = run.clocks ? run.clocks + worker : nullptr;
@@ -65,7 +65,7 @@ void walk(const Run& run, const Args& args, int64_t worker, std::byte* arena, st
   }
 }
 
-// Hands the groups of tasks out to `workers`, one at a time: which worker takes a task never changes its result.
+// Hands the groups of tasks out to `workers`, one at a time. A result does not depend on which worker made it.
 template <class Body>
 void over_groups(int64_t groups, int workers, const ParallelFor& parallel_for, const Body& body) {
   std::atomic<int64_t> next{0};
@@ -82,7 +82,7 @@ bool has_python_loss(const Schedule& schedule) {
   return std::any_of(schedule.steps.begin(), schedule.steps.end(), [](const Step& step) { return is_python_loss(step.op); });
 }
 
-// of all tasks
+// arena bytes of all tasks
 size_t slot_bytes(const Run& run) {
   const size_t groups = (run.tasks + run.lanes - 1) / run.lanes;
   return groups * run.lanes * run.workspace.task_bytes;
@@ -95,12 +95,12 @@ bool is_summed(const Run& run, Arg arg) {
 void check(const Run& run) {
   if (run.lanes != run.table.lanes && run.table.lanes != kAnyLanes)
     throw std::invalid_argument(std::string("backend ") + run.table.backend + " has no layout of " + std::to_string(run.lanes) +
-                                " tasks side by side in this table");
+                                " tasks in lanes in this table");
   for (const Slot& slot : run.schedule.slots)
     if (slot.arg != Arg::none && slot.size > 0 && !run.args[static_cast<int>(slot.arg)] && !is_summed(run, slot.arg))
       throw std::invalid_argument(std::string("argument ") + arg_name(slot.arg) + " is missing");
   if (!run.python_loss && has_python_loss(run.schedule))
-    throw std::invalid_argument("the loss is written in Python, and there is no function for it");
+    throw std::invalid_argument("a loss written in Python needs a function, and this run has none");
 }
 
 }  // namespace
@@ -116,7 +116,7 @@ size_t layered_bytes(const Run& run) { return slot_bytes(run) + run.workspace.sc
 
 void run_resident(const Run& run, Arenas& arenas, int workers, const ParallelFor& parallel_for) {
   check(run);
-  if (has_python_loss(run.schedule)) throw std::invalid_argument("a task alone cannot walk through a loss written in Python");
+  if (has_python_loss(run.schedule)) throw std::invalid_argument("run_resident cannot walk a loss written in Python; use run_segments");
   const int64_t groups = (run.tasks + run.lanes - 1) / run.lanes;
   const size_t slots = run.lanes * run.workspace.task_bytes, bytes = slots + run.workspace.scratch_bytes;
   workers = int(std::min<int64_t>(std::max(workers, 1), groups));

@@ -9,7 +9,7 @@
 namespace fastmaml {
 namespace {
 
-constexpr size_t kAlign = 64;  // a cache line, and the widest vector
+constexpr size_t kAlign = 64;  // a cache line, also the width of the widest vector
 
 size_t round_up(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 

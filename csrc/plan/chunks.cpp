@@ -1,7 +1,8 @@
-// A layer with 64 outputs and 2,000 examples leaves the cache before the next layer reads it; 200 examples do not.
+// Splits the examples of a network into chunks. The output of a layer with 2,000 examples leaves the cache before the
+// next layer reads it.
 //   linear_fwd     of 2,000 rows             linear_fwd     rows 0 .. 191
 //   pointwise_fwd  of 2,000 rows        =>   pointwise_fwd  rows 0 .. 191       ...  then rows 192 .. 383 ...
-//   linear_bwd_weight  dw                    linear_bwd_weight  a share of dw, which is added to the others'
+//   linear_bwd_weight  dw                    linear_bwd_weight  a share of dw, added to the other shares
 #include "plan/chunks.h"
 
 #include <algorithm>
@@ -13,9 +14,10 @@
 namespace fastmaml {
 namespace {
 
-constexpr int64_t kRows = 96;  // of a chunk a multiple: whole tiles of rows
+constexpr int64_t kRows = 96;  // a chunk has a multiple of this many rows: whole tiles
 
-// An operand of all examples (read, or a sum over them), or of each: as large as the layer's input or output, or one number.
+// How large an operand is. whole: it covers all examples (read, or a sum over them).
+// input, output, one: for each example the size of the layer's input, of its output, or one number.
 enum class Extent : uint8_t { whole, input, output, one };
 
 const std::map<Op, std::vector<Extent>>& extents() {
@@ -50,7 +52,7 @@ int64_t row_of(const Layer& layer, Extent extent) {
   return std::get<Loss>(layer).size;
 }
 
-// Of operand i of a step, which is of all examples: of a layer's weights or bias, or the loss.
+// Numbers of operand i of a step, where it covers all examples: a layer's weights or bias, or the loss.
 int64_t whole_size(const Step& step, const Layer& layer, size_t i) {
   const auto* s = std::get_if<Linear>(&layer);
   if (!s) return 1;
@@ -62,7 +64,7 @@ int64_t whole_size(const Step& step, const Layer& layer, size_t i) {
   return bias ? s->out : s->in * s->out;
 }
 
-// A loss without weights divides by all examples, of which a chunk's Step knows nothing.
+// A loss without weights divides by the number of all examples. A chunk's Step does not know that number.
 bool can_take_parts(const Step& step) {
   const auto found = extents().find(step.op);
   if (found == extents().end()) return false;
@@ -70,7 +72,7 @@ bool can_take_parts(const Step& step) {
   return !loss || step.operand[found->second.size() - 1];
 }
 
-// Numbers that a run touches: row > 0: that many of each example.
+// Numbers that a run touches; row > 0: so many for each example.
 struct Range {
   Operand at;
   int64_t size, row;
@@ -89,7 +91,7 @@ class Run {
   size_t end() const { return end_; }
   int64_t numbers() const { return N_ * row_; }
 
-  // Rows of a chunk, or 0 where chunks would not pay: with wide layers the weights are what leaves the cache.
+  // Rows of a chunk, or 0 where chunks do not pay. In wide layers the weights already exceed the cache.
   int64_t chunk(const ChunkSizes& sizes) const {
     if (numbers() <= sizes.cached || whole_ > sizes.cached / 8) return 0;
     const int64_t rows = std::max<int64_t>(1, sizes.cached / 2 / row_ / kRows) * kRows;
@@ -100,10 +102,10 @@ class Run {
   const Schedule& schedule_;
   const int64_t N_;
   size_t end_;
-  int64_t row_ = 0, whole_ = 0;  // numbers of an example, and of all
+  int64_t row_ = 0, whole_ = 0;  // numbers of one example, and numbers shared by all examples
   std::vector<Range> ranges_;
 
-  // Adds a Step, if no chunk of it needs more than the same chunk of the Steps before.
+  // Adds a Step if a chunk of it needs only the same chunk of the Steps before.
   bool takes(const Step& step) {
     if (!can_take_parts(step) || step.examples != N_) return false;
     const Layer& layer = schedule_.layers[size_t(step.layer)];
@@ -135,7 +137,7 @@ class Run {
 
 class Chunks {
  public:
-  // local: by slot, does nobody but the run use it?
+  // local[slot]: only this run uses the slot
   Chunks(Schedule& out, const std::vector<Step>& steps, const std::vector<bool>& local, int64_t rows)
       : out_(out), steps_(steps), local_(local), rows_(rows) {}
 
@@ -150,13 +152,13 @@ class Chunks {
   const std::vector<Step>& steps_;
   const std::vector<bool>& local_;
   const int64_t rows_;
-  std::map<int, int> small_;                      // by slot: the one that holds a chunk of it
-  std::map<std::pair<int, int64_t>, int> share_;  // by the place of a sum: the slot that holds a chunk's share of it
+  std::map<int, int> small_;                      // by slot: the small slot for its chunk
+  std::map<std::pair<int, int64_t>, int> share_;  // by the place of a sum: the slot that holds a chunk's share
 
   void part(Step step, int64_t from, int64_t count) {
     const Layer layer = out_.layers[size_t(step.layer)];
     const std::vector<Extent>& extent = extents().at(step.op);
-    std::vector<std::pair<Operand, Operand>> sums;  // and a chunk's share
+    std::vector<std::pair<Operand, Operand>> sums;  // each sum, and a chunk's share of the sum
     std::vector<int64_t> sizes;
     step.examples = count;
     step.stat_examples = count;
@@ -195,7 +197,7 @@ class Chunks {
   }
 };
 
-// The slots of which the run touches rows alone, and nobody else anything.
+// The slots that only this run uses, and only row by row.
 std::vector<bool> local_slots(const Schedule& schedule, const std::vector<int>& uses, const std::vector<Step>& run) {
   const size_t slots = schedule.slots.size();
   const std::vector<int> inside = uses_of_slots(run, slots);

@@ -1,4 +1,4 @@
-// Many examples of a network with few parameters, taken a few at a time through all its layers.
+// Takes the examples of a small network a few at a time through all its layers, so that activations stay in cache.
 #pragma once
 
 #include "program/schedule.h"
@@ -6,11 +6,11 @@
 namespace fastmaml {
 
 struct ChunkSizes {  // in numbers
-  int64_t cached;    // what stays in cache: a row of Steps that touches no more is left as it is, and a chunk is to touch half of it
+  int64_t cached;    // what fits the cache: smaller runs of Steps stay whole, and a chunk should touch half as much
 };
 
-// The same work with runs of per-example Steps (linear, pointwise, losses) walked chunk by chunk. Which runs, and the rows of a chunk,
-// follow from the network and N alone: the order of a sum depends on them.
+// Returns the same work with runs of per-example Steps (linear, pointwise, losses) walked chunk by chunk.
+// The choice of runs and the rows of a chunk depend on the network and N alone, because they set the order of sums.
 Schedule chunk_examples(const Schedule& schedule, const ChunkSizes& sizes);
 
 }  // namespace fastmaml

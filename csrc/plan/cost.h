@@ -1,4 +1,4 @@
-// What a Step costs on paper: its arithmetic, and the bytes that it cannot do without. Knows ops and layers, and no machine.
+// The cost of a Step on paper: its arithmetic, and the bytes it must move. Knows ops and layers, but no machine.
 #pragma once
 
 #include <cstdint>
@@ -16,23 +16,23 @@ struct Role {
 };
 std::vector<Role> roles(Op op);
 
-// Of an operand of one task, by its role in op.h.
+// Numbers of one task's operand, by its role in op.h.
 int64_t operand_size(const Layer& layer, std::string_view role, int64_t examples);
 size_t operand_element_bytes(std::string_view role, size_t real_bytes);
 
-// Of one task.
+// The cost of a Step for one task.
 struct Cost {
   double products = 0;  // floating-point operations of matrix products and (direct) convolutions; a multiply-add is two
-  double other = 0;     // of everything else, by counting a few for each element; a call of exp or tanh is one
-  double bytes = 0;     // every operand once, twice where it is read and written
+  double other = 0;     // all other operations, a few for each element; a call of exp or tanh counts as one
+  double bytes = 0;     // every operand once, twice if it is read and written
 };
 Cost cost_of(const Step& step, const Layer& layer, size_t real_bytes);
 
-// What the speed of a Step depends on beside the op, for a model of it: rows, depth and columns of a product, and the width of the images;
-// of other ops how often they do their arithmetic, and the length of the vectors they do it in.
+// The sizes that decide the speed of a Step, for a model of the speed.
+// Products: rows, depth, columns, and the width of the images. Other ops: number and length of their vectors.
 std::vector<int64_t> sizes_of(const Step& step, const Layer& layer);
 
-// "conv2d 64x14x14 to 64x14x14, 3x3": the layer of a Step in words, with all sizes that its cost depends on beside the examples.
+// "conv2d 64x14x14 to 64x14x14, 3x3": a Step's layer in words, with all sizes of its cost except the examples.
 std::string words_of(const Layer& layer);
 
 }  // namespace fastmaml

@@ -13,7 +13,7 @@ constexpr Op kNormPoolActOps[] = {Op::norm_pool_act_fwd,        Op::norm_pool_ac
 
 constexpr int kNobody = -1;
 
-// By value: the one node that reads it, or kNobody.
+// For each value: the one node that reads it, or kNobody.
 std::vector<int> only_readers(const Program& net) {
   std::vector<int> reader(net.values.size(), kNobody), reads(net.values.size(), 0);
   for (size_t i = 0; i < net.nodes.size(); ++i)
@@ -27,22 +27,23 @@ std::vector<int> only_readers(const Program& net) {
   return reader;
 }
 
-// A tap and its complement fit a byte.
+// A tap and its complement must fit a byte.
 bool taps_fit(const Pool2d& pool) { return pool.KH * pool.KW <= int64_t(std::numeric_limits<int8_t>::max()) + 1; }
 
-// With a negative slope the sign of y would not be that of the activation's argument, and the largest pixel not make the largest y.
+// Leaky ReLUs with a negative slope are not fused. The sign of y no longer gives the mask, and the max-pool winner may
+// change.
 bool rectifies(const Pointwise& f) { return f.kind == Pointwise::Kind::relu || (f.kind == Pointwise::Kind::leaky_relu && f.number > 0); }
 
 double slope_of(const Pointwise& f) { return f.kind == Pointwise::Kind::relu ? 0.0 : f.number; }
 
 Pool2d no_pool(const Shape& x) { return {x.C, x.H, x.W, x.H, x.W, 1, 1, 1, 1, 0, 0, true}; }
 
-// The network of the nodes that are not absorbed, of as many as there were.
+// The network without its absorbed nodes.
 Program without(const Program& net, std::vector<Node> nodes, const std::vector<bool>& absorbed) {
   Program out = net;
   out.nodes.clear();
   out.values = {net.values[0]};
-  std::vector<int> now(net.values.size(), 0);  // where the values that are left have gone
+  std::vector<int> now(net.values.size(), 0);  // the new index of each remaining value
   for (size_t i = 0; i < nodes.size(); ++i) {
     if (absorbed[i]) continue;
     for (int& v : nodes[i].inputs) v = now[v];
@@ -56,7 +57,7 @@ Program without(const Program& net, std::vector<Node> nodes, const std::vector<b
 
 Program join_norm_pool_act(const Program& net) {
   const std::vector<int> reader = only_readers(net);
-  std::vector<Node> nodes = net.nodes;  // by the value they make, less one; what is absorbed is marked below
+  std::vector<Node> nodes = net.nodes;  // by the value they make, minus one; absorbed nodes are marked below
   std::vector<bool> absorbed(nodes.size(), false);
   for (size_t i = 0; i < nodes.size(); ++i) {
     if (nodes[i].kind != NodeKind::batch_norm) continue;
@@ -91,9 +92,10 @@ void rectify_input(Layer& layer, Rectified how) {
   if (auto* s = std::get_if<Conv2d>(&layer)) s->x = how;
 }
 
-// A rectifier goes where both its ends are seen to. What is rectified: a linear, conv2d or group_norm layer that nobody else reads. The way
-// back: the one linear or conv2d layer that reads y (flattened or not) masks the gradient that it writes; a group norm can mask what it
-// reads as well, and so does not mind who reads y.
+// Joins a rectifier to the layers around it, if both directions are possible.
+// Forward: a linear, conv2d or group_norm layer rectifies its output, if only the rectifier reads that output.
+// Backward: the one linear or conv2d layer that reads y (flattened or not) masks the gradient that it writes.
+// A group norm can also mask the gradient that it reads, so y may have any readers.
 Program join_rectifiers(const Program& net) {
   const std::vector<int> reader = only_readers(net);
   std::vector<Node> nodes = net.nodes;
@@ -115,7 +117,7 @@ Program join_rectifiers(const Program& net) {
   return without(net, std::move(nodes), absorbed);
 }
 
-// A pointwise function and its tangent at the same x, in any order.
+// A pointwise function and its tangent at the same x, in either order.
 std::optional<Step> fused(const Step& a, const Step& b) {
   if (a.op == Op::pointwise_fwd_jvp || a.op == Op::pointwise_bwd_jvp) {
     if (b.op == Op::pointwise_fwd || b.op == Op::pointwise_bwd) return fused(b, a);
@@ -148,7 +150,8 @@ Schedule join_pointwise(Schedule schedule) {
   return schedule;
 }
 
-// rate_grad g lambda;  adjoint_update lambda hu;  scale_by_rate u rate lambda:  the second with one or both of the others
+// Joins rate_grad g lambda;  adjoint_update lambda hu;  scale_by_rate u rate lambda.
+// adjoint_update is required, with one or both of the others.
 Schedule join_sgd_adjoint(Schedule schedule) {
   const std::vector<Step> parts = std::move(schedule.steps);
   schedule.steps.clear();

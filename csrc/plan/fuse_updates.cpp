@@ -8,7 +8,7 @@ namespace fastmaml {
 namespace {
 
 struct Update {
-  size_t step;  // its number
+  size_t step;  // index of the Step
   bool adjoint;
   Operand to, from, g, rate;
   int64_t size;
@@ -32,13 +32,14 @@ struct Range {
 
 struct Writer {
   size_t step;
-  Range range;  // its weights and behind them its bias
+  Range range;  // its weights, followed by its bias
   bool fuses = false;
 };
 
 Operand part(Operand vector, int64_t from) { return {vector.slot, vector.offset + from}; }
 
-// The Steps that make the update's gradient, in the order of their ranges. Nothing where others do as well, or read it.
+// The Steps that make the update's gradient, in the order of their ranges. Empty if other Steps also write or read the
+// gradient.
 std::vector<Writer> writers_of(const Schedule& schedule, const Update& update) {
   const Slot& slot = schedule.slots[size_t(update.g.slot)];
   if (slot.arg != Arg::none || update.g.offset != 0 || slot.size != update.size) return {};
@@ -61,7 +62,8 @@ std::vector<Writer> writers_of(const Schedule& schedule, const Update& update) {
   return covered == update.size ? writers : std::vector<Writer>{};
 }
 
-// Can the writer write into `to`, when every other writer may do so too? A Step reads one parameter by an operand, or from there on all.
+// Can this writer write into `to`, if every other writer does so too?
+// A Step reads either one parameter through an operand, or all parameters from there on.
 bool can_join(const Schedule& schedule, const Update& update, const Writer& writer) {
   for (size_t s = update.adjoint ? writer.step + 1 : 0; s < update.step; ++s)
     for (const Operand& operand : schedule.steps[s].operand) {

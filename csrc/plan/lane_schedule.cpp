@@ -5,7 +5,7 @@
 namespace fastmaml {
 namespace {
 
-// Each lane of a walk needs its own copy of what the tasks do not share.
+// Every other argument needs a copy in the lanes' layout, because tasks do not share it.
 bool shared_by_nature(Arg arg) {
   switch (arg) {
     case Arg::rates:
@@ -58,7 +58,7 @@ Schedule lane_schedule(Schedule schedule) {
       Moved& to = moved[arg];
       const bool result = schedule.slots[arg].arg >= Arg::loss;
       if (to.first == s && !result) copy(to.slot, arg);
-      to.first = steps.size();  // a Step may name it twice
+      to.first = steps.size();  // a Step may name the argument twice
       if (to.last == s && result) results.push_back(arg);
       operand.slot = to.slot;
     }

@@ -1,13 +1,13 @@
-// A Schedule for a walk with lanes.
+// Rewrites a Schedule for a walk with lanes.
 #pragma once
 
 #include "program/schedule.h"
 
 namespace fastmaml {
 
-// The same work on slots of the arena alone, which a walk keeps with a task in each lane: an argument is copied to such a slot before the
-// first Step that uses it, a result from there after the last one, and only `copy` sees both layouts. Labels stay as they are, and so does
-// what all tasks share by its nature (rates, mask, lam, weights of losses and other settings).
+// Returns the same work on slots of the arena, where a walk keeps a task in each lane.
+// An argument is copied to a slot before the first Step that uses it. A result is copied from a slot after the last one.
+// Only `copy` sees both layouts. Labels and arguments that all tasks share (rates, mask, lam, weights of losses) stay as they are.
 Schedule lane_schedule(Schedule schedule);
 
 }  // namespace fastmaml

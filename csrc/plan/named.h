@@ -1,4 +1,4 @@
-// Words that callers choose by name.
+// Options that callers choose by a word.
 #pragma once
 
 #include <initializer_list>

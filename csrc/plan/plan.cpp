@@ -17,7 +17,7 @@ namespace {
 
 constexpr size_t kCached = 64;  // a plan of 100 inner steps of Conv4 holds megabytes of Steps
 
-// Values by key. When it is full everything goes: a program that makes that many plans has no favourites.
+// Values by key. A full cache is emptied: a program with so many plans seldom repeats one.
 template <class Value>
 class Cache {
  public:
@@ -45,7 +45,7 @@ std::atomic<Walk> forced_walk{Walk::automatic};
 std::string key_of(const std::string& text, const OpTable& table, const CallSpec& call) {
   const InnerLoopSpec& spec = call.spec;
   const int64_t numbers[] = {
-      int64_t(reinterpret_cast<uintptr_t>(&table)),  // one table for each backend, type and instruction set
+      int64_t(reinterpret_cast<uintptr_t>(&table)),  // backend, type and instruction set each have their own table
       int64_t(call.computation),
       int64_t(call.memory),
       call.solve_steps,
@@ -61,7 +61,7 @@ std::string key_of(const std::string& text, const OpTable& table, const CallSpec
       spec.mask,
       spec.state,
       spec.step_count,
-      table.resident ? int64_t(table.resident->fast_bytes()) : 0,  // which devices differ in
+      table.resident ? int64_t(table.resident->fast_bytes()) : 0,  // differs between devices
       int64_t(forced_layout.load()),
   };
   return std::string(reinterpret_cast<const char*>(numbers), sizeof numbers) + spec.loop.text + '\n' + text;
@@ -94,10 +94,10 @@ Schedule schedule_of(const Program& net, const CallSpec& call) {
   throw std::logic_error("a computation without a schedule");
 }
 
-// Of a Schedule that is run as two.
+// Is this one of the two parts of a split Schedule?
 bool is_part(Computation c) { return c == Computation::linearise || c == Computation::curvature; }
 
-// The table that is the backend's fastest for the network and the numbers of examples, which are all that the choice may look at.
+// The backend's fastest table for the network and the numbers of examples. The choice must depend on nothing else.
 const OpTable& best_layout(const OpTable& table, const Program& net, const InnerLoopSpec& spec) {
   const Layout layout = forced_layout;
   if (!table.in_lanes || layout == Layout::tasks || !table.in_lanes->run(net)) return table;
@@ -117,12 +117,12 @@ Plan make_plan(const std::string& text, const OpTable& backend, CallSpec call) {
     plan.workspace = plan_workspace(plan.schedule, table);
   };
   if (is_part(call.computation)) {
-    plan.resident.refusal = "a tape between two calls must be of one network, and the two might decide differently";
+    plan.resident.refusal = "linearise and curvature share a tape, so both take the layered walk";
   } else if (table.resident) {
     write();
     plan.resident = table.resident->encode(plan.schedule, table.resident->fast_bytes());
   }
-  if (!table.resident || !plan.resident.refusal.empty()) {  // fused layers spare memory traffic, which a resident walk has none of
+  if (!table.resident || !plan.resident.refusal.empty()) {  // fused layers save memory traffic; a resident walk has none to save
     plan.program = std::make_shared<const Program>(fuse(*plan.program, {supports, table.rectifies, table.out_in}));
     write();
   }
@@ -130,7 +130,7 @@ Plan make_plan(const std::string& text, const OpTable& backend, CallSpec call) {
     call.memory = Memory::low;
     return make_plan(text, backend, call);
   }
-  if (call.memory == Memory::automatic && !plan.resident.refusal.empty()) {  // it may be the activations that do not fit
+  if (call.memory == Memory::automatic && !plan.resident.refusal.empty()) {  // perhaps only the activations do not fit
     call.memory = Memory::low;
     Plan low = make_plan(text, backend, call);
     if (low.resident.refusal.empty()) return low;
@@ -182,12 +182,12 @@ bool Plan::as_torch() const { return !table->device && in_torch_order(program->p
 
 std::string Plan::walk() const {
   if (!table->device && program->loss.kind == Loss::Kind::caller) return "segments";
-  if (!table->device && lanes() > 1) return "resident: a thread of the host for " + std::to_string(lanes()) + " tasks side by side";
-  if (!table->device) return "resident: a thread of the host a task";
+  if (!table->device && lanes() > 1) return "resident: a host thread for each group of " + std::to_string(lanes()) + " tasks in lanes";
+  if (!table->device) return "resident: a host thread for each task";
   if (!table->resident) return "layered";
   if (!takes_resident()) return "layered" + (resident.refusal.empty() ? std::string() : ": " + resident.refusal);
   return "resident: " + std::to_string(resident.threads) + " threads, " + std::to_string(resident.shared_bytes) +
-         " bytes of shared memory and " + std::to_string(resident.arena_bytes) + " of device memory a task";
+         " bytes of shared memory and " + std::to_string(resident.arena_bytes) + " of device memory for each task";
 }
 
 std::shared_ptr<const Program> program_of(const std::string& text) {

@@ -1,4 +1,4 @@
-// What calls share: parsed Programs and planned Schedules. All of it is thread-safe.
+// The data that calls share: parsed Programs and planned Schedules. All of it is thread-safe.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ enum class Memory : uint8_t { low, stash, automatic };
 Computation computation_named(const std::string& name);
 Memory memory_named(const std::string& name);  // "low", "stash" or "auto"
 
-// What a call computes: all that its Schedule depends on beside the network and the backend.
+// A call's computation: all that its Schedule depends on, except the network and the backend.
 struct CallSpec {
   Computation computation = Computation::forward;
   InnerLoopSpec spec;
@@ -27,33 +27,33 @@ struct CallSpec {
   Curvature curvature = Curvature::hessian;  // linearise, curvature
 };
 
-// How a table that works on whole batches walks a Schedule. automatic: resident, unless that declines.
+// How a device walks a Schedule. automatic: resident if possible, else layered.
 enum class Walk : uint8_t { automatic, layered, resident };
 Walk walk_named(const std::string& name);  // "auto", "layered" or "resident"
-void set_cuda_walk(Walk walk);             // of this process, for tests and benchmarks
+void set_cuda_walk(Walk walk);             // for the whole process, for tests and benchmarks
 
-// How the CPU backend lays tasks out. automatic: as the network and the numbers of examples have it.
+// How the CPU backend lays out tasks. automatic: chosen by the network and the numbers of examples.
 enum class Layout : uint8_t { automatic, tasks, lanes };
 Layout layout_named(const std::string& name);  // "auto", "tasks" or "lanes"
-void set_cpu_layout(Layout layout);            // of this process, for tests and benchmarks; lanes: where the network runs so
+void set_cpu_layout(Layout layout);            // for the whole process, for tests and benchmarks; lanes: if the network supports them
 
-// Can a plan make use of one rate for all parameters?
+// Can a plan use one rate for all parameters?
 bool takes_uniform_rate(const OpTable& table, const InnerLoop& loop);
 
 struct Plan {
-  std::shared_ptr<const Program> program;  // as the backend runs it: fused
-  const OpTable* table;                    // of the backend, for its layout
+  std::shared_ptr<const Program> program;  // fused, as the backend runs it
+  const OpTable* table;                    // the backend's table for this layout
   Schedule schedule;
   Workspace workspace;
-  ResidentCode resident = {};   // where the table has a resident walk
-  Memory memory = Memory::low;  // of a meta-gradient: what was asked for, or what "auto" chose
+  ResidentCode resident = {};   // if the table has a resident walk
+  Memory memory = Memory::low;  // for a meta-gradient: as requested, or as chosen by "auto"
 
-  // Does a run take the resident walk of the table? Throws std::invalid_argument where that is asked for and declines.
+  // Does a run take the table's resident walk? Throws std::invalid_argument if that walk was forced and is impossible.
   bool takes_resident() const;
-  std::string walk() const;                                // which walk it takes, what that needs, or why not the other; a line
-  bool as_torch() const;                                   // on the host, with parameters in torch's order: they are not moved
+  std::string walk() const;                                // one line: the chosen walk, its memory, and why the other one is impossible
+  bool as_torch() const;                                   // on the host, with parameters in torch's order, which need no reordering
   int lanes() const { return std::max(table->lanes, 1); }  // tasks that walk side by side
-  size_t arena_bytes() const { return lanes() * workspace.task_bytes + workspace.scratch_bytes; }  // one worker's
+  size_t arena_bytes() const { return lanes() * workspace.task_bytes + workspace.scratch_bytes; }  // for one worker
 };
 
 std::shared_ptr<const Program> program_of(const std::string& text);

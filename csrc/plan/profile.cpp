@@ -19,7 +19,7 @@ struct Profiler {
 };
 
 Profiler& profiler() {
-  static auto* one = new Profiler;  // outlives calls made while the process ends
+  static auto* one = new Profiler;  // never destroyed: calls may still run while the process ends
   return *one;
 }
 

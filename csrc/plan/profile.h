@@ -1,4 +1,5 @@
-// A profile of the calls between start_profile and stop_profile: how long every Step of every plan took, on backends of the host.
+// A profile of the calls between start_profile and stop_profile: the time of every Step of every plan. For backends on
+// the host.
 #pragma once
 
 #include <memory>
@@ -11,23 +12,23 @@
 namespace fastmaml {
 
 struct StepProfile {
-  double seconds = 0;  // summed over the workers, while they ran
+  double seconds = 0;  // summed over the workers
   int64_t calls = 0;
-  double least_seconds = 0;  // of the fastest call
+  double least_seconds = 0;  // in the fastest call
 };
 
 struct PlanProfile {
   std::shared_ptr<const Plan> plan;
-  int64_t walks = 0, tasks = 0;  // calls, and the tasks of all of them
-  int workers = 0;               // the most that a walk had
-  double wall_seconds = 0;       // of the walks: what surrounds them is the caller's
+  int64_t walks = 0, tasks = 0;  // calls, and tasks in all calls
+  int workers = 0;               // the most in one walk
+  double wall_seconds = 0;       // of the walks only; callers time their own work
   std::vector<StepProfile> steps;
 };
 
 void start_profile();
-std::vector<PlanProfile> stop_profile();  // in the order in which the plans ran first; empty where none was started
+std::vector<PlanProfile> stop_profile();  // in order of first run; empty if no profile was started
 
-// The clocks of one walk's workers, added to the profile when the walk is over. While there is no profile it has none.
+// The clocks of one walk's workers. After the walk their times join the profile. Without a profile there are no clocks.
 class WalkClocks {
  public:
   WalkClocks(std::shared_ptr<const Plan> plan, int workers, int64_t tasks);

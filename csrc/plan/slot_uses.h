@@ -1,4 +1,4 @@
-// Who uses the slots of a Schedule.
+// How often the Steps of a Schedule use each slot.
 #pragma once
 
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace fastmaml {
 
-// By slot: how many operands of the Steps name it.
+// For each slot: how many operands name it.
 inline std::vector<int> uses_of_slots(const std::vector<Step>& steps, size_t slots) {
   std::vector<int> uses(slots, 0);
   for (const Step& step : steps)

@@ -9,14 +9,14 @@
 namespace fastmaml {
 namespace {
 
-constexpr size_t kShare = 4;                        // of the machine's memory: as many arenas as it has threads take one of so many parts
-constexpr size_t kDeviceBytes = size_t(256) << 20;  // a task: on a device all tasks' arenas are in memory
+constexpr size_t kShare = 4;                        // all threads' arenas together take at most 1 / kShare of the machine's memory
+constexpr size_t kDeviceBytes = size_t(256) << 20;  // for one task: on a device all tasks' arenas are in memory at once
 constexpr size_t kAtOnceBytes = size_t(16) << 20;
 
 size_t limit_in(const char* path) {
   std::ifstream file(path);
   size_t bytes = 0;
-  return file >> bytes ? bytes : SIZE_MAX;  // "max": none
+  return file >> bytes ? bytes : SIZE_MAX;  // "max" means no limit
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// How much memory the activations of inner steps may take before memory="auto" computes them again: the one place that decides.
+// How much memory the inner steps' activations may take. Above this, memory="auto" recomputes them. No other place
+// decides this.
 #pragma once
 
 #include <cstddef>
@@ -7,11 +8,12 @@
 
 namespace fastmaml {
 
-// Bytes of one arena: of a worker on the host, of a task on a device. at_once: the tasks meet at a loss written in Python, and all their
-// arenas are in memory. A stash never changes a result's bits, and keeping took less work than computing again wherever it was measured
-// (csrc/DECISIONS.md), so memory alone decides.
+// Bytes of one arena: for a worker on the host, for a task on a device.
+// at_once: tasks meet at a loss written in Python, so all arenas are in memory.
+// A stash never changes a result's bits. Wherever measured, a stash was less work than recomputing (csrc/DECISIONS.md).
+// So memory alone decides.
 size_t stash_budget(const OpTable& table, bool at_once);
 
-size_t machine_memory();  // bytes that this process may have: the machine's, or its control group's limit
+size_t machine_memory();  // bytes available to this process: the machine's memory, or its control group's limit
 
 }  // namespace fastmaml

@@ -10,9 +10,13 @@
 namespace fastmaml {
 namespace {
 
-enum class Extent : uint8_t { whole, input, output };  // an operand of all examples, or of each: as large as the layer's input or output
+enum class Extent : uint8_t {
+  whole,
+  input,
+  output
+};  // covers all examples, or for each example has the size of the layer's input or output
 
-// By operand, of the ops that can take their examples in parts.
+// The operands of the ops that can take their examples in parts.
 const std::map<Op, std::vector<Extent>>& extents() {
   using enum Extent;
   static const std::map<Op, std::vector<Extent>> of{
@@ -54,12 +58,13 @@ bool commute(const Step& a, const Step& b) {
 }
 
 struct Group {
-  std::vector<Step> before;  // sums that stood among the Steps, and wait for none of them
-  std::vector<Step> steps;   // the first makes a gradient
-  size_t end = 0;            // behind the last of them
+  std::vector<Step> before;  // sums among the Steps that wait for none of them
+  std::vector<Step> steps;   // the first one makes a gradient
+  size_t end = 0;            // just after the last one
 };
 
-// The Steps from `first` on that take turns: those that make gradients by one layer's output, and the convolution's that read them.
+// The Steps from `first` on that take turns. Some make gradients by one layer's output; that layer's convolution Steps
+// read them.
 std::optional<Group> group_at(const Schedule& schedule, size_t first) {
   const std::vector<Step>& all = schedule.steps;
   const Step& head = all[first];
@@ -88,7 +93,7 @@ std::optional<Group> group_at(const Schedule& schedule, size_t first) {
 
 class Streaming {
  public:
-  // local: by slot, does nobody but the group use it?
+  // local[slot]: only this group uses the slot
   Streaming(Schedule& out, const Group& group, const std::vector<bool>& local, int64_t chunk_numbers) : out_(out), group_(group) {
     const Step& head = group.steps.front();
     N_ = head.examples;
@@ -108,8 +113,8 @@ class Streaming {
   Schedule& out_;
   const Group& group_;
   int64_t N_ = 0, chunk_ = 0;
-  std::map<int, int> small_;                      // by slot: the one that holds a chunk of it
-  std::map<std::pair<int, int64_t>, int> share_;  // by the place of a sum: the slot that holds a chunk's share of it
+  std::map<int, int> small_;                      // by slot: the small slot for its chunk
+  std::map<std::pair<int, int64_t>, int> share_;  // by the place of a sum: the slot that holds a chunk's share
 
   void part(Step step, int64_t from, int64_t count) {
     const std::vector<Extent>& extent = extents().at(step.op);

@@ -1,8 +1,8 @@
 // batch_norm: xhat = (x - mean) r,  y = gamma xhat + beta,  r = 1 / sqrt(var + eps), var biased.
-// x [N, spatial, C]   gamma, beta [C], absent: 1 and 0.     M = stat_examples * spatial rows make the statistics:
+// x [N, spatial, C]   gamma, beta [C], absent: 1 and 0.     M = stat_examples * spatial rows give the statistics.
 //   stats     [2, C] = [mean, r]                              over the first stat_examples (or frozen)
 //   stats_dot [2, C] = [mean(x'), s], s = mean(xhat x')       over the same rows;  r' = -r^2 s;  absent: zero
-// Rows behind the stat_examples are a query set that is normalised with its support set's statistics (`support` mode).
+// Mode `support`: the rows after stat_examples are a query set, normalised with its support set's statistics.
 #include <cmath>
 
 #include "reference/normalization.h"
@@ -11,7 +11,7 @@ namespace fastmaml::reference {
 
 namespace {
 
-// One task's rows: x [rows, C]; the first `stat_rows` made the statistics.
+// One task's rows: x [rows, C]. The first `stat_rows` give the statistics.
 struct Rows {
   int64_t rows, stat_rows, C;
 

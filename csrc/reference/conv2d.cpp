@@ -6,7 +6,8 @@ namespace fastmaml::reference {
 
 namespace {
 
-// For every pair of pixels that meet: body(y, x, w), the offsets of y[n, oh, ow, 0], x[n, h, w, 0] and w[kh, kw, 0, 0].
+// Calls body(y, x, w) for every pair of pixels that meet. The arguments are the offsets of y[n, oh, ow, 0], x[n, h, w,
+// 0], w[kh, kw, 0, 0].
 template <class Body>
 void for_each_tap(int64_t N, const Conv2d& shape, Body body) {
   for (int64_t n = 0; n < N; ++n)

@@ -1,4 +1,4 @@
-// flatten: an image [H, W, C] becomes a vector [C H W], torch's order; its backward serves tangents too.
+// flatten: an image [H, W, C] becomes a vector [C H W], in torch's order. Tangents use the same backward op.
 #include "reference/reference.h"
 
 namespace fastmaml::reference {

@@ -1,6 +1,6 @@
-// group_norm (layer_norm is one group): xhat = (x - mean) r,  y = gamma xhat + beta,  r = 1 / sqrt(var + eps), var
-// biased. x [N, spatial, channels]   gamma, beta [channels], absent: 1 and 0. Means run over a group: all of one
-// example's pixels and channels / groups neighbouring channels.
+// group_norm (layer_norm is one group): xhat = (x - mean) r,  y = gamma xhat + beta,  r = 1 / sqrt(var + eps), var biased.
+// x [N, spatial, channels]   gamma, beta [channels], absent: 1 and 0.
+// Means run over a group: all pixels of one example, and channels / groups neighbouring channels.
 //   stats     [N, groups, 2] = [mean, r]
 //   stats_dot [N, groups, 2] = [mean(x'), s], s = mean(xhat x');  r' = -r^2 s;  absent: zero
 #include <cmath>
@@ -27,7 +27,7 @@ struct Groups {
     size = static_cast<double>(spatial * (channels / groups));
   }
 
-  // body(i, c) for every element of one group: its place in x and its channel
+  // Calls body(i, c) for every element of one group: its place in x and its channel.
   template <class Body>
   void for_each(int64_t group, Body body) const {
     const int64_t n = group / groups, width = channels / groups, first = group % groups * width;
@@ -35,7 +35,7 @@ struct Groups {
       for (int64_t c = first; c < first + width; ++c) body((n * spatial + pixel) * channels + c, c);
   }
 
-  // d[i] behind the rectifier that made y, if there is one, as what it is before it
+  // d[i], masked by the rectifier that made y if there is one: the gradient (or tangent) by the rectifier's argument.
   double masked(const Real& d, const Real& y, int64_t i) const { return y ? rectified(act.slope, y[i], d[i]) : d[i]; }
 
   // The mean over one group of value(i, c).
@@ -118,8 +118,8 @@ void group_norm_bwd(const Call& call) {
   }
 }
 
-// With h' = gamma' dy + gamma dy':  dx' = r' u + r u',  u' = h' - mean(h') - xhat' mean(h xhat) - xhat mean(h' xhat + h
-// xhat'); dgamma' = sum of dy' xhat + dy xhat',  dbeta' = sum of dy'
+// With h' = gamma' dy + gamma dy':  dx' = r' u + r u',  u' = h' - mean(h') - xhat' mean(h xhat) - xhat mean(h' xhat + h xhat');
+// dgamma' = sum of dy' xhat + dy xhat',  dbeta' = sum of dy'
 void group_norm_bwd_jvp(const Call& call) {
   const Groups shape(call);
   for (int64_t task = 0; task < call.tasks; ++task) {

@@ -1,4 +1,4 @@
-// linear: y = x w + b.     x [N, in]   w [in, out], or [out, in] where so it is said   b [out]   y [N, out]
+// linear: y = x w + b.     x [N, in]   w [in, out], or [out, in] with Linear::out_in   b [out]   y [N, out]
 #include <vector>
 
 #include "reference/reference.h"

@@ -1,5 +1,5 @@
-// Losses: loss = sum over examples of w_i l_i (one number a task) and its gradient by the network's output z.
-// z [N, size]   labels [N] or target [N, size]   weights [N], absent: 1/N.     dz absent: only the loss is wanted.
+// Losses: loss = sum over examples of w_i l_i (one number for each task), and its gradient by the network's output z.
+// z [N, size]   labels [N] or target [N, size]   weights [N], absent: 1/N.     dz absent: only the loss is computed.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -41,7 +41,7 @@ void cross_entropy(const Call& call) {
       double example_loss = 0;
       for (int64_t c = 0; c < classes; ++c) {
         const double target = (c == labels[n] ? 1 - shape.smoothing : 0) + shape.smoothing / static_cast<double>(classes);
-        // A class that is no target adds nothing, even where its log-probability is -inf.
+        // A class with target 0 adds nothing, even if its log-probability is -inf.
         if (target != 0) example_loss += target * (s.log_sum_exp - z[n * classes + c]);
         if (dz) dz[n * classes + c] = weight * (s.p[c] - target);
       }

@@ -1,5 +1,6 @@
-// norm_pool_act: z = gamma xhat + beta,  y = act(the largest z of a window),  act a ReLU or leaky ReLU (batch_norm.cpp, pool2d.cpp and
-// pointwise.cpp in one).     x [N, H, W, C]     y, tap, winner, dy [N, OH, OW, C]     without a pool the winner is x, window by window
+// norm_pool_act: z = gamma xhat + beta,  y = act(the largest z of a window),  act a ReLU or leaky ReLU.
+// The same as batch_norm.cpp, pool2d.cpp and pointwise.cpp in a row. Without a pool the winner is x, one pixel a window.
+// x [N, H, W, C]     y, tap, winner, dy [N, OH, OW, C]
 #include <cmath>
 
 #include "reference/normalization.h"
@@ -12,7 +13,7 @@ namespace {
 struct Sizes {
   const NormPoolAct& shape;
   int64_t C, N, pixels, windows;  // of all examples
-  double M;                       // rows that made the statistics
+  double M;                       // rows that give the statistics
 
   explicit Sizes(const Call& call)
       : shape(call.shape<NormPoolAct>()),
@@ -22,14 +23,14 @@ struct Sizes {
         windows(N * shape.pool.OH * shape.pool.OW),
         M(static_cast<double>(call.step.stat_examples * shape.norm.spatial)) {}
 
-  // What act'(z) is times something: ReLU's NaN counts as positive, as in pointwise.cpp.
+  // Is act'(z) one? As in pointwise.cpp, NaN counts as positive for a ReLU.
   bool passes(double z) const { return z > 0 || (std::isnan(z) && shape.slope == 0); }
   double slope(bool passed) const { return passed ? 1 : shape.slope; }
 };
 
 double z_of(double xhat, Real gamma, Real beta, int64_t c) { return value_or(gamma, c, 1.0) * xhat + value_or(beta, c, 0.0); }
 
-// dz = act'(z) dy of every window's winner, gathered in its pixel: overlapping windows add up.
+// dz = act'(z) dy of every window's winner, added into the winner's pixel. Overlapping windows add up.
 void gather(const Sizes& sizes, Real dz, Tap tap, Real x, Real dy, Real stats, Real gamma, Real beta) {
   if (!tap) {
     for (int64_t i = 0; i < sizes.pixels * sizes.C; ++i) {
@@ -136,7 +137,7 @@ void norm_pool_act_bwd_weight_jvp(const Call& call) {
   }
 }
 
-// dx = gamma r u  with  u = dz - dbeta / M - xhat dgamma / M  in the rows that made the statistics, and u = dz in all others
+// dx = gamma r u  with  u = dz - dbeta / M - xhat dgamma / M  in the rows that give the statistics, and u = dz in all others
 void norm_pool_act_bwd_data(const Call& call) {
   const Sizes sizes(call);
   for (int64_t task = 0; task < call.tasks; ++task) {

@@ -1,4 +1,4 @@
-// What batch_norm and norm_pool_act share: xhat of one channel.
+// xhat of one channel, for batch_norm and norm_pool_act.
 #pragma once
 
 #include "reference/reference.h"

@@ -1,6 +1,5 @@
 // Pooling over windows of [KH, KW].   x [N, H, W, C]   y [N, OH, OW, C]
-// index [N, OH, OW, C] is the window's tap kh * KW + kw: it always points at a pixel of the image, never at the
-// padding.
+// index [N, OH, OW, C] is the window's tap kh * KW + kw. It always points at a pixel of the image, never at the padding.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -11,7 +10,7 @@ namespace fastmaml::reference {
 
 namespace {
 
-// How many taps the mean divides by: those in the image, or (count_include_pad) those in the padded image.
+// The mean's divisor: the taps in the image, or with count_include_pad the taps in the padded image.
 double divisor(const Pool2d& shape, int64_t oh, int64_t ow) {
   auto taps = [&](int64_t start, int64_t kernel, int64_t size, int64_t pad) {
     const int64_t end = std::min(start + kernel, size + pad);
@@ -59,7 +58,7 @@ void max_pool2d_fwd_jvp(const Call& call) {
   }
 }
 
-// dx[index] += dy: overlapping windows add up.
+// dx[index] += dy. Overlapping windows add up.
 void max_pool2d_bwd(const Call& call) {
   const Pool2d& shape = call.shape<Pool2d>();
   for (int64_t task = 0; task < call.tasks; ++task) {

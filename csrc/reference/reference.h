@@ -1,5 +1,5 @@
-// Every op of program/op.h in float64 with plain loops: the definition that all other backends are held to.
-// Operands come in the order of program/op.h; formulas are those of ALGORITHMS section 6 unless a line says otherwise.
+// Every op of program/op.h in float64 with plain loops. All other backends are tested against these functions.
+// Operands come in the order of program/op.h. Formulas are in ALGORITHMS section 6, unless a line says otherwise.
 #pragma once
 
 #include "ops/ops.h"
@@ -16,8 +16,9 @@ inline Real real(const Call& call, int i, int64_t task) { return elements<double
 
 inline double value_or(const Real& x, int64_t i, double if_absent) { return x ? x[i] : if_absent; }
 
-// d times the derivative of a rectifier (layers.h's Rectified, slope 0 or positive) that makes y, or that is given y: their signs are the
-// same. NaN counts as positive where it is a ReLU, as in torch; and so y itself is rectified(y, y).
+// d times the derivative of a rectifier (Rectified in layers.h, slope 0 or positive).
+// y may be the rectifier's output or its argument, since both have the same sign. So rectified(y, y) is the rectifier itself.
+// As in torch, NaN counts as positive for a ReLU.
 inline double rectified(double slope, double y, double d) {
   if (y > 0 || (y != y && slope == 0)) return d;
   return slope == 0 ? 0.0 : slope * d;
@@ -31,7 +32,7 @@ inline void fill(const Real& out, int64_t size, double value) {
   for (int64_t i = 0; i < size; ++i) out[i] = value;
 }
 
-// The same Step with other operands: a _dual op is its two halves.
+// The same Step with other operands. A _dual op runs as its two halves.
 inline Call with_operands(const Call& call, const View* operand) {
   return {call.step, call.layer, operand, call.tasks, call.scratch, call.stream};
 }

@@ -1,5 +1,5 @@
 // SGD with momentum (PyTorch's semantics), Adam and AdamW, and their adjoints (ALGORITHMS sections 1.3 and 1.4).     all [P]
-// u, p and r are LESS the adjoints of g, b or m, and s: then the sweep subtracts, as it does for plain gradient descent.
+// u, p and r are MINUS the adjoints of g, of b or m, and of s. The sweep then subtracts, as for plain gradient descent.
 #include <cmath>
 
 #include "reference/reference.h"
@@ -58,8 +58,8 @@ void adam_update(const Call& call) {
 }
 
 // With v = rate lambda, D = sqrt(sh) + eps:
-//   rate_grad -= (mh / D + decay phi) lambda;  p += v / (c1 D);  r -= v mh / (2 sqrt(sh) D^2 c2), nothing where sh is 0;
-//   u = (1 - beta1) p + (1 - beta2) 2 g r;  lambda -= decay v;  p *= beta1;  r *= beta2.     phi may be absent where decay is 0
+//   rate_grad -= (mh / D + decay phi) lambda;  p += v / (c1 D);  r -= v mh / (2 sqrt(sh) D^2 c2), unchanged where sh is 0;
+//   u = (1 - beta1) p + (1 - beta2) 2 g r;  lambda -= decay v;  p *= beta1;  r *= beta2.     phi may be absent if decay is 0
 void adam_adjoint(const Call& call) {
   const Adam& rule = call.shape<Adam>();
   const double t = static_cast<double>(rule.step + 1), c1 = 1 - std::pow(rule.beta1, t), c2 = 1 - std::pow(rule.beta2, t);

@@ -68,7 +68,7 @@ void tree_add(void* a, const void* b, int64_t size) {
   for (int64_t i = 0; i < size; ++i) static_cast<double*>(a)[i] += static_cast<const double*>(b)[i];
 }
 
-// out = sum_t w[t] x[t], or the mean where w is null; neighbours first, so the order depends on the task index alone.
+// out = sum_t w[t] x[t], or the mean if w is null. Neighbours are added first, so the order depends on the task index alone.
 void tree_reduce(void* out, void* x, const void* w, int64_t tasks, int64_t size, int64_t stride, uintptr_t /* stream */) {
   double* sum = static_cast<double*>(out);
   double* leaf = static_cast<double*>(x);  // [tasks, stride], overwritten by the partial sums

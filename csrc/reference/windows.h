@@ -1,12 +1,12 @@
-// What pool2d and norm_pool_act share: the windows of a pool.
+// The windows of a pool, for pool2d and norm_pool_act.
 #pragma once
 
 #include "reference/reference.h"
 
 namespace fastmaml::reference {
 
-// For every output element: body(out, oh, ow, x_of). `out` is the offset of y[n, oh, ow, c]; x_of(kh, kw) is that of
-// the x under a tap, or -1 in the padding.
+// Calls body(out, oh, ow, x_of) for every output element. `out` is the offset of y[n, oh, ow, c].
+// x_of(kh, kw) is the offset of the x under a tap, or -1 in the padding.
 template <class Body>
 void for_each_window(int64_t N, const Pool2d& shape, Body body) {
   for (int64_t n = 0; n < N; ++n)

@@ -80,7 +80,7 @@ def test_plans_are_the_engines(counted, memory):
     text = workloads.program_text(SINE)
     r = w.resident
     assert _C.walk(text, "meta_gradient", "cuda_emulated", 4, SINE.support, SINE.query, "steps=3", memory) == (
-        f"resident: {r.threads} threads, {r.shared} bytes of shared memory and {r.arena} of device memory a task"
+        f"resident: {r.threads} threads, {r.shared} bytes of shared memory and {r.arena} of device memory for each task"
     )
 
 

@@ -142,7 +142,7 @@ def walk_of(text: str, **how) -> str:
 def test_the_sinusoid_network_is_walked_in_one_launch_without_an_arena():
     for steps in (1, 5, 20):
         said = walk_of(mlp_text((1, 40, 40, 1)), loop=f"steps={steps}")
-        assert said.startswith("resident: 256 threads, ") and " and 0 of device memory a task" in said, said
+        assert said.startswith("resident: 256 threads, ") and " and 0 of device memory for each task" in said, said
 
 
 def test_a_policy_network_is_walked_with_an_arena():

@@ -175,7 +175,7 @@ def test_each_inner_step_takes_this_many_vectors(words, vectors):
         ("steps=2 queries=1", "loss_weights are missing"),
         ("steps=2 rows=1", "step_rows are missing"),
         ("steps=2 rows=9", "names parameter 9"),
-        ("steps=2 proximal=1", "go together"),
+        ("steps=2 proximal=1", "must be given together"),
         ("steps=2 minibatch=4", "take 8"),
     ],
 )

@@ -187,7 +187,7 @@ def changed(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
 BAD = {
     "x of another size": (changed(x=torch.zeros(T, N, 1, 6, 6)), r"support_x \[3, 4, 1, 6, 6\] does not fit input \[2, 6, 6\]"),
     "no tasks": (changed(x=torch.zeros(0, N, 2, 6, 6)), r"support_x \[0, 4, 2, 6, 6\] holds no tasks"),
-    "other tasks": (changed(query_x=torch.zeros(2, N, 2, 6, 6)), "query_x .* holds 2 tasks where the others hold 3"),
+    "other tasks": (changed(query_x=torch.zeros(2, N, 2, 6, 6)), "query_x .* holds 2 tasks, but the other inputs hold 3"),
     "label too large": (changed(y=torch.full((T, N), 3)), "support_y .* holds label 3 for a network with 3 outputs"),
     "negative label": (changed(y=torch.full((T, N), -1)), "support_y .* holds label -1"),
     "labels as floats": (changed(y=torch.zeros(T, N)), "support_y .* must hold labels as int64"),

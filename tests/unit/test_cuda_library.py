@@ -81,7 +81,7 @@ def test_a_library_of_other_sources_is_refused(tmp_path):
     )
     subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
     with pytest.raises(
-        RuntimeError, match=r"other.so was built from other sources than the compiled module; `make cuda`"
+        RuntimeError, match=r"other.so was built from other sources than the compiled module; run `make cuda`"
     ):
         _C.load_cuda(str(target))
     source, target = tmp_path / "another.c", tmp_path / "another.so"

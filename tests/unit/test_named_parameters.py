@@ -294,8 +294,8 @@ def test_scaled_parts_are_new_tensors(empty, dtype):
 
 
 BAD_PARTS = {
-    "too few": (torch.zeros(7), torch.ones(()), [1, 3], "shapes hold other than the 7 numbers of the vector"),
-    "too many": (torch.zeros(7), torch.ones(()), [1, 8], "shapes hold other than the 7 numbers of the vector"),
+    "too few": (torch.zeros(7), torch.ones(()), [1, 3], "shapes must hold 7 numbers in all"),
+    "too many": (torch.zeros(7), torch.ones(()), [1, 8], "shapes must hold 7 numbers in all"),
     "cut off": (torch.zeros(7), torch.ones(()), [2, 7], "shapes end within a shape"),
     "negative": (torch.zeros(7), torch.ones(()), [-1, 7], "shapes end within a shape"),
     "types": (torch.zeros(7), torch.ones(()).double(), [1, 7], "scaled_parts takes a vector and a scale of one type"),

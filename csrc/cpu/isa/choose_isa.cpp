@@ -5,7 +5,7 @@
 
 #include "ops/ops.h"
 
-#ifndef FASTMAML_ISAS  // the sanitizers' builds name fewer
+#ifndef FASTMAML_ISAS  // builds with sanitizers define fewer
 #if defined(__x86_64__)
 #define FASTMAML_ISAS(X) X(portable, true) X(avx2, avx2()) X(avx2x16, avx2()) X(avx512, avx512())
 #else
@@ -45,7 +45,7 @@ const Isa kIsas[] = {
 #undef X
 };
 
-// avx2x16 exists to execute the 16-lane instantiation on AVX2 machines; it is never the default.
+// avx2x16 runs the 16-lane code on AVX2 machines, for tests. It is never the default.
 const Isa* default_isa() {
   const Isa* best = &kIsas[0];
   for (const Isa& isa : kIsas)

@@ -1,5 +1,5 @@
-// out [rows, cols] = bias + sum over terms of a [rows, depth] times the transpose of w [cols, depth], as dot products: w is read once for
-// every few rows, from end to end, and copied nowhere. A sum runs over the vectors' lanes, which are added up at its end.
+// out [rows, cols] = bias + sum over terms of a [rows, depth] times the transpose of w [cols, depth], as dot products.
+// w is not copied, and is read once for every few rows, from end to end. A sum runs in vector lanes, which are added up at its end.
 #pragma once
 
 #include "cpu/kernels/transpose.h"
@@ -17,7 +17,7 @@ struct DotTerm {
   const T *a, *w;
 };
 
-// Adding up lanes costs as much as 8 numbers of depth for each row: the copy that panel_product makes of w is spread over all rows.
+// Adding up lanes costs as much as 8 numbers of depth for each row. panel_product instead copies w once for all rows.
 inline bool dots_pay(int64_t rows, int64_t depth) { return 12 * rows < depth; }
 
 template <class V, class T>
@@ -68,7 +68,7 @@ inline __attribute__((always_inline)) void dot_tile(Vec<T>* sums, const DotTerm<
     for (int c = 0; c < kCols; ++c) sums[r * L + c] = acc[r][c];
 }
 
-// as many columns as a vector has lanes, from `o` on
+// a block of columns as wide as a vector, starting at `o`
 template <class T, int kRows>
 inline void dot_rows(T* out, const T* bias, const DotTerm<T>* terms, int n_terms, int64_t n, int64_t o, int64_t cols, int64_t depth) {
   using V = Vec<T>;
@@ -94,7 +94,7 @@ inline void dot_rows(T* out, const T* bias, const DotTerm<T>* terms, int n_terms
   }
 }
 
-// f(count) for the `count` rows, at most kMost, that no whole tile covers
+// Calls f(count) with the number of rows, at most kMost, that no whole tile covers.
 template <int kMost, class F>
 inline void rest_of_dots(int64_t count, F f) {
   if constexpr (kMost > 0) {

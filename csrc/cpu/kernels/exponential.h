@@ -1,5 +1,5 @@
-// exp, exp - 1 and log of whole vectors, or of one number: Taylor series after the usual reductions, with errors of one or two ulp.
-// NaN goes through.
+// exp, exp - 1 and log of whole vectors or of one number: Taylor series after the usual reductions.
+// Errors are one or two ulp. NaN stays NaN.
 #pragma once
 
 #ifdef __AVX512F__
@@ -26,16 +26,16 @@ struct Scalar<double> {
   using type = double;
 };
 
-// What the functions below need to know of IEEE numbers.
+// Constants of IEEE numbers.
 template <class T>
 struct Ieee {
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   static constexpr int kBits = std::numeric_limits<T>::digits - 1, kBias = std::numeric_limits<T>::max_exponent - 1;
-  static constexpr T kRound = T(3) * T(Int(1) << (kBits - 1));  // added and subtracted: the nearest integer
+  static constexpr T kRound = T(3) * T(Int(1) << (kBits - 1));  // adding and subtracting this rounds to the nearest integer
   static constexpr int kExpTerms = sizeof(T) == 4 ? 7 : 13, kLogTerms = sizeof(T) == 4 ? 5 : 11;
-  static constexpr T kLn2High = sizeof(T) == 4 ? T(0.693359375) : T(0x1.62e42fee00000p-1);  // so short that n times it is exact
+  static constexpr T kLn2High = sizeof(T) == 4 ? T(0.693359375) : T(0x1.62e42fee00000p-1);  // so short that n times this is exact
   static constexpr T kLn2Low = T(0.693147180559945309417232121458L - static_cast<long double>(kLn2High));
-  static constexpr T kLeast = sizeof(T) == 4 ? T(-87.0) : T(-708.0);  // the exponential of less is 0
+  static constexpr T kLeast = sizeof(T) == 4 ? T(-87.0) : T(-708.0);  // below this the exponential is 0
 };
 
 template <class V>
@@ -63,7 +63,7 @@ template <class V>
 inline __attribute__((always_inline)) Reduced<V> reduce(V x) {
   using T = typename Scalar<V>::type;
   using I = Ieee<T>;
-  // n is read off the low bits of the rounded sum, where no conversion can meet a NaN.
+  // n is read from the low bits of the rounded sum, because a conversion could meet a NaN.
   const V rounded = x * T(1.44269504088896340736L) + I::kRound, n = rounded - I::kRound;
   const V r = (x - n * I::kLn2High) - n * I::kLn2Low;
   V sum = V{} + one_over_factorial<T>(I::kExpTerms);
@@ -73,7 +73,7 @@ inline __attribute__((always_inline)) Reduced<V> reduce(V x) {
   return {std::bit_cast<V>(power), rest};
 }
 
-// What is below kLeast has a result of its own, and its n would not fit an exponent.
+// Below kLeast the result is set separately, because n would not fit an exponent.
 template <class V>
 inline __attribute__((always_inline)) V at_least(V x) {
   const V least = V{} + Ieee<typename Scalar<V>::type>::kLeast;
@@ -93,12 +93,12 @@ inline __attribute__((always_inline)) V exp_negative(V x) {
 template <class V>
 inline __attribute__((always_inline)) V expm1_negative(V x) {
   using T = typename Scalar<V>::type;
-  const Reduced<V> e = reduce(at_least(x));  // of which the power vanishes beside 1
+  const Reduced<V> e = reduce(at_least(x));  // a tiny power vanishes in power - 1
   return e.power * e.rest + (e.power - T(1));
 }
 
-// 1 / x for x from 1 to 2, within an ulp. A wide division takes as long as ten other instructions; one step of Newton's method squares the
-// estimate's error of 2^-14.
+// 1 / x for x from 1 to 2, within an ulp. A wide division takes as long as ten other instructions.
+// One step of Newton's method squares the estimate's error of 2^-14.
 template <class V>
 inline __attribute__((always_inline)) V reciprocal(V x) {
   using T = typename Scalar<V>::type;

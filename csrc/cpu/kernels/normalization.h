@@ -1,4 +1,4 @@
-// What batch_norm and norm_pool_act share: gamma xhat + beta by the same instructions in every pass, so that all see the same masks.
+// gamma xhat + beta for batch_norm and norm_pool_act. Every pass uses the same instructions, so all see the same masks.
 #pragma once
 
 #include "cpu/cpu.h"
@@ -6,8 +6,8 @@
 
 FASTMAML_CPU_BEGIN
 
-// stats = [mean, r = 1 / std, what the mean lost when it was rounded to T]. Without the third part xhat = r ((x - mean) - rest) of a
-// channel whose mean is much larger than its deviation would be off by the rounding of the mean (ALGORITHMS section 7).
+// stats = [mean, r = 1 / std, rest]: `rest` is the rounding error of the mean in T. xhat = r ((x - mean) - rest).
+// Without `rest`, xhat would be wrong in a channel with |mean| >> std (ALGORITHMS section 7).
 // stats_dot = [mean(x_dot), s = mean(xhat x_dot)], absent: zero.
 template <class T>
 struct Stats {
@@ -36,8 +36,8 @@ inline double value_or(const T* p, int64_t c, double otherwise) {
   return p ? double(p[c]) : otherwise;
 }
 
-// z = gamma xhat + beta as a line in x - mean, which is exact where x is near its mean: what rounding took from the mean, and everything
-// else that belongs to a channel, is in two numbers, made in double.
+// z = gamma xhat + beta as a line in x - mean, which is exact for x near the mean.
+// Two numbers for each channel, made in double, hold the rest, including the mean's rounding error.
 template <class T>
 struct Affine {
   const T* mean;

@@ -1,6 +1,6 @@
-// Rows times matrices that are copied, slice by slice, into the order in which the tiles of row_product.h read them: panels of
-// kTileVecs vectors, the numbers of a row of a panel side by side and the rows after each other. In their own order a panel's rows lie so
-// far apart that they fall into a few sets of the cache, and each has a page to itself.
+// Rows times matrices. The matrices are copied, slice by slice, into the order in which the tiles of row_product.h read them.
+// A panel is kTileVecs vectors wide; its rows follow each other in memory.
+// Without the copy, a panel's rows lie far apart: they share a few sets of the cache, and each row needs its own page.
 #pragma once
 
 #include "cpu/kernels/row_product.h"
@@ -9,7 +9,7 @@ FASTMAML_CPU_BEGIN
 
 template <class T>
 struct PanelMatrix {
-  const T* b;  // [depth, cols], or where it is read transposed [cols, depth]; null where no sum asks for it
+  const T* b;  // [depth, cols], or [cols, depth] if read transposed; null if no sum uses it
   T* packed;   // room for panel_room<T>() numbers
 };
 
@@ -23,16 +23,16 @@ struct PanelSum {  // out [rows, cols] = bias + sum over terms of a [rows, depth
 };
 
 inline constexpr int64_t kSlicePanels = 4;
-inline constexpr int64_t kNearBytes = 2 * 1024 * 1024;  // a matrix no larger may come from a cache, if only the last
+inline constexpr int64_t kNearBytes = 2 * 1024 * 1024;  // up to this size a matrix may come from the last-level cache
 
 template <class T>
 inline int64_t panel_room() {
   return kBlockK * kSlicePanels * kTileVecs * kLanes<T>;
 }
 
-// Columns of a plain matrix that are copied at a time, as deep as there is room for. For few rows all there is to wait for is the matrix,
-// which arrives fastest in long runs; for many, few columns are copied of each of its rows, so that a sum goes through memory once for
-// kBlockK products.
+// Columns of a plain matrix to copy at a time, as deep as there is room for.
+// With few rows, reading the matrix is the bottleneck, and long runs are fastest.
+// With many rows, few columns are copied, so that a sum goes through memory once for kBlockK products.
 template <class T>
 inline int64_t slice_width(int64_t rows, int64_t whole) {
   constexpr int64_t kFewRows = 16, kRun = 4096 / sizeof(T);
@@ -40,7 +40,7 @@ inline int64_t slice_width(int64_t rows, int64_t whole) {
   return whole < kRun ? whole : kRun;
 }
 
-// to [panel][depth][a panel's width] = rows `first` .. `first + depth` of columns `left` .. `left + width` (whole vectors) of b [.., cols]
+// to [panel][depth][panel width] = rows first .. first + depth - 1, columns left .. left + width - 1 (whole vectors) of b [.., cols]
 template <class T>
 inline void pack_slice(T* to, const T* b, int64_t cols, int64_t first, int64_t depth, int64_t left, int64_t width) {
   constexpr int64_t kPanel = kTileVecs * kLanes<T>;
@@ -58,7 +58,7 @@ inline void pack_slice(T* to, const T* b, int64_t cols, int64_t first, int64_t d
   }
 }
 
-// the same of b's transpose, b [cols, length]
+// pack_slice of b's transpose, b [cols, length]
 template <class T>
 inline void pack_transposed(T* to, const T* b, int64_t cols, int64_t length, int64_t first, int64_t depth, int64_t left, int64_t width) {
   constexpr int64_t L = kLanes<T>, kPanel = kTileVecs * L;
@@ -79,14 +79,14 @@ inline void pack_transposed(T* to, const T* b, int64_t cols, int64_t length, int
   }
 }
 
-// Up to two sums of up to two matrices at once, that share what is copied. a_at, out_at: [rows], where rows of every a and of every out
-// start.
+// Up to two sums over up to two matrices at once, which share the copies.
+// a_at, out_at: [rows], the start of each row in every a and every out.
 template <class T, bool kTransposed>
 inline void panel_product(const PanelSum<T>* sums, int count, const PanelMatrix<T> (&matrices)[2], int64_t rows, int64_t cols,
                           int64_t depth, const int32_t* a_at, const int32_t* out_at) {
   constexpr int64_t L = kLanes<T>, kPanel = kTileVecs * L;
   const int64_t whole = padded_cols<T>(cols);
-  // where a copy would look the same, or would be read once and not even spare waiting for memory
+  // no copy if it would look the same, or if it is read only once and would not save waiting for memory
   const bool near = depth * cols * int64_t(sizeof(T)) <= kNearBytes;
   const bool in_place = !kTransposed && cols == whole && (cols <= kPanel || (rows <= kTallRows && near));
   const int64_t most = kTransposed ? kPanel : in_place ? kSlicePanels * kPanel : slice_width<T>(rows, whole);

@@ -1,4 +1,4 @@
-// The windows of a pool on [N, H, W, C], and the taps of max-pools as vectors.
+// The windows of a pool on [N, H, W, C], and max-pool taps as vectors.
 #pragma once
 
 #include "cpu/vec_math.h"
@@ -6,7 +6,7 @@
 
 FASTMAML_CPU_BEGIN
 
-// f(tap, input pixel) for the taps that lie inside the image, of the window whose first row and column are h0 and w0
+// Calls f(tap, input pixel) for the taps inside the image, of the window that starts at row h0, column w0.
 template <class F>
 inline __attribute__((always_inline)) void for_taps(const Pool2d& s, int64_t n, int64_t h0, int64_t w0, F f) {
   for (int64_t kh = 0; kh < s.KH; ++kh)
@@ -16,10 +16,10 @@ inline __attribute__((always_inline)) void for_taps(const Pool2d& s, int64_t n, 
     }
 }
 
-// Windows that neither overlap nor reach outside write every pixel they cover exactly once.
+// Do the windows cover the image without overlap or padding? Then every covered pixel is written exactly once.
 inline bool tiles(const Pool2d& s) { return s.stride_h == s.KH && s.stride_w == s.KW && s.pad_h == 0 && s.pad_w == 0; }
 
-// Integers beside V: as wide as its numbers, so that one mask serves both. Of a single number, any.
+// Integers as wide as V's numbers, so that one mask serves both. For a single number: any integer.
 template <class V>
 struct IntOf {
   using type = int32_t;
@@ -33,7 +33,7 @@ struct IntOf<Vec<double>> {
   using type = Vec<int64_t>;
 };
 
-// Bytes from and to such integers. Compilers widen and narrow lane by lane on some machines, so the instructions are named.
+// Converts between bytes and such integers. Compilers do this lane by lane on some machines, so the instructions are named.
 template <class I>
 inline __attribute__((always_inline)) I load_bytes(const int8_t* p) {
   if constexpr (std::is_arithmetic_v<I>) {
@@ -41,7 +41,7 @@ inline __attribute__((always_inline)) I load_bytes(const int8_t* p) {
   } else {
     [[maybe_unused]] constexpr bool kFour = sizeof(I{}[0]) == 4;
 #ifdef __AVX512F__
-    if constexpr (sizeof(I) == 64) {  // masked by nothing, as in vec_math.h
+    if constexpr (sizeof(I) == 64) {  // a mask of all ones, for the reason in vec_math.h
       if constexpr (kFour)
         return I(_mm512_maskz_cvtepi8_epi32(__mmask16(-1), _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
       else

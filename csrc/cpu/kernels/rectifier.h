@@ -5,14 +5,14 @@
 
 FASTMAML_CPU_BEGIN
 
-// ReLU is a leaky ReLU of slope 0, but 0 * NaN and 0 * inf must not appear. Its NaN passes: a diverged task's must stay one.
+// ReLU is a leaky ReLU of slope 0, but must not compute 0 * NaN or 0 * inf. A NaN passes, so that a diverged task stays visible.
 template <class T>
 struct Rectifier {
   T slope;
 
   template <class V>
   inline __attribute__((always_inline)) auto passes(V x) const {
-    using Mask = decltype((x > V{}) | (x != x));  // of one number: int
+    using Mask = decltype((x > V{}) | (x != x));  // for one number: int
     const Mask positive = x > V{};
     return slope == T(0) ? positive | (x != x) : positive;
   }

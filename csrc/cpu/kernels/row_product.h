@@ -1,9 +1,9 @@
-// The two register-blocked products that linear and conv2d are made of.
+// The two register-blocked products of linear and conv2d.
 //   row_product    out[i, :] (+)= bias + sum over terms of a_i[term] (one row) times b[term]        rows come from anywhere
 //   outer_product  out (+)= sum over pixels of a_p (a column of `m` numbers) times b_p (a row)      the weight gradient
-// A tile is 6 rows by 2 vectors: 12 accumulators, 2 vectors of b and one broadcast fill the 16 registers of AVX2. Where there are 32
-// registers, tiles of 12 and 8 rows spread the loads of b and the ends of a tile over more products. A panel is not to be inlined: in the
-// middle of a caller's loops GCC 12 has fewer registers for a tile's (conv2d's weight gradient took 1.8 times as long).
+// A tile is 6 rows by 2 vectors: 12 accumulators, 2 vectors of b and one broadcast fit the 16 registers of AVX2.
+// With 32 registers, tiles of 12 and 8 rows use each load of b, and each end of a tile, for more products.
+// Panels must not be inlined: GCC 12 then has fewer registers for a tile. conv2d's weight gradient took 1.8 times as long.
 #pragma once
 
 #include "cpu/kernels/transpose.h"
@@ -18,9 +18,9 @@ inline constexpr int kTallRows = 12, kMiddleRows = 8, kOuterRows = 8;
 #else
 inline constexpr int kTallRows = kTileRows, kMiddleRows = kTileRows, kOuterRows = kTileRows;
 #endif
-inline constexpr int64_t kBlockRows = 384;    // rows that share one pass over b: their a stays in L2
-inline constexpr int64_t kBlockK = 256;       // depth of one pass: its slice of b (16 KB) stays in L1
-inline constexpr int64_t kBlockPixels = 128;  // outer_product: a and b of a block stay in L1 and L2
+inline constexpr int64_t kBlockRows = 384;    // rows that share one pass over b; their a stays in L2
+inline constexpr int64_t kBlockK = 256;       // depth of one pass; its slice of b (16 KB) stays in L1
+inline constexpr int64_t kBlockPixels = 128;  // outer_product: a and b of one block stay in L1 and L2
 
 template <class T>
 struct Term {
@@ -116,14 +116,14 @@ __attribute__((noinline)) void row_panel(const RowProduct<T>& p, const Term<T>* 
   }
 }
 
-// `terms` must be no deeper than kBlockK each (split_term).
+// Each of the `terms` may be at most kBlockK deep (split_term).
 template <class T>
 inline void row_product(const RowProduct<T>& p, const Term<T>* terms, int n_terms) {
   constexpr int64_t L = kLanes<T>;
   for (int64_t from = 0; from < p.rows; from += kBlockRows) {
     const int64_t to = from + kBlockRows < p.rows ? from + kBlockRows : p.rows;
     int t = 0;
-    do {  // once even without terms: the rows are then the bias, or zero
+    do {  // runs once even without terms, when the rows are the bias or zero
       int end = t;
       int64_t depth = 0;
       while (end < n_terms && (end == t || depth + terms[end].k <= kBlockK)) depth += terms[end++].k;
@@ -142,7 +142,7 @@ template <class T>
 inline int term_count(int64_t k) {
   return int((k + kBlockK - 1) / kBlockK);
 }
-// Appends a[shift .. shift + k) times b, in slices of kBlockK; returns how many.
+// Appends a[shift .. shift + k) times b in slices of kBlockK. Returns the number of slices.
 template <class T>
 inline int split_term(Term<T>* terms, int64_t shift, const T* b, int64_t k, int64_t ldb) {
   int n = 0;
@@ -156,8 +156,8 @@ struct OuterTerm {
   const T* b;  // pixel p's row starts at b + p * ldb
 };
 
-// What becomes of a sum: it is added to `out`, or if it is the first, is `out`; or where there is a `base`, laid out as `out` and maybe the
-// same, `out` is base - rate times the sum.
+// Where a sum goes. It is added to `out`, or starts `out` if it is the first.
+// With a `base`, out = base - rate times the sum. The base is laid out as `out`, and may be `out`.
 template <class T>
 struct OuterEnd {
   bool first;
@@ -170,7 +170,7 @@ template <class T, int MR, int NV>
 inline __attribute__((always_inline)) void outer_tile(T* out, int64_t ldo, int64_t valid, const OuterTerm<T>* terms, int n_terms,
                                                       const int32_t* a_at, int64_t ldb, int64_t pixels, const OuterEnd<T>& end) {
   using V = Vec<T>;
-  constexpr int64_t L = kLanes<T>, kLine = 64 / sizeof(T), kSoon = 16;  // pixels whose products take as long as a line from L3
+  constexpr int64_t L = kLanes<T>, kLine = 64 / sizeof(T), kSoon = 16;  // so many pixels' products take as long as a cache line from L3
   const int64_t ahead = pixels < kSoon ? 4 * NV * L : 0;
   if (end.base)
     for (int i = 0; i < MR; ++i)
@@ -251,7 +251,7 @@ template <class T>
 inline void outer_product(T* out, int64_t m, int64_t cols, const OuterTerm<T>* terms, int n_terms, const int32_t* a_at, int64_t ldb,
                           int64_t pixels, const OuterEnd<T>& end) {
   constexpr int64_t L = kLanes<T>, kPanel = kTileVecs * L, kFew = 16 * 1024, kMany = 128 * 1024;  // bytes, of an L1 of 32 KiB
-  // All of a few pixels' b stays in L1, and a large `out` is all there is to move: then its rows are written from end to end.
+  // If b of a few pixels stays in L1 and `out` is large, writing `out` is the bottleneck. Rows are then written from end to end.
   const bool by_rows = n_terms * pixels * ldb * int64_t(sizeof(T)) <= kFew && m * cols * int64_t(sizeof(T)) > kMany;
   const int64_t rows = by_rows ? kOuterRows : m;
   OuterTerm<T> shifted[2];
@@ -268,8 +268,8 @@ inline void outer_product(T* out, int64_t m, int64_t cols, const OuterTerm<T>* t
   }
 }
 
-// Room for copies of a and b. Where the columns of a lie far apart, a tile finds a cache line for each pixel that it uses half of, and
-// every panel finds them again. Where `out` is large, writing a panel's width of all its rows leaves each page after a line or two.
+// Room for copies of a and b. If the columns of a lie far apart, a tile uses half of each cache line it loads,
+// and every panel loads the lines again. If `out` is large, writing one panel leaves each page after a line or two.
 template <class T>
 struct OuterPack {
   T *a[2], *b[2];
@@ -283,7 +283,7 @@ struct OuterPack {
   }
 };
 
-// outer_product by way of copies; b's rows are cols numbers long. A few rows of `out` are written from end to end before the next.
+// outer_product through copies. Rows of b are cols long. A few rows of `out` are finished, from end to end, before the next ones.
 template <class T>
 inline void packed_outer_product(T* out, int64_t m, int64_t cols, const OuterTerm<T>* terms, int n_terms, const int32_t* a_at,
                                  int64_t pixels, const OuterEnd<T>& end, const OuterPack<T>& room) {

@@ -8,7 +8,7 @@
 
 FASTMAML_CPU_BEGIN
 
-// Of two rows, h apart, of a matrix: their blocks of h numbers that lie across the diagonal change places.
+// Two rows of a matrix, h apart: exchanges their blocks of h numbers across the diagonal.
 template <int kHalf, class V, size_t... kI>
 inline __attribute__((always_inline)) void swap_blocks(V& a, V& b, std::index_sequence<kI...>) {
   constexpr size_t n = sizeof...(kI);

@@ -1,7 +1,7 @@
-// Winograd's F(2x2, 3x3): 3x3 products with stride 1 as 16 products over tiles of 4x4 pixels that overlap by 2, 2.25 times fewer
-// multiplications than direct ones (Lavin and Gray 2016, section 4.1). Channels are whole vectors.
+// Winograd's F(2x2, 3x3) (Lavin and Gray 2016, section 4.1) for 3x3 products with stride 1. Channels are whole vectors.
+// 16 products over overlapping tiles of 4x4 pixels replace the direct ones, with 2.25 times fewer multiplications.
 //   y = A^T [(G w G^T) (B^T x B)] A      dw = G^T [(B^T x B) (A dy A^T)] G, its transpose
-// Every value is read through the same transforms, so a tangent adds its two products before one inverse transform.
+// Values and tangents use the same transforms, so a tangent adds its two products before one inverse transform.
 #pragma once
 
 #include "cpu/vec.h"
@@ -54,7 +54,7 @@ inline void winograd_input(T* v, int64_t ld, const T* x, const Tiling& s, int64_
         t[2] = d[2] - d[1];
         t[3] = d[1] - d[3];
       };
-      V t[4][4];  // columns, of which the next tile takes over two
+      V t[4][4];  // columns; the next tile reuses two
       int64_t w = 2 * tw - s.pad_w;
       column(w, t[0]);
       column(w + 1, t[1]);
@@ -139,7 +139,7 @@ inline void winograd_filter(T* u, const T* w, int64_t size, bool flipped) {
     t[2] = half * (g0 - g1 + g2);
     t[3] = g2;
   };
-  // The points' outer rows and columns swap, the inner ones are symmetric.
+  // Turning swaps the outer rows and columns of the points. The inner ones are symmetric.
   const auto turned = [&](int i) { return flipped && (i == 0 || i == 3) ? 3 - i : i; };
   for (int64_t i = 0; i < size; i += kLanes<T>) {
     V g[9], t[3][4];

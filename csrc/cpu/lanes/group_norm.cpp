@@ -5,7 +5,7 @@
 FASTMAML_CPU_BEGIN
 namespace {
 
-// A sum in blocks of 16, so that its error does not grow with the number of addends.
+// Adds blocks of 16, so that the error does not grow with the number of addends.
 template <class V>
 class BlockSum {
  public:
@@ -42,7 +42,7 @@ struct Norm {
   T* operand(int i) const { return in_lanes<T>(call, i, lanes_group); }
   static V at(const T* x, int64_t i) { return load<V>(x + i * L); }
   static V at_or(const T* x, int64_t i, T otherwise) { return x ? at(x, i) : broadcast<V>(otherwise); }
-  // A gradient, behind the rectifier that made y or before it.
+  // A gradient, masked by the rectifier that made y if there is one.
   V masked(const T* d, const T* y, int64_t i) const { return y ? rectify(at(y, i), at(d, i)) : at(d, i); }
 
   template <class Body>
@@ -162,8 +162,8 @@ void group_norm_bwd(const Call& call) {
   });
 }
 
-// With h' = gamma' dy + gamma dy':  dx' = r' u + r u',  r' = -r^2 s,  u' = h' - mean(h') - xhat' mean(h xhat)
-// - xhat mean(h' xhat + h xhat');   dgamma' = sum of dy' xhat + dy xhat',  dbeta' = sum of dy'
+// With h' = gamma' dy + gamma dy':  dx' = r' u + r u',  r' = -r^2 s,
+// u' = h' - mean(h') - xhat' mean(h xhat) - xhat mean(h' xhat + h xhat');   dgamma' = sum of dy' xhat + dy xhat',  dbeta' = sum of dy'
 template <class T>
 void group_norm_bwd_jvp(const Call& call) {
   using V = Vec<T>;

@@ -1,5 +1,5 @@
-// What the files of cpu/lanes/ share: ops on kLanes tasks side by side. Every number is a vector with a task in each lane, and every op
-// is written as if for one task. Lanes without a task hold another task's numbers, so they are computed like the rest.
+// Shared by the files of cpu/lanes/: ops on kLanes tasks at once, a task in each lane of a vector.
+// Every op is written as if for one task. Lanes without a task hold another task's numbers and are computed like the rest.
 #pragma once
 
 #include "cpu/layout.h"
@@ -12,7 +12,8 @@ inline T* in_lanes(const Call& call, int i, int64_t g) {
   return LaneMajor<T>::operand(call, i, g).data;
 }
 
-// y behind a rectifier (layers.h), or, by y or by what it was made of, a derivative behind it. NaN counts as positive for a ReLU.
+// The rectifier of layers.h, or its derivative times d. The sign may come from the output or from the argument.
+// NaN counts as positive for a ReLU.
 template <class T>
 struct LaneRectifier {
   bool on;

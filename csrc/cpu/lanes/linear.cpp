@@ -1,4 +1,4 @@
-// linear in lanes: y = x w + b, its gradients and their tangents, each one pass over its output; nothing is packed or transposed.
+// linear in lanes: y = x w + b, its gradients and their tangents. Each is one pass over its output, without packing or transposing.
 #include "cpu/lanes/products.h"
 
 FASTMAML_CPU_BEGIN
@@ -13,7 +13,7 @@ struct Group {
 
   T* operand(int i) const { return in_lanes<T>(call, i, g); }
 
-  // y = b + x w, or with two terms its tangent; `sign`: of the value whose tangent it is
+  // y = b + x w, or with two terms its tangent. sign: for a tangent, the value whose sign masks it.
   void forward(T* y, const T* b, LaneTerm<T> first, LaneTerm<T> second, const T* sign) const {
     LaneRectifier<T> rectify(s.y);
     lane_product(LaneProduct<T>{y, N, s.out, s.in, false, b, rectify, sign, {first, second}, second.a ? 2 : 1});
@@ -25,7 +25,7 @@ struct Group {
       forward(y_dot, b_dot, {x, w_dot}, {}, y);
   }
 
-  // dx = dy w^T, or with two terms its tangent; x: what came out of the rectifier, or null
+  // dx = dy w^T, or with two terms its tangent. x: the rectifier's output, or null.
   void backward(T* dx, LaneTerm<T> first, LaneTerm<T> second, const T* x) const {
     LaneRectifier<T> rectify(s.x);
     rectify.on = x != nullptr;

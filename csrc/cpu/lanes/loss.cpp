@@ -1,4 +1,4 @@
-// Losses in lanes (ALGORITHMS section 6): a weighted sum over examples, weight 1/N where none are given, and its gradient by the output.
+// Losses in lanes (ALGORITHMS section 6): a weighted sum over examples, weight 1/N by default, and its gradient by the output.
 #include "cpu/kernels/exponential.h"
 #include "cpu/lanes/lanes.h"
 
@@ -17,7 +17,7 @@ struct Group {
   T* operand(int i) const { return in_lanes<T>(call, i, g); }
   V weight(const T* weights, int64_t n) const { return weights ? load<V>(weights + n * L) : broadcast<V>(T(1.0 / double(N))); }
 
-  // The labels of example n, as numbers of the working type; arguments stay task-major.
+  // The labels of example n in the working type. Label arguments stay task-major.
   V label(int operand, int64_t n) const {
     V classes{};
     for (int64_t l = 0; l < L; ++l) {
@@ -28,7 +28,7 @@ struct Group {
   }
 };
 
-// Of one row of outputs; its e^(z - largest) are left in `e`.
+// The softmax of one row of outputs. Leaves e^(z - largest) in `e`.
 template <class T>
 struct Softmax {
   using V = Vec<T>;

@@ -1,8 +1,8 @@
-// The two products of linear layers whose every number is a vector of kLanes tasks:
+// The two products of linear layers, where every number is a vector of kLanes tasks:
 //   lane_product    out[n, j] = bias[j] + sum over terms and k of a[n, k] b[k, j]
 //   lane_outer      out[i, o] = sum over terms and n of a[n, i] b[n, o]
-// A tile is kLaneRows by kLaneCols accumulators, as many as the registers hold beside one row of b. Each number of the result has one
-// accumulator, so its bits do not depend on the tiles.
+// A tile has kLaneRows by kLaneCols accumulators, as many as registers hold together with one row of b.
+// Each number of the result has one accumulator, so its bits do not depend on the tiles.
 #pragma once
 
 #include "cpu/lanes/lanes.h"
@@ -13,13 +13,13 @@ FASTMAML_CPU_BEGIN
 inline constexpr int kLaneRows = 5, kLaneCols = 5;
 #elif FASTMAML_LANES_BYTES == 32  // 16
 inline constexpr int kLaneRows = 4, kLaneCols = 3;
-#else                             // 16 without multiply-adds, or half as many
+#else                             // 16 without fused multiply-add, or half as many
 inline constexpr int kLaneRows = 3, kLaneCols = 3;
 #endif
-inline constexpr int64_t kLaneBlockBytes = FASTMAML_LANES_BYTES * 576;  // of a's rows that share a pass over b: they stay in L1
-inline constexpr int64_t kLaneBlockRows = 32;                           // of lane_outer: sums of so many rows are added up
+inline constexpr int64_t kLaneBlockBytes = FASTMAML_LANES_BYTES * 576;  // rows of a that share a pass over b; they stay in L1
+inline constexpr int64_t kLaneBlockRows = 32;                           // lane_outer adds up sums of this many rows
 
-// n things in as few parts of at most `most` as possible, of sizes that differ by one at most. body(kSize constant, first)
+// Splits n into as few parts of at most `most` as possible, with sizes that differ by at most one. Calls body(kSize constant, first).
 template <int kMost, class Body>
 inline __attribute__((always_inline)) void with_size(int64_t size, int64_t first, const Body& body) {
   if constexpr (kMost > 0) {
@@ -60,12 +60,12 @@ struct LaneProduct {
   bool transposed;  // b is [cols, depth]
   const T* bias;    // [cols] or null
   LaneRectifier<T> rectify;
-  const T* sign;  // [rows, cols]: out is rectified by its sign; null: by out's own, where rectify is on
+  const T* sign;  // [rows, cols], rectifies out by this sign; null: by out's own sign, if rectify is on
   LaneTerm<T> terms[2];
   int n_terms;
 };
 
-// What term t adds to a tile.
+// Adds term t to a tile.
 template <class T, bool kTransposed, int kRows, int kCols>
 inline __attribute__((always_inline)) void lane_product_tile(const LaneProduct<T>& p, int t, int64_t n0, int64_t j0) {
   using V = Vec<T>;

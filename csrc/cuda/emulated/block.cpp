@@ -1,4 +1,5 @@
-// A launch: block after block, and in a block every warp until all its lanes wait or have returned. What cannot go on is diagnosed.
+// Runs a launch: one block after the other. In a block, every warp runs until all its lanes wait or have returned.
+// Reports what cannot go on.
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
@@ -32,10 +33,10 @@ struct LaunchFile {
   const char* const path = std::getenv("FASTMAML_EMU_LAUNCHED");
   struct Kernel {
     int64_t launches = 0;
-    int threads = 0;  // of the largest block
+    int threads = 0;  // in the largest block
     size_t shared_bytes = 0;
   };
-  std::map<std::string, Kernel> kernels;  // reset_counts() or not
+  std::map<std::string, Kernel> kernels;  // all since the program began; reset_counts() keeps them
 
   ~LaunchFile() {
     if (!path || !*path) return;
@@ -163,7 +164,7 @@ void open_barrier() {
   if (watcher) watcher->pass_barrier();
 }
 
-// All threads wait or have returned, and not all of them wait at the barrier.
+// All threads wait or have returned, but not all wait at the barrier.
 [[noreturn]] void fail_stuck() {
   const Thread *barrier = nullptr, *warp = nullptr, *returned = nullptr;
   for (const Thread& t : block.threads) {
@@ -195,7 +196,7 @@ void run_block(std::vector<int64_t>& order) {
 
 void check_launch(const Launch& launch) {
   const dim3 g = launch.grid, b = launch.block;
-  constexpr size_t kMostShared = 227 * 1024;  // of a block on sm_90
+  constexpr size_t kMostShared = 227 * 1024;  // for one block on sm_90
   if (!g.x || !g.y || !g.z || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) fail("no such grid: " + to_string(uint3{g.x, g.y, g.z}));
   if (!b.x || !b.y || !b.z || b.z > 64 || size_t(b.x) * b.y * b.z > 1024) fail("no such block: " + to_string(uint3{b.x, b.y, b.z}));
   if (launch.shared_bytes > kMostShared) fail(std::to_string(launch.shared_bytes) + " bytes of shared memory are too many");
@@ -214,7 +215,7 @@ std::string to_string(const Where& where) {
 
 std::string Position::text() const {
   if (bits & kWhere) return to_string(std::bit_cast<Where>(bits & ~kWhere));
-  return code_position(reinterpret_cast<const void*>(bits - 1));  // of the call, not of where it returns to
+  return code_position(reinterpret_cast<const void*>(bits - 1));  // the address of the call, not of its return
 }
 
 void fail(const std::string& sentence) {

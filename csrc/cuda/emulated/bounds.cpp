@@ -1,4 +1,4 @@
-// What g++ -fsanitize=bounds,alignment makes a kernel call: an index outside its array, a vector access at an odd address.
+// The checks that g++ -fsanitize=bounds,alignment inserts into kernels: array indices, and alignment of vector accesses.
 #include "cuda/emulated/state.h"
 
 namespace {
@@ -6,7 +6,7 @@ namespace {
 using fastmaml::emu::block;
 using fastmaml::emu::fail;
 
-// The compiler's own tables, as far as they are read here.
+// The compiler's own tables, as far as needed.
 struct Source {
   const char* file;
   uint32_t line, column;

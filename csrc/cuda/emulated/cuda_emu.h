@@ -1,8 +1,8 @@
-// The device language of CUDA on the host, for kernels that g++ compiles: what cuda_runtime.h gives to nvcc. Every CUDA thread is a
-// fiber; one block runs after the other (block.cpp). Included by device.h alone.
+// CUDA's device language on the host, for kernels compiled by g++: the counterpart of cuda_runtime.h.
+// Every CUDA thread is a fiber, and blocks run one after the other (block.cpp). Only device.h includes this file.
 #pragma once
 
-#include <math.h>  // and not cmath: kernels call exp(float) without std
+#include <math.h>  // not cmath: kernels call exp(float) without std
 
 #include <cmath>
 #include <cstddef>
@@ -19,13 +19,13 @@
 #define __host__
 #define __device__
 #define __global__ __attribute__((abi_tag("kernel"), noinline))  // the tag marks kernels among the symbols
-#define __shared__ thread_local                                  // which implies static, and marks shared memory
+#define __shared__ thread_local                                  // implies static, and marks shared memory
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __restrict__ __restrict
 #define FASTMAML_SHARED unsigned char* const shared_bytes = ::fastmaml::emu::dynamic_shared()
-#define FASTMAML_UNSEEN __attribute__((no_sanitize("thread", "undefined")))  // by the race build
+#define FASTMAML_UNSEEN __attribute__((no_sanitize("thread", "undefined")))  // the race build does not check such code
 
 // ---------------------------------------------------------------- vectors and indices
 
@@ -58,28 +58,28 @@ inline constexpr int warpSize = 32;
 
 namespace fastmaml::emu {
 
-using Where = std::source_location;  // of a barrier or a warp operation in a kernel, for the messages
+using Where = std::source_location;  // where a kernel calls a barrier or warp operation, for the messages
 
 struct Launch {
   const void* kernel;
   dim3 grid, block;
   size_t shared_bytes;
-  void (*body)(const void* call);  // runs the kernel once, in a thread
+  void (*body)(const void* call);  // runs the kernel once, as one thread
   const void* call;
 };
 void launch(const Launch& launch);
 
-// Between begin_recording and end_recording this thread's launches are kept, with a copy of their arguments, and not run.
+// Between begin_recording and end_recording this thread's launches are kept with a copy of their arguments, and do not run.
 struct Recording {
   std::vector<Launch> launches;
-  std::vector<std::shared_ptr<const void>> calls;  // what Launch::call points to
+  std::vector<std::shared_ptr<const void>> calls;  // owners of each Launch::call
 };
 void begin_recording();
-Recording* end_recording();  // the caller's to delete
+Recording* end_recording();  // the caller deletes it
 void replay(const Recording& recording);
 void launch_or_keep(const Launch& what, const std::function<std::shared_ptr<const void>()>& kept_call);
 
-// choose.h: as many blocks share the scratch of a cut sum. Few, so that small tests need a second launch.
+// The value that choose.h uses for blocks at once. Small, so that small tests need a second launch.
 extern int64_t blocks_at_once;
 
 template <class... Params>
@@ -105,7 +105,7 @@ enum class Vote { all, any, count };
 int barrier(Vote vote, bool value, Where where);
 void sync_warp(uint32_t mask, Where where);
 
-// Every lane of the mask gives `bits` and gets those of lane source(lane).
+// Every lane of the mask gives `bits` and receives the bits of lane source(lane).
 enum class Shuffle { from, up, down, exchange };
 uint64_t shuffle(Shuffle how, uint32_t mask, uint64_t bits, int argument, int width, Where where);
 uint32_t ballot(uint32_t mask, bool value, Where where);
@@ -131,7 +131,7 @@ T shuffle(Shuffle how, uint32_t mask, T value, int argument, int width, Where wh
   return value;
 }
 
-void atomic_access(const void* address, size_t bytes, Where where);  // told to the race build
+void atomic_access(const void* address, size_t bytes, Where where);  // reports to the race build
 
 }  // namespace fastmaml::emu
 
@@ -179,7 +179,7 @@ FASTMAML_REDUCE(unsigned, xor, bit_xor)
 #undef FASTMAML_REDUCE
 
 // ---------------------------------------------------------------- memory
-// Atomics on integers alone: sums of floats would depend on the order of threads.
+// Only integer atomics: sums of floats would depend on the order of threads.
 
 #define FASTMAML_ATOMIC(name, expression)                                             \
   template <class T>                                                                  \

@@ -49,11 +49,11 @@ void Stacks::reserve(size_t count) {
 }
 
 void Stacks::prepare(Fiber& fiber, size_t i, void (*entry)()) const {
-  // Stacks that begin at the same place of their pages would share the same few lines of the cache.
+  // Shifts each stack by a few cache lines. Stacks that start at the same place of their pages would share the same cache sets.
   std::byte* top = stacks_[i].high - i * 17 % 64 * 64;
 #ifdef FASTMAML_SWITCH_BY_HAND
   uintptr_t* words = reinterpret_cast<uintptr_t*>(top) - 8;
-  words[6] = reinterpret_cast<uintptr_t>(entry);  // below six saved registers; ret leaves the stack as a call would
+  words[6] = reinterpret_cast<uintptr_t>(entry);  // below six saved registers; after ret the stack is as after a call
   words[7] = 0;
   fiber.stack_pointer = words;
 #else

@@ -1,4 +1,4 @@
-// Fibers: a stack each, switched by hand. On x86-64 a switch is eight instructions, elsewhere it is ucontext's.
+// Fibers: a stack each, switched by hand. A switch is eight instructions on x86-64; elsewhere ucontext does it.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +37,7 @@ class Stacks {
   bool hold(const void* address) const {
     return std::any_of(stacks_.begin(), stacks_.end(), [=](const Range& range) { return range.holds(address); });
   }
-  // `fiber` will begin with entry(), which never returns, on stack i.
+  // `fiber` will start with entry(), which never returns, on stack i.
   void prepare(Fiber& fiber, size_t i, void (*entry)()) const;
 
  private:

@@ -1,4 +1,4 @@
-// Memory of the emulated device: guarded buffers, poisoned shared memory, copies that happen at their wait, and the faults of threads.
+// Memory of the emulated device: guarded buffers, poisoned shared memory, copies that happen at their wait, and threads' faults.
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr unsigned char kPoison = 0xff;
 constexpr size_t kPage = 4096;
-constexpr size_t kGuard = 256 * kPage;  // on either side: far accesses end there too
+constexpr size_t kGuard = 256 * kPage;  // on each side, so that far accesses also end there
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -23,10 +23,10 @@ bool poisoned(const unsigned char* at, const unsigned char* end) {
   return at == end || (*at == kPoison && std::memcmp(at, at + 1, size_t(end - at - 1)) == 0);
 }
 
-// A buffer between guards: its end, rounded up to 16 bytes, is the end of a page. What it leaves of its pages stays poisoned.
+// A buffer between guards. Its end, rounded up to 16 bytes, is the end of a page. The rest of its pages stays poisoned.
 struct Guarded {
   unsigned char* mapping;
-  size_t pages;  // their bytes
+  size_t pages;  // bytes of whole pages
   unsigned char* data;
   size_t bytes;
 
@@ -46,7 +46,7 @@ struct Guarded {
     data = mapping + kGuard + pages - round_up(n, 16);
   }
   bool near(const void* address) const { return mapping <= address && address < mapping + pages + 2 * kGuard; }
-  // The bytes beside it, as far as they are watched.
+  // The watched bytes around the data start at low() and end at high().
   unsigned char* low() const { return std::max(mapping + kGuard, data - kPage); }
   unsigned char* high() const { return mapping + kGuard + pages; }
   bool clean() const { return poisoned(low(), data) && poisoned(data + bytes, high()); }
@@ -119,7 +119,7 @@ unsigned char* dynamic_shared() { return shared().data; }
 
 void poison_shared(size_t dynamic_bytes) {
   Guarded& dynamic = shared();
-  std::memset(dynamic.data, kPoison, round_up(dynamic.bytes, 16));  // of the block before
+  std::memset(dynamic.data, kPoison, round_up(dynamic.bytes, 16));  // clears the previous block's values
   dynamic.resize(dynamic_bytes);
   for (const Range& variable : *block.static_shared) std::memset(const_cast<unsigned char*>(variable.low), kPoison, variable.bytes);
 }
@@ -133,7 +133,8 @@ void async_copy(void* to, const void* from, int bytes, bool valid, Where where) 
   const auto misaligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % size_t(bytes) != 0; };
   if (misaligned(to) || (valid && misaligned(from)))
     fail("cp.async at " + to_string(where) + " of " + std::to_string(bytes) + " bytes that are not aligned to it");
-  if (valid) static_cast<void>(*static_cast<const volatile char*>(from));  // a fault belongs here, not to the wait
+  if (valid)
+    static_cast<void>(*static_cast<const volatile char*>(from));  // read here, so that a fault is reported at the copy and not at the wait
   Thread& self = *block.running;
   self.copies.push_back({to, from, bytes, valid, self.group, where});
   if (!watcher) return;
@@ -175,15 +176,15 @@ stack_t old_stack;
 const unsigned char* fault_address;
 const void* fault_code;
 bool fault_has_address;
-thread_local bool handled_here = false;  // this thread of the host runs the launch
+thread_local bool handled_here = false;  // this host thread runs the launch
 
 void on_fault(int signal, siginfo_t* info, void* context) {
-  if (!block.running || !handled_here) {  // not a thread's: as if we were not there
+  if (!block.running || !handled_here) {  // not a kernel's fault: use the previous handler
     sigaction(signal, &old_actions[signal == SIGBUS], nullptr);
     return;
   }
   fault_address = static_cast<unsigned char*>(info->si_addr);
-  fault_has_address = info->si_code != SI_KERNEL;  // which x86 gives for a misaligned vector
+  fault_has_address = info->si_code != SI_KERNEL;  // x86 gives this code for a misaligned vector
 #ifdef __x86_64__
   fault_code = reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
 #endif

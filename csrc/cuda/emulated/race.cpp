@@ -1,8 +1,8 @@
-// The race build: g++ -fsanitize=thread makes every load and store of a kernel call a function of this file, in place of those of
-// its own runtime. Each word of memory remembers who touched it last; two threads that touch a word, one of them writing, must have
-// a barrier between them. So a race is found in any order of threads, also where the values happen to be right. Atomics order nothing
-// but one another, a shuffle or a vote nothing at all, and __threadfence does not exist. Of bytes that several threads write in one
-// word the last is remembered.
+// The race build: with g++ -fsanitize=thread every load and store of a kernel calls a function of this file.
+// Each word of memory remembers its last accesses. If two threads touch a word and one writes, a barrier must lie between.
+// A race is therefore found in any order of threads, even if the values happen to be right.
+// Atomics order only atomics. Shuffles, votes and __threadfence order nothing.
+// If several threads write bytes of one word, only the last is remembered.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -49,7 +49,7 @@ struct Page {
   std::unique_ptr<std::array<Touch, kWords>> copying;  // cp.async that have not been waited for, where there have been any
 };
 
-// Lane i knows of lane j what it did up to clock known[i][j]: __syncwarp tells all lanes of its mask what any of them knows.
+// known[i][j]: the clock up to which lane i knows lane j's accesses. __syncwarp tells all lanes of its mask what any of them knows.
 struct Clocks {
   std::array<std::array<uint32_t, 32>, 32> known;
   bool fresh = false;
@@ -138,8 +138,8 @@ class Race : public Watcher {
     clocks.fresh = true;
   }
 
-  // The __shared__ variable, or the dynamic shared memory, around an address: null outside shared memory, and a range that does not
-  // hold the address where it lies beside what the kernel may touch.
+  // The __shared__ variable, or dynamic shared memory, around an address. Null outside shared memory.
+  // For an address in shared memory that the kernel may not touch, a range without that address.
   const Range* shared_near(const void* address) const {
     if (dynamic_neighbourhood_.holds(address)) return &dynamic_;
     if (!static_neighbourhood_.holds(address)) return nullptr;
@@ -165,7 +165,7 @@ class Race : public Watcher {
     return *page;
   }
 
-  // Is it of this launch and not ordered before what the running thread does now?
+  // Is the earlier access of this launch, and not ordered before the running thread's access?
   bool open(const Touch& before, const Touch& now) const {
     if (before.epoch < oldest_epoch_ || !(before.bytes() & now.bytes())) return false;
     if (before.epoch < block_epoch_) return true;
@@ -289,7 +289,7 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-// Of the host's code in the same files: guards of static variables.
+// For host code in the same files: guards of static variables.
 unsigned char __tsan_atomic8_load(const volatile unsigned char* from, int) { return __atomic_load_n(from, __ATOMIC_SEQ_CST); }
 void __tsan_atomic8_store(volatile unsigned char* to, unsigned char value, int) { __atomic_store_n(to, value, __ATOMIC_SEQ_CST); }
 int __tsan_atomic32_load(const volatile int* from, int) { return __atomic_load_n(from, __ATOMIC_SEQ_CST); }

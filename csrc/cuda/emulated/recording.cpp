@@ -1,4 +1,4 @@
-// Launches that are kept instead of run, as a CUDA graph keeps them: with the arguments they were made with.
+// Records launches with their arguments instead of running them, as a CUDA graph does.
 #include <utility>
 
 #include "cuda/emulated/state.h"
@@ -11,7 +11,7 @@ thread_local Recording* under_way = nullptr;
 }  // namespace
 
 void begin_recording() {
-  delete under_way;  // of a thread that gave up
+  delete under_way;  // left by a thread that gave up
   under_way = new Recording;
 }
 

@@ -1,4 +1,4 @@
-// The block that runs, as the files of the emulator share it. One launch at a time, so one of everything.
+// The running block, shared by the emulator's files. Launches run one at a time, so there is one of everything.
 #pragma once
 
 #include <bit>
@@ -11,11 +11,11 @@
 
 namespace fastmaml::emu {
 
-// What a thread waits for, named as in CUDA. A warp operation runs once for all lanes of its mask, when the last of them arrives.
+// What a thread waits for, named as in CUDA. The last lane of the mask to arrive runs a warp operation for all lanes.
 struct Thread;
 struct Operation {
   const char* name;
-  void (*run)(Thread* lanes, uint32_t mask);  // null: a barrier of the block
+  void (*run)(Thread* lanes, uint32_t mask);  // null: the block's barrier
 };
 
 struct AsyncCopy {
@@ -46,22 +46,22 @@ struct Thread {
   uint3 index;
   int number, lane;
   Warp* warp;
-  const Operation* waits;  // null: it runs, or could
+  const Operation* waits;  // null: it runs, or could run
   uint32_t mask;
   Where where;
   void* deposit;
-  std::vector<AsyncCopy> copies;  // under way
-  int64_t group;                  // of the next copy
+  std::vector<AsyncCopy> copies;  // in flight
+  int64_t group;                  // group of the next copy
 };
 
 struct Block {
   const Launch* launch = nullptr;
-  const std::vector<Range>* static_shared = nullptr;  // the __shared__ variables that the kernel may use
+  const std::vector<Range>* static_shared = nullptr;  // the kernel's __shared__ variables
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  Thread* running = nullptr;  // null: the scheduler
+  Thread* running = nullptr;  // null: the scheduler runs
   size_t alive = 0, at_barrier = 0;
-  size_t votes = 0, result = 0;  // of the threads at the barrier, of the barrier before
+  size_t votes = 0, result = 0;  // votes: threads at this barrier; result: of the last barrier
   Fiber scheduler;
   std::string failure;
   bool faulted = false;
@@ -72,7 +72,7 @@ extern Stacks stacks;
 
 // Ends the launch: launch() throws std::runtime_error with the kernel, the block, the thread and this sentence.
 [[noreturn]] void fail(const std::string& sentence);
-// The running thread waits for `operation`; returns when it was done. Lanes find their deposits in Thread::deposit.
+// The running thread waits for `operation`; returns when it is done. Lanes find their deposits in Thread::deposit.
 void wait_warp(const Operation& operation, uint32_t mask, void* deposit, Where where);
 
 std::string to_string(uint3 index);
@@ -80,7 +80,7 @@ std::string to_string(const Where& where);
 
 // ---------------------------------------------------------------- what the race build hears
 
-// A place in a kernel: an address in its code, or as the functions of CUDA are told it.
+// A place in a kernel: an address of code, or a source location as passed to CUDA's functions.
 class Position {
  public:
   static Position of_code(const void* address) { return {reinterpret_cast<uint64_t>(address)}; }
@@ -90,10 +90,10 @@ class Position {
   uint64_t bits = 0;
 
  private:
-  static constexpr uint64_t kWhere = uint64_t(1) << 63;  // no address of a program has it
+  static constexpr uint64_t kWhere = uint64_t(1) << 63;  // no program address has this bit
 };
 
-enum class Access { read, write, atomic, copy, land };  // cp.async: copy when it starts, land when it was waited for
+enum class Access { read, write, atomic, copy, land };  // cp.async: copy when it starts, land when its wait is over
 
 class Watcher {
  public:
@@ -101,37 +101,37 @@ class Watcher {
   virtual void begin_block() = 0;
   virtual void pass_barrier() = 0;
   virtual void sync_warp(uint32_t mask) = 0;
-  virtual void access(Access access, const void* address, size_t bytes, Position position) = 0;  // of the running thread
+  virtual void access(Access access, const void* address, size_t bytes, Position position) = 0;  // by the running thread
 };
-extern Watcher* watcher;  // null outside the race build
+extern Watcher* watcher;  // null, except in the race build
 extern bool counts_bytes_alone;
 
 // ---------------------------------------------------------------- memory.cpp
 
 void poison_shared(size_t dynamic_bytes);  // all bits one, before every block
-void check_guards();                       // the bytes beside buffers and dynamic shared memory, which no page protects
+void check_guards();                       // the bytes around buffers and dynamic shared memory that no page protects
 void mend_guards();                        // after a launch that failed
 void finish_copies();                      // none may be left when a thread returns
 
-class FaultHandler {  // ends the launch that a thread's fault interrupts
+class FaultHandler {  // ends the launch when a thread faults
  public:
   FaultHandler();
   ~FaultHandler();
 };
-std::string describe_fault();  // which has set block.faulted
+std::string describe_fault();  // after a fault has set block.faulted
 
-// The buffer around an address, as far as it may be touched, or whole_page where it is none of ours.
+// The accessible range of the buffer around an address, or whole_page if no buffer of ours is there.
 Range buffer_near(const void* address, const Range& whole_page);
 Range dynamic_range();          // the dynamic shared memory
-Range dynamic_neighbourhood();  // and the guards around it
+Range dynamic_neighbourhood();  // with the guards around it
 
 // ---------------------------------------------------------------- symbols.cpp
 
 std::string kernel_symbol(const void* kernel);
-// The __shared__ variables that the kernel may use, and the memory that holds all there are: of this thread of the host.
+// The kernel's __shared__ variables, and the memory that holds all of them. Each host thread has its own.
 const std::vector<Range>& static_shared(const void* kernel);
 Range static_neighbourhood();
 Range image();                                   // code and static data of this program or library
-std::string code_position(const void* address);  // file:line, where addr2line can tell
+std::string code_position(const void* address);  // file:line, if addr2line knows
 
 }  // namespace fastmaml::emu

@@ -1,4 +1,4 @@
-// What the symbol table of this program or library says: kernels by address, and where their __shared__ variables lie.
+// Reads the symbol table of this program or library: kernels by address, and the places of their __shared__ variables.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
@@ -18,7 +18,7 @@
 namespace fastmaml::emu {
 namespace {
 
-// Its place in a thread's own memory tells where that of the whole module begins.
+// The anchor's place in thread-local memory shows where the module's part begins.
 thread_local char anchor asm("fastmaml_emu_anchor");
 
 constexpr const char kTag[] = "B6kernel";  // what __global__ adds to the name of a function
@@ -31,7 +31,7 @@ std::string demangled(const std::string& symbol) {
   return name;
 }
 
-// As nvcc calls the same kernel.
+// nvcc's name of the same kernel.
 std::string nvcc_name(std::string symbol) {
   const std::string ours = "13cuda_emulated", theirs = "4cuda";
   for (size_t at; (at = symbol.find(kTag)) != std::string::npos;) symbol.erase(at, sizeof kTag - 1);
@@ -44,14 +44,14 @@ struct Module {
     std::string name;
     uint64_t offset;
     size_t bytes;
-    std::string kernel;    // which declares it; empty: a device function, that any kernel may call
-    std::string variable;  // as the source calls it
+    std::string kernel;    // the kernel that declares it; empty: a device function, which any kernel may call
+    std::string variable;  // the name in the source
   };
   uintptr_t base = 0;
   std::string path;
   std::unordered_map<uint64_t, std::string> kernels;  // by offset from base
   std::vector<SharedVariable> shared;
-  uint64_t anchor_offset = 0, shared_bytes = 0;  // in the memory of a thread
+  uint64_t anchor_offset = 0, shared_bytes = 0;  // within thread-local memory
   uint64_t image_bytes = 0;
 
   Module() {
@@ -103,7 +103,7 @@ struct Module {
 };
 
 const Module& module() {
-  static const Module& it = *new Module;  // never destroyed: asked for names when the program ends
+  static const Module& it = *new Module;  // never destroyed: names are needed when the program ends
   return it;
 }
 
@@ -142,7 +142,7 @@ std::string readable(const std::string& symbol) {
   std::string name = demangled(symbol);
   const std::string space = "fastmaml::cuda::";
   if (const size_t at = name.find(space); at != std::string::npos) name = name.substr(at + space.size());
-  int depth = 0;  // of template brackets: the parameters begin at the first ( outside them
+  int depth = 0;  // depth of template brackets; the parameters begin at the first ( outside them
   for (size_t i = 0; i < name.size(); ++i) {
     depth += (name[i] == '<') - (name[i] == '>');
     if (name[i] == '(' && depth == 0) return name.substr(0, i);

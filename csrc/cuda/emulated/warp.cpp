@@ -20,7 +20,7 @@ struct Shuffled {
 void run_shuffle(Thread* lanes, uint32_t mask) {
   for_lanes(mask, [&](int i) {
     Shuffled& to = *static_cast<Shuffled*>(lanes[i].deposit);
-    // A lane that takes no part has no value: all bits one.
+    // A lane outside the mask has no value: all bits one.
     to.result = mask >> to.source & 1 ? static_cast<Shuffled*>(lanes[to.source].deposit)->bits : ~uint64_t(0);
   });
 }
@@ -75,7 +75,7 @@ struct Fragments {
   const uint32_t *a, *b;
 };
 
-float tf32(uint32_t bits) {  // the unit does not see the low 13 bits
+float tf32(uint32_t bits) {  // the tensor core ignores the low 13 bits
   float x;
   bits &= ~0x1fffu;
   std::memcpy(&x, &bits, sizeof x);
@@ -88,7 +88,7 @@ float bf16(uint32_t pair, int half) {
   return x;
 }
 
-// d [16, 8] += a [16, K] b [K, 8], gathered from the lanes as device.h says.
+// d [16, 8] += a [16, K] b [K, 8], gathered from the lanes in device.h's order.
 template <int K>
 void run_mma(Thread* lanes, uint32_t) {
   float a[16][K], b[K][8];

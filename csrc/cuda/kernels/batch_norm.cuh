@@ -1,6 +1,6 @@
 // Batch norm over x [rows, C], rows = examples x pixels; formulas in ALGORITHMS section 6.
-//   stats     [3, C] = mean, r = 1 / sqrt(var + eps), and what the mean lost when it was rounded to T: without that xhat of a channel whose
-//                      mean is much larger than its deviation would be off (ALGORITHMS section 7)
+//   stats     [3, C] = mean, r = 1 / sqrt(var + eps), and the rounding error of the mean in T. Without the third part
+//                      xhat would be wrong in a channel with |mean| >> std (ALGORITHMS section 7).
 //   stats_dot [2, C] = mean(x'), s = mean(xhat x')
 #pragma once
 
@@ -18,7 +18,7 @@ __device__ __forceinline__ void write_stats(T* stats, int c, int C, double mean,
   stats[2 * C + c] = T(mean - double(stats[c]));
 }
 
-// Mean and squared deviations of a thread's rows, less `shift`: kRows at a time in two passes through registers, then merged.
+// Mean and squared deviations of a thread's rows minus `shift`: kRows at a time in two passes through registers, then merged.
 template <bool kWide, int kRows, class T>
 __device__ __forceinline__ int thread_moments(T (&mean)[kChunk<T>], T (&squares)[kChunk<T>], const T* x, const Chunk<T>& shift, int C,
                                               const ColumnThread<T>& t) {
@@ -57,7 +57,7 @@ struct ColumnMoments {  // in shared memory
   int seen[kColumnThreads];
 };
 
-// Mean, less the `shift`, and squared deviations of the thread's part of the rows: in `shared`, at the threads of row_lane 0.
+// Mean minus `shift`, and squared deviations, of the thread's part of the rows. Results are in `shared`, at threads with row_lane 0.
 template <int kRows, class T>
 __device__ __forceinline__ void column_moments_of_part(ColumnMoments<T>& shared, const T* x, const Chunk<T>& shift, const Columns& s,
                                                        const ColumnThread<T>& t, bool wide) {
@@ -91,13 +91,13 @@ __device__ __forceinline__ void column_moments_of_part(ColumnMoments<T>& shared,
   }
 }
 
-// stats of all rows; or, where `parts` is given, mean and squared deviations part by part in double [T, parts, 2, C].
+// stats of all rows. With `parts`: mean and squared deviations of each part, in double [T, parts, 2, C].
 template <class T>
 __global__ void __launch_bounds__(kColumnThreads)
     batch_norm_stats(PerTask<T> stats, PerTask<const T> x, double eps, double* parts, Columns s, bool wide) {
   __shared__ ColumnMoments<T> shared;
   const ColumnThread<T> t(s);
-  // Differences from the part's first row: exactly zero for a constant channel.
+  // Subtracts the part's first row: the differences are exactly zero for a constant channel.
   const T* const first = x.of(blockIdx.x) + blockIdx.y * s.part_rows * s.C;
   const Chunk<T> shift = channels(first, t.c, t.count, T(0));
   column_moments_of_part<8>(shared, x.of(blockIdx.x), shift, s, t, wide);
@@ -130,7 +130,7 @@ __global__ void batch_norm_stats_of_parts(PerTask<T> stats, double eps, const do
   write_stats(stats.of(blockIdx.x), c, s.C, all.mean, all.squares / double(s.rows), eps);
 }
 
-// of running statistics
+// stats of running statistics
 template <class T>
 __global__ void batch_norm_frozen_stats(PerTask<T> stats, PerTask<const T> mean, PerTask<const T> var, double eps, int C) {
   const int c = blockIdx.y * blockDim.x + threadIdx.x;
@@ -149,7 +149,7 @@ struct Normalization {
   __device__ T xhat(T x, int j) const { return ((x - mean.at[j]) - rest.at[j]) * r.at[j]; }
 };
 
-// and its tangent; frozen statistics have none
+// The tangent of a thread's channels. Frozen statistics have none.
 template <class T>
 struct NormalizationDot {
   Chunk<T> mean, s;
@@ -311,7 +311,7 @@ struct BatchNormFwdJvp {
   }
 };
 
-// dx = gamma r u with u = dy - dbeta / M - xhat dgamma / M in the first M = inside_rows rows, which made the statistics, and u = dy behind.
+// dx = gamma r u. The first M = inside_rows rows give the statistics: u = dy - dbeta / M - xhat dgamma / M. Later rows: u = dy.
 template <class T>
 struct BatchNormBwdData {
   PerTask<T> dx;

@@ -1,5 +1,5 @@
 // [rows, C] with a few numbers for every column: sums over the rows, and maps that know their channel.
-// A block for (task, part of the rows, group of channels). A thread has a chunk of channels and every row_lanes-th row of the part.
+// A block takes (task, part of the rows, group of channels). A thread takes a chunk of channels and every row_lanes-th row of the part.
 #pragma once
 
 #include "cuda/kernels/operands.cuh"
@@ -10,18 +10,18 @@ inline constexpr int kColumnThreads = 256;  // at most
 
 struct Columns {
   int rows, C;
-  int lanes, row_lanes;  // threads side by side, chunk by chunk, and one below the other: a power of two
+  int lanes, row_lanes;  // threads side by side (a chunk each), and threads one below the other; row_lanes is a power of two
   int part_rows;
 };
 
 template <class T>
 struct ColumnThread {
   int lane, row_lane;
-  int c, count;        // its channels c .. c + count - 1; the last group may have threads without any
+  int c, count;        // its channels c .. c + count - 1; the last group may have threads without channels
   int row, end, step;  // its rows
 
   __device__ explicit ColumnThread(const Columns& s) : ColumnThread(s, blockIdx.y, blockIdx.z) {}
-  // of a part of the rows and a group of channels; threads beyond lanes x row_lanes have no channels
+  // part: of the rows; group: of channels. Threads beyond lanes x row_lanes have no channels.
   __device__ ColumnThread(const Columns& s, int part, int group)
       : lane(threadIdx.x % s.lanes), row_lane(threadIdx.x / s.lanes), c((group * s.lanes + lane) * kChunk<T>), step(s.row_lanes) {
     count = c < s.C && row_lane < s.row_lanes ? min(s.C - c, kChunk<T>) : 0;
@@ -31,7 +31,7 @@ struct ColumnThread {
   }
 };
 
-// One number a channel; absent: `otherwise`.
+// One number for each channel; if absent: `otherwise`.
 template <class T>
 __device__ __forceinline__ Chunk<T> channels(const T* of_task, int c, int count, T otherwise) {
   Chunk<T> chunk;
@@ -42,7 +42,7 @@ __device__ __forceinline__ Chunk<T> channels(const T* of_task, int c, int count,
 
 // ---------------------------------------------------------------- maps
 
-// F has  template <bool kWide> void operator()(int64_t task, const ColumnThread<T>& t) const,  which goes through the rows of t.
+// F has  template <bool kWide> void operator()(int64_t task, const ColumnThread<T>& t) const,  which loops over the rows of t.
 template <class T, class F>
 __global__ void __launch_bounds__(kColumnThreads) map_columns(F f, Columns s, bool wide) {
   const ColumnThread<T> t(s);
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kColumnThreads) map_columns(F f, Columns s, bo
 
 // ---------------------------------------------------------------- sums
 
-// 32 rows of a thread are summed in T, the rest in double: the error does not grow with the number of rows.
+// A thread sums 32 rows in T, and such sums in double. So the error does not grow with the number of rows.
 inline constexpr int kRowsInT = 32;
 
 template <bool kWide, int kUnroll, class T, class F>
@@ -75,7 +75,7 @@ __device__ __forceinline__ void add_rows(double (&total)[2][kChunk<T>], const F&
 template <class T>
 using ColumnSums = double[2][kChunk<T>][kColumnThreads];  // in shared memory
 
-// The sums of f's two numbers over the thread's part of the rows, of its channels: in `shared`, at the threads of row_lane 0.
+// The sums of f's two numbers over the thread's rows, for its channels. Results are in `shared`, at threads with row_lane 0.
 // F::Channels(f, task, c, count) has  template <bool kWide> void add(T (&sum)[2][kChunk<T>], int row) const.
 template <int kUnroll, class T, class F>
 __device__ __forceinline__ void sum_columns_of_part(ColumnSums<T>& shared, const F& f, int64_t task, const Columns& s,
@@ -100,7 +100,7 @@ __device__ __forceinline__ void sum_columns_of_part(ColumnSums<T>& shared, const
   }
 }
 
-// out[q] [C] = scale times the sum of f's q-th number over the rows; or, where `parts` is given, part by part in double [T, parts, 2, C].
+// out[q] [C] = scale times the sum of f's q-th number over the rows. With `parts`: each part's sum, in double [T, parts, 2, C].
 template <class T, class F>
 __global__ void __launch_bounds__(kColumnThreads)
     sum_columns(F f, PerTask<T> out0, PerTask<T> out1, double scale, double* parts, Columns s, bool wide) {
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   }
 }
 
-// The parts of sum_columns, added up.
+// Adds up the parts of sum_columns.
 template <class T>
 __global__ void sum_column_parts(PerTask<T> out0, PerTask<T> out1, double scale, const double* parts, int count, int C) {
   const int i = blockIdx.y * blockDim.x + threadIdx.x;

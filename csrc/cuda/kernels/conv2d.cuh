@@ -1,7 +1,7 @@
 // Convolutions as products (implicit GEMM), as Forms of gemm_tile.cuh.     x [N, H, W, C]   w [KH, KW, C, F]   y [N, OH, OW, F]
-//   forward:        rows are pixels of y, k = (kh, kw, c), columns are filters
-//   backward-data:  rows are pixels of x, k = (taps that reach them, f), columns are channels. Pixels that are reached by the same taps
-//                   form a phase: stride_h x stride_w of them, each a product of its own
+//   forward:         rows are pixels of y, k = (kh, kw, c), columns are filters
+//   backward-data:   rows are pixels of x, k = (taps that reach them, f), columns are channels.
+//                    Pixels reached by the same taps form a phase. There are stride_h x stride_w phases, each its own product.
 //   backward-weight: rows are (kh, kw, c), k = pixels of y, columns are filters
 #pragma once
 
@@ -13,7 +13,7 @@ struct ConvSizes {  // layers.h's Conv2d
   int N, C, H, W, F, OH, OW, KH, KW, stride_h, stride_w, pad_h, pad_w;
 };
 
-// An index (a, b, c) of [.., width, depth] that moves on by n.
+// A cursor (a, b, c) into [.., width, depth] that moves on by n.
 struct Tap {
   int a, b, c;
   __device__ void step(int n, int width, int depth) {
@@ -25,11 +25,11 @@ struct Tap {
   }
 };
 
-// Where the pixels that a row meets lie, for one row of the tile.
+// Where the pixels of one tile row lie.
 struct alignas(16) Window {
   int at;    // offset of the first tap's pixel
-  int h, w;  // its place in the image, which may lie outside
-  int out;   // the row of `out`, negative where there is none
+  int h, w;  // the first tap's place in the image; may lie outside
+  int out;   // the row of `out`; negative: none
 };
 
 // Tap (a, b) of a window meets the pixel at (h + direction a, w + direction b) of an image [N, H, W, C]. k = (a, b, c).
@@ -90,7 +90,7 @@ struct ConvForward {
   };
 };
 
-// Along one axis: the pixels first, first + stride, ... are reached by the taps phase, phase + stride, ...
+// Along one axis: the taps phase, phase + stride, ... reach the pixels first, first + stride, ...
 struct Phase {
   int phase, first, pixels, taps, origin;  // origin: the output pixel that meets `first` through tap `phase`
   __device__ Phase(int phase, int size, int stride, int pad, int kernel) : phase(phase) {
@@ -107,7 +107,7 @@ struct PhaseFilters {
   using Row = int;
   using K = Tap;
   int first_row, C, F, taps_h, taps_w;
-  int at, step_h, step_w;  // offset of the first tap, and from tap to tap
+  int at, step_h, step_w;  // offset of the first tap, and the distance between taps
 
   __device__ Row row(int r) const { return first_row + r; }
   __device__ K at_k(int k) const {
@@ -138,7 +138,7 @@ struct ConvBackwardData {
   struct Block {
     using A = WindowSource<-1>;
     using B = PhaseFilters;
-    const int tiles, tile;  // of this phase
+    const int tiles, tile;  // within this phase
     const Phase h, w;
     const A a;
     const B b;
@@ -177,12 +177,12 @@ struct ConvBackwardData {
   };
 };
 
-// An output pixel, number i of all, at (oh, ow) of image n.
+// Output pixel number i: at (oh, ow) of image n.
 struct Pixel {
   int i, n, oh, ow;
 };
 
-// Rows are (kh, kw, c) from first_row on, k's are the output pixels.
+// Rows are (kh, kw, c) from first_row on; the k's are output pixels.
 struct PatchSource {
   static constexpr Order kOrder = Order::along_rows;
   using Row = Tap;

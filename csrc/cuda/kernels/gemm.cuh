@@ -1,4 +1,4 @@
-// Products of row-major matrices, as Forms of gemm_tile.cuh: Gemm<a, b> with the orders in which a and b lie.
+// Products of row-major matrices, as Forms of gemm_tile.cuh: Gemm<order of a, order of b>.
 //   nn: Gemm<along_k, along_rows>      nt: Gemm<along_k, along_k>      tn: Gemm<along_rows, along_rows>
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
-// Element (row, k) of a tile that starts at first_row: at row * ld + k, or at k * ld + row.
+// Element (row, k) of a tile that starts at first_row: at row * ld + k (along_k) or at k * ld + row (along_rows).
 template <Order order>
 struct Matrix {
   static constexpr Order kOrder = order;

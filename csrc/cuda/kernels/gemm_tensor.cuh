@@ -1,15 +1,15 @@
-// The tile engine on tensor cores (sm_80 and later): TensorProduct takes TileProduct's place in gemm_tile.cuh's kernel. float32 operands
-// are handed over as Numbers, and the sums stay float32.
+// The tile engine on tensor cores (sm_80 and later). TensorProduct replaces TileProduct in gemm_tile.cuh's kernel.
+// float32 operands are converted as Numbers says; sums stay float32.
 #pragma once
 
 #include "cuda/kernels/gemm_tile.cuh"
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
-// What tensor cores see of a float32 number:
-//   tf32     it, rounded to 10 bits of mantissa
-//   tf32x3   high + low, two such numbers, which keep 21 bits. Of the product of two sums low low is left out.
-//   bf16x3   the same with two numbers of 7 bits, which keep 16: half as many instructions as tf32x3
+// How tensor cores see a float32 number:
+//   tf32     rounded to 10 bits of mantissa
+//   tf32x3   high + low, two numbers of TF32, which keep 21 bits. A product leaves out low x low.
+//   bf16x3   high + low, two numbers of 7 bits, which keep 16. Needs half as many instructions as tf32x3.
 enum class Numbers { tf32, tf32x3, bf16x3 };
 
 // A block's tile of `out`, and the share of each of its warps.
@@ -20,7 +20,7 @@ struct TensorTile {
   static constexpr int kThreads = (rows / warp_rows) * (cols / warp_cols) * 32;
 };
 
-// One register of an mma's operand, and what it leaves over: a number of TF32, or two of BF16 with neighbouring k.
+// One register of an mma's operand, and the remainder `low`. A register holds one TF32 number, or two BF16 numbers with neighbouring k.
 template <Numbers numbers>
 struct TensorWord {
   static constexpr bool kPairs = numbers == Numbers::bf16x3, kSplit = numbers != Numbers::tf32;
@@ -30,7 +30,7 @@ struct TensorWord {
     if constexpr (kPairs)
       return to_bf16x2(x[0], x[1]);
     else if constexpr (kSplit)
-      return __float_as_uint(x[0]) & 0xffffe000u;  // cut off: low makes up for it, and rounding takes four instructions
+      return __float_as_uint(x[0]) & 0xffffe000u;  // truncated: low makes up for it, and rounding would take four instructions
     else
       return to_tf32(x[0]);
   }
@@ -38,7 +38,7 @@ struct TensorWord {
     if constexpr (kPairs)
       return to_bf16x2(x[0] - __uint_as_float(high << 16), x[1] - __uint_as_float(high & 0xffff0000u));
     else
-      return __float_as_uint(x[0] - __uint_as_float(high)) + 0x1000u;  // to_tf32, but for a NaN, which stands in high
+      return __float_as_uint(x[0] - __uint_as_float(high)) + 0x1000u;  // as to_tf32, except for a NaN, which is in high
   }
   static __device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (kPairs)
@@ -48,19 +48,21 @@ struct TensorWord {
   }
 };
 
-// How a warp reads its share of an operand in shared memory. An mma adds up over its k's in no order, so that lane q of four may take any
-// that suit it, if it takes the same of a and b; nor do rows and columns have an order, but that in which the sums are written. So where
-// wide, lane q takes 2q and 2q + 1, side by side, and where the operand lies along its rows, lane g of eight takes chunks of them. That is
-// for BF16, whose pairs are packed into new registers anyway. An mma wants its registers side by side, where TF32's numbers would have to
-// be moved from the wide ones, which costs more than reading them one by one: register r is at k = q + 4 r then.
+// How a warp reads its share of an operand from shared memory.
+// An mma's sum over k has no order. Lane q of four may take any k's, if it takes the same from a and b.
+// Rows and columns have no order either, as long as the sums are written in the same order.
+// Wide reads (BF16): lane q takes k = 2q and 2q + 1. If rows are contiguous, lane g of eight takes chunks of rows.
+// The pairs of BF16 are packed into new registers anyway.
+// TF32 reads one number at a time: an mma needs its registers in sequence, and moving wide ones there would cost more.
+// Register r is then at k = q + 4 r.
 template <class Operand, int rows, bool wide>  // of a lane
 struct TensorReads {
-  static constexpr bool kChunks = wide && !Operand::kAlongK;  // of rows
+  static constexpr bool kChunks = wide && !Operand::kAlongK;  // chunks of rows
 
   // The lane's row number i.
   static __device__ int row(int g, int i) { return kChunks ? i / 4 * 32 + g * 4 + i % 4 : i * 8 + g; }
 
-  // x[i] = elements of row i: where wide, x[i][2 s + h] at k + 8 s + 2 q + h
+  // x[i] = elements of row i. Wide: x[i][2 s + h] is at k + 8 s + 2 q + h.
   template <int n>
   static __device__ void read(float (&x)[rows][n], const float* tile, int first_row, int k) {
     const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
@@ -102,12 +104,12 @@ struct TensorProduct {
   using Word = TensorWord<numbers>;
   using A = Operand<T, typename Block::A, Tile::kRows, kChunk<T>, Tile::kThreads, Word::kPairs>;
   using B = Operand<T, typename Block::B, Tile::kCols, kChunk<T>, Tile::kThreads, Word::kPairs>;
-  static constexpr int kBlocks = dual ? 3 : 0;  // 168 registers: the compiler would take 128 and spill some
+  static constexpr int kBlocks = dual ? 3 : 0;  // 168 registers; the compiler would choose 128 and spill some
   static constexpr int kSets = dual ? 2 : 1;
   static constexpr int kStage = kSets * (A::kSize + B::kSize);
   static constexpr size_t kTableBytes = Form::kTable * Tile::kRows * 16, kSharedBytes = kTableBytes + Tile::kStages * kStage * sizeof(T);
 
-  // A warp's 16 x 8 pieces. A lane has two rows of each, and as operands two registers of each row, as device.h's mma_... say.
+  // A warp works on 16 x 8 pieces. A lane has two rows of each piece, and two registers of each row, in the order of device.h's mma_.
   static constexpr int kDown = Tile::kWarpRows / 16, kAcross = Tile::kWarpCols / 8, kK = 8 * Word::kNumbers;
   using Sum = T[kDown][kAcross][4];
   using ReadsA = TensorReads<A, kDown * 2, Word::kPairs>;
@@ -182,8 +184,8 @@ struct TensorProduct {
     }
   }
 
-  // The lane's share of `out`, as in TileProduct. Neighbouring columns: of as many pieces where it took chunks of b's rows, else the two of
-  // a piece.
+  // The lane's share of `out`, as in TileProduct. If it took chunks of b's rows, neighbouring columns are from as many pieces.
+  // Otherwise they are the two columns of one piece.
   static constexpr bool kChunks = ReadsB::kChunks;
   static constexpr int kLines = kDown * 2, kSide = kChunks ? 4 : 2, kSpans = kAcross * 2 / kSide;
   static __device__ int line(int i) { return first_row() + ReadsA::row(threadIdx.x % 32 / 4, i); }

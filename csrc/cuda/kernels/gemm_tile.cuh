@@ -1,7 +1,7 @@
-// The engine of every product, matrices and convolutions alike:  out [rows, cols] = sum over k of a [rows, k] b [k, cols], per task.
-// A block makes one tile of `out`. Its operands come through shared memory, 16 k's at a time and some such stages deep; where their numbers
-// lie in global memory is the business of a Form (gemm.cuh, conv2d.cuh). The columns of `b` are called rows here too: both operands are
-// [rows, k].
+// The engine of all products, matrices and convolutions:  out [rows, cols] = sum over k of a [rows, k] b [k, cols], for each task.
+// A block makes one tile of `out`. Operands come through shared memory, 16 k's at a time, in several stages.
+// A Form (gemm.cuh, conv2d.cuh) knows where the numbers lie in global memory.
+// Here the columns of `b` are also called rows, so both operands are [rows, k].
 #pragma once
 
 #include "cuda/kernels/operands.cuh"
@@ -9,9 +9,9 @@
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
-inline constexpr int kDepth = 16;  // k's of a tile
+inline constexpr int kDepth = 16;  // k's of one stage
 
-// A block's tile of `out`, the share of each of its threads, and the stages of its operands in shared memory: all but one are under way.
+// A block's tile of `out`, each thread's share, and the stages of the operands in shared memory. All stages but one are in flight.
 template <int rows, int cols, int thread_rows, int thread_cols, int stages>
 struct Tile {
   static constexpr int kStages = stages;
@@ -25,29 +25,30 @@ struct Product {
   PerTask<const T> a[2], b[2], bias[2];
   PerTask<T> out[2];
   PerTask<T> sums;  // [cols], the sum of b[0] over k; absent in most products
-  // Where `rectified`, every out is multiplied by act'(mask), mask [rows, cols]; absent: by act'(out[0]), which makes act(out[0]) of it.
+  // rectified: every out is multiplied by act'(mask), mask [rows, cols]. Without a mask, by act'(out[0]), which makes out[0] act(out[0]).
   bool rectified = false;
   Rectifier<T> act = {T(0)};
   PerTask<const T> mask;
   int terms = 1;
-  bool wide_a = false, wide_b = false, wide_out = false;  // may be accessed in chunks
+  bool wide_a = false, wide_b = false, wide_out = false;  // can be read and written in chunks
   // k is cut into `parts` of part_depth (a multiple of kDepth); part p writes to out + p part_stride and sums + p part_stride.
   int parts = 1, part_depth = 0;
   int64_t part_stride = 0;
 };
 
-// Does the operand lie in memory with its k's side by side, or its rows? It lies the same way in shared memory.
+// Which numbers of the operand are neighbours in memory, its k's or its rows? Shared memory has the same order.
 enum class Order { along_k, along_rows };
 
-// One operand: how `rows` x kDepth of its numbers are copied to shared memory, and read from there.
-// A Source finds them: row(r) and at_k(k) are cursors that step(cursor, n) moves, and find(row, k, from) says whether and where there is
-// a number. wide_tensor: gemm_tensor.cuh reads it in pairs and chunks.
+// One operand: copies `rows` x kDepth of its numbers to shared memory, and reads them there.
+// A Source finds the numbers. row(r) and at_k(k) are cursors, which step(cursor, n) moves.
+// find(row, k, from) says whether there is a number, and where. wide_tensor: gemm_tensor.cuh reads pairs and chunks.
 template <class T, class Source, int rows, int per_thread, int threads, bool wide_tensor = false>
 class Operand {
  public:
   static constexpr bool kAlongK = Source::kOrder == Order::along_k;
-  // With this padding the threads that are served together meet all 32 banks, with chunks of 8 neighbours along_k, and with 8 rows of 4
-  // k's (tensor cores read them); or with pairs of 4 lines along_k, and with chunks of 2 x 4 that are two lines apart along_rows.
+  // The padding avoids bank conflicts: threads that are served together touch all 32 banks.
+  // along_k: chunks of 8 neighbours, and for tensor cores 8 rows of 4 k's.
+  // wide_tensor: pairs of 4 lines along_k, and along_rows chunks of 2 x 4 that are two lines apart.
   static constexpr int kStride = kAlongK ? kDepth + (wide_tensor ? 8 : kChunk<T>) : rows + (wide_tensor ? 4 : 8);
   static constexpr int kSize = (kAlongK ? rows : kDepth) * kStride;
 
@@ -55,7 +56,7 @@ class Operand {
 
   __device__ void start_at(int k) { k_ = source_.at_k(k + (kAlongK ? across() : line())); }
 
-  // Starts the copies of the next kDepth k's, of one operand or of two that lie alike.
+  // Starts the copies of the next kDepth k's, of one operand or of two with the same layout.
   template <int sets>
   __device__ void copy(T* tile, const T* const (&from)[sets]) {
     if (wide_)
@@ -64,7 +65,7 @@ class Operand {
       copy_by<1>(tile, from);
   }
 
-  // The row in register i of the thread at `place`, of kAcross side by side.
+  // The row in register i of the thread at `place`, out of kAcross threads side by side.
   static __device__ int row(int place, int i) {
     return kAlongK ? i * kAcross + place : (i / kChunk<T> * kAcross + place) * kChunk<T> + i % kChunk<T>;
   }
@@ -111,7 +112,7 @@ class Operand {
   __device__ void copy_by(T* tile, const T* const (&from)[sets]) {
     if constexpr (kAlongK) {
       auto k = k_;
-#pragma unroll 1  // chunks are the way that must be fast
+#pragma unroll 1  // only copies by chunks need to be fast
       for (int e = 0; e < kChunk<T>; e += elements) {
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
@@ -155,9 +156,9 @@ __device__ __forceinline__ void add_outer_products(T (&sum)[rows][cols], const T
       for (int j = 0; j < cols; ++j) sum[i][j] = fma(a[s][i], b[s][j], sum[i][j]);
 }
 
-// What a block of a product works on: a Form makes it from the block's place in the grid.
-//   Form::Block<Tile> has a source of each operand (a, b), `depth`, cols and first_col, and out_row(r), negative outside of `out`.
-//   Form::kTable numbers of 16 bytes a row help it to remember where rows lie.
+// The work of one block. A Form makes it from the block's place in the grid.
+//   Form::Block<Tile> has a source of each operand (a, b), `depth`, cols, first_col, and out_row(r), which is negative outside of `out`.
+//   It may use Form::kTable numbers of 16 bytes for each row to remember where rows lie.
 template <class T_, class Tile_, class Form_, bool dual>
 struct TileProduct {
   using T = T_;
@@ -166,7 +167,7 @@ struct TileProduct {
   using Block = typename Form::template Block<Tile>;
   using A = Operand<T, typename Block::A, Tile::kRows, Tile::kThreadRows, Tile::kThreads>;
   using B = Operand<T, typename Block::B, Tile::kCols, Tile::kThreadCols, Tile::kThreads>;
-  static constexpr int kBlocks = 0;  // that a multiprocessor should hold at least; 0: as the compiler thinks
+  static constexpr int kBlocks = 0;  // least number of blocks that a multiprocessor should hold; 0: the compiler decides
   static constexpr int kSets = dual ? 2 : 1, kV = kChunk<T>, kAcross = Tile::kCols / Tile::kThreadCols;
   static constexpr int kStage = kSets * (A::kSize + B::kSize);
   static constexpr size_t kTableBytes = Form::kTable * Tile::kRows * 16, kSharedBytes = kTableBytes + Tile::kStages * kStage * sizeof(T);
@@ -192,14 +193,14 @@ struct TileProduct {
     }
   }
 
-  // The thread's share of `out`: kLines rows, and in each kSpans times kSide columns side by side.
+  // The thread's share of `out`: kLines rows, and in each row kSpans runs of kSide neighbouring columns.
   static constexpr int kLines = Tile::kThreadRows, kSide = B::kAlongK ? 1 : kV, kSpans = Tile::kThreadCols / kSide;
   static __device__ int line(int i) { return A::row(threadIdx.x / kAcross, i); }
   static __device__ int span(int j) { return B::row(threadIdx.x % kAcross, j * kSide); }
   static __device__ T at(const Sum& sum, int i, int j, int e) { return sum[i][j * kSide + e]; }
 };
 
-// Writes the sums of a block to out, and what is done with them on the way.
+// Writes a block's sums to out, with bias and rectifier.
 template <class Work, bool rectified, class T>
 __device__ __forceinline__ void write(const typename Work::Block& block, const typename Work::Sum (&sum)[Work::kSets], const Product<T>& p,
                                       int64_t task, int64_t part_offset) {
@@ -214,7 +215,7 @@ __device__ __forceinline__ void write(const typename Work::Block& block, const t
   const T* const mask = rectified ? p.mask.of(task) : nullptr;
   int lines[Work::kLines];
 #pragma unroll
-  for (int i = 0; i < Work::kLines; ++i) lines[i] = block.out_row(Work::line(i)) * block.cols;  // negative: outside
+  for (int i = 0; i < Work::kLines; ++i) lines[i] = block.out_row(Work::line(i)) * block.cols;  // negative: outside of out
 #pragma unroll
   for (int j = 0; j < Work::kSpans; ++j) {
     const int col = block.first_col + Work::span(j), count = min(block.cols - col, kSide);
@@ -251,8 +252,8 @@ __device__ __forceinline__ void write(const typename Work::Block& block, const t
   }
 }
 
-// The block's place is blockIdx.x = ((task * parts + part) * row_tiles + row_tile) * col_tiles + col_tile. Work: TileProduct, or
-// TensorProduct of gemm_tensor.cuh.
+// The block's place is blockIdx.x = ((task * parts + part) * row_tiles + row_tile) * col_tiles + col_tile.
+// Work: TileProduct, or TensorProduct of gemm_tensor.cuh.
 template <class Work>
 __global__ void __launch_bounds__(Work::Tile::kThreads, Work::kBlocks)
     product(const typename Work::Form form, const Product<typename Work::T> p, const int row_tiles, const int col_tiles) {
@@ -295,7 +296,7 @@ __global__ void __launch_bounds__(Work::Tile::kThreads, Work::kBlocks)
 
   typename Work::Sum sum[Work::kSets] = {};
   T* const sums = Form::kSums && row_tile == 0 && p.sums.data ? p.sums.of(task) + part * p.part_stride : nullptr;
-  T column_sum = 0;  // of column threadIdx.x
+  T column_sum = 0;  // the sum of column threadIdx.x
 #pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) {
     if (step < steps) copy(step, step);
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(Work::Tile::kThreads, Work::kBlocks)
   }
   for (int step = 0, stage = 0; step < steps; ++step, stage = stage + 1 == kStages ? 0 : stage + 1) {
     async_wait<kStages - 2>();
-    __syncthreads();  // the tile is there, and nobody reads the one before it any more
+    __syncthreads();  // the tile is complete, and no thread still reads the previous one
     if (step + kStages - 1 < steps) copy(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
     async_commit();
     const T* const here = tiles + stage * Work::kStage;
@@ -326,7 +327,7 @@ __global__ void __launch_bounds__(Work::Tile::kThreads, Work::kBlocks)
   }
 }
 
-// out [size] and sums [cols] = the sum of `count` parts, each [size + cols], in their order.  One thread a number; blockIdx.y = task.
+// out [size] and sums [cols] = the sum of `count` parts, each [size + cols], in order.  One thread for each number; blockIdx.y = task.
 template <class T, int threads>
 __global__ void __launch_bounds__(threads) sum_parts(const PerTask<T> out, const PerTask<T> sums, const PerTask<const T> parts,
                                                      const int count, const int64_t part_stride, const int size, const int cols) {

@@ -11,13 +11,13 @@ namespace fastmaml::FASTMAML_CUDA_NS {
 struct Groups {
   int N, spatial, channels, groups;
   int width;   // channels of a group
-  int chunks;  // of a pixel of a group
+  int chunks;  // chunks of one pixel of a group
 
   __device__ int count() const { return N * groups; }
 };
 
-// A team of threads (kernels/reduce.cuh) takes one group of one example at a time. body(i, c, count) for its chunks: place in x and first
-// channel.
+// A team of threads (kernels/reduce.cuh) takes one group of one example at a time.
+// Calls body(i, c, count) for its chunks: place in x, first channel, number of channels.
 template <class T, class Team, class Body>
 __device__ __forceinline__ void for_group(const Groups& s, int group, Body body) {
   const int first = group % s.groups * s.width, start = group / s.groups * s.spatial * s.channels + first;
@@ -27,7 +27,7 @@ __device__ __forceinline__ void for_group(const Groups& s, int group, Body body)
   }
 }
 
-// A y that a rectifier made, or none: what is by y becomes what is by the rectifier's argument.
+// The rectifier that made y, or none. Masks a gradient by y into the gradient by the rectifier's argument.
 template <class T>
 struct Mask {
   PerTask<const T> y = {};
@@ -50,7 +50,7 @@ struct GroupNormFwd {
   bool rectified = false;
   Rectifier<T> act = {T(0)};
 
-  // Chunks in two passes through registers, merged with the thread's chunks before them in T, and threads in double.
+  // Chunks go in two passes through registers. A thread merges its chunks in T; threads are merged in double.
   template <class Team, bool kWide>
   __device__ Moments moments(const T* x, const Groups& s, int group) const {
     const T shift = x[group / s.groups * s.spatial * s.channels + group % s.groups * s.width];
@@ -194,8 +194,8 @@ struct GroupNormBwdData {
   }
 };
 
-// With h' = gamma' dy + gamma dy':  dx' = r' u + r u',  u' = h' - mean(h') - xhat' mean(h xhat) - xhat mean(h' xhat + h xhat'),  r' = -r^2
-// s
+// With h' = gamma' dy + gamma dy':  dx' = r' u + r u',  r' = -r^2 s,
+//   u' = h' - mean(h') - xhat' mean(h xhat) - xhat mean(h' xhat + h xhat')
 template <class T>
 struct GroupNormBwdDataJvp {
   PerTask<T> dx_dot;
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(256) map_groups(F f, Groups s, bool wide) {
 
 // ---------------------------------------------------------------- sums over the rows [N spatial, channels] (kernels/columns.cuh)
 
-// The groups of a thread's channels c .. c + count - 1; channels behind them, whose numbers are zeros, count to the last one's.
+// The groups of a thread's channels c .. c + count - 1. Channels after them hold zeros and count for the last group.
 template <int n>
 struct ChannelGroups {
   int of[n];

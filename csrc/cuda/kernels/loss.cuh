@@ -1,5 +1,5 @@
-// Losses: a weighted sum over examples (weight 1/N where none are given) and its gradient by the output z [N, size].
-// In double: a loss is a handful of numbers, and its gradient starts every backward pass.
+// Losses: a weighted sum over examples (weight 1/N by default) and its gradient by the output z [N, size].
+// Computed in double. This costs little, and every backward pass starts from the loss's gradient.
 #pragma once
 
 #include "cuda/kernels/operands.cuh"
@@ -17,7 +17,7 @@ __device__ __forceinline__ double example_weight(const T* weights, int n, int N)
   return weights ? double(weights[n]) : 1.0 / double(N);
 }
 
-// Every lane of an example gets the same bits.
+// The sum over an example's lanes. Every lane gets the same bits.
 __device__ __forceinline__ double lane_sum(double x, int lanes) {
   for (int with = lanes / 2; with > 0; with /= 2) x += __shfl_xor_sync(0xffffffffu, x, with);
   return x;
@@ -30,7 +30,7 @@ __device__ __forceinline__ double lane_max(double x, int lanes) {
   return x;
 }
 
-// The softmax of one example's outputs; all lanes of the warp come here together, with `count` 0 where there is no example.
+// The softmax of one example's outputs. All lanes of the warp must call this together; `count` is 0 for a missing example.
 template <class T>
 struct Softmax {
   double largest, total;
@@ -46,7 +46,7 @@ struct Softmax {
   __device__ double log_p(T z) const { return double(z) - largest - log(total); }
 };
 
-// body(n, lane, exists) for the examples of this block's threads; the lanes of a warp stay together.
+// Calls body(n, lane, exists) for the examples of this block's threads. The lanes of a warp stay together.
 template <class Body>
 __device__ __forceinline__ void for_examples(const Examples& s, int first, int step, Body body) {
   const int lane = threadIdx.x % s.lanes;
@@ -71,7 +71,7 @@ __device__ __forceinline__ void cross_entropy_of_task(T* loss, T* dz, const T* z
     double example = 0;
     for (int c = lane; c < count; c += s.lanes) {
       const double target = (c == label ? 1.0 - smoothing : 0.0) + spread;
-      // A class that is no target adds nothing, even where its log-probability is -inf.
+      // A class with target 0 adds nothing, even if its log-probability is -inf.
       if (target != 0) example -= target * softmax.log_p(row[c]);
       if (dz) dz[at + c] = T(w * (softmax.p(row[c]) - target));
     }
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy(PerTask<T> loss, PerTa
   cross_entropy_of_task(loss.of(task), dz.of(task), z.of(task), labels.of(task), weights.of(task), smoothing, s);
 }
 
-// dz' = w p (z' - <p, z'>)     of the examples from `first` on, and `step` further ones each
+// dz' = w p (z' - <p, z'>)     for the examples first, first + step, ...
 template <class T>
 __device__ __forceinline__ void cross_entropy_jvp_of_task(T* dz_dot, const T* z, const T* z_dot, const T* weights, const Examples& s,
                                                           int first, int step) {
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads)
   mse_of_task(loss.of(task), dz.of(task), z.of(task), target.of(task), weights.of(task), N, size);
 }
 
-// dz' = 2 w z' / size     of every `step`-th number from `first` on
+// dz' = 2 w z' / size     for the numbers first, first + step, ...
 template <class T>
 __device__ __forceinline__ void mse_jvp_of_task(T* dz_dot, const T* z_dot, const T* weights, int N, int size, int64_t first, int64_t step) {
   for (int64_t i = first; i < N * size; i += step) {

@@ -1,5 +1,5 @@
-// The engine of every op that treats all numbers of a task alike: out[i] = f(x[i]) with a few operands on either side.
-// A function F says how many: kOut, kIn, and  void operator()(T (&out)[kOut], const T (&x)[kIn]) const.
+// The engine of ops that treat all numbers of a task alike: out[i] = f(x[i]) with a few inputs and outputs.
+// A function F has kOut, kIn and  void operator()(T (&out)[kOut], const T (&x)[kIn]) const.
 #pragma once
 
 #include "cuda/kernels/operands.cuh"
@@ -8,8 +8,8 @@ namespace fastmaml::FASTMAML_CUDA_NS {
 
 template <class T, class F>
 struct MapOperands {
-  PerTask<T> out[F::kOut];     // absent: not wanted
-  PerTask<const T> x[F::kIn];  // absent: zeros.  x may be the same numbers as an `out`
+  PerTask<T> out[F::kOut];     // absent: not computed
+  PerTask<const T> x[F::kIn];  // absent: zeros.  x may be the same memory as an `out`
 };
 
 template <bool kWide, class T, class F>
@@ -32,7 +32,7 @@ __device__ __forceinline__ void map_chunk(const F& f, const MapOperands<T, F>& o
     if (operands.out[k].data) store<kWide>(operands.out[k].of(task) + i, out[k], count);
 }
 
-// Of all chunks of the task, those of the thread: every `step`-th from `first` on.
+// The thread's chunks of the task: first, first + step, ...
 template <class T, class F>
 __device__ __forceinline__ void map_chunks(const F& f, const MapOperands<T, F>& operands, int64_t task, int64_t first, int64_t step,
                                            int size, bool wide) {
@@ -46,13 +46,13 @@ __device__ __forceinline__ void map_chunks(const F& f, const MapOperands<T, F>& 
   }
 }
 
-// A block for (task, piece of its numbers); a thread takes one chunk, or several where the blocks run out.
+// A block takes (task, piece of its numbers). A thread takes one chunk, or several if there are not enough blocks.
 template <class T, class F>
 __global__ void map(F f, MapOperands<T, F> operands, int size, bool wide) {
   map_chunks(f, operands, blockIdx.x, int64_t(blockIdx.y) * blockDim.x + threadIdx.x, int64_t(gridDim.y) * blockDim.x, size, wide);
 }
 
-// map for a function that also takes one number of the task: F::number, left as it is where the operand is absent.
+// map for a function with one more number for each task: F::number, which keeps its default if the operand is absent.
 template <class T, class F>
 __global__ void map_with_number(F f, MapOperands<T, F> operands, PerTask<const T> number, int size, bool wide) {
   if (number.data) f.number = number.of(blockIdx.x)[0];

@@ -1,4 +1,4 @@
-// Numbers on their way in and out: vectors in another order, and pieces of memory to the places where a recording expects them.
+// Moves numbers: vectors into another order, and pieces of memory to a recording's places.
 #pragma once
 
 #include "cuda/kernels/operands.cuh"
@@ -22,7 +22,7 @@ struct PieceList {
   int64_t bytes[kPieces];
 };
 
-// blockIdx.y = piece. 16 bytes at a time where its ends allow, else 4.
+// blockIdx.y = piece. Copies 16 bytes at a time if both ends of the piece allow, else 4.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) copy_pieces(PieceList list) {
   const int piece = blockIdx.y;

@@ -1,7 +1,8 @@
-// Batch norm, max-pool and ReLU or leaky ReLU in one: z = gamma xhat + beta, y = act(the largest z of a window).
-//   x [N, H, W, C]   y, winner, tap, dy [N, OH, OW, C]   with winner and tap as program/op.h has them
-// Neither z nor its gradient dz is ever in memory. A thread has a chunk of channels and several rows (kernels/columns.cuh): windows, or
-// pixels where windows overlap. kSide: 1: no pool, the window is the pixel; 2: windows of 2 x 2; 0: any windows.
+// Batch norm, max-pool and ReLU or leaky ReLU as one op: z = gamma xhat + beta, y = act(the largest z of a window).
+//   x [N, H, W, C]   y, winner, tap, dy [N, OH, OW, C]; winner and tap as in program/op.h
+// z and its gradient dz are never in memory.
+// A thread has a chunk of channels and several rows (kernels/columns.cuh): windows, or pixels if windows overlap.
+// kSide: 1: no pool, the window is the pixel; 2: windows of 2 x 2; 0: any windows.
 #pragma once
 
 #include "cuda/kernels/batch_norm.cuh"
@@ -23,13 +24,13 @@ struct NormAct {
   __device__ NormAct(const T* stats, const T* gamma, const T* beta, Rectifier<T> act, int c, int count, int C)
       : norm(stats, c, count, C), gamma(channels(gamma, c, count, T(1))), beta(channels(beta, c, count, T(0))), act(act) {}
 
-  // fma: all passes see the same bits, and so the same winner and mask, however the compiler contracts.
+  // fma, and not a * b + c that may be contracted or not: all passes need the same bits for the same winner and mask.
   __device__ T z(T xhat, int j) const { return fma(xhat, gamma.at[j], beta.at[j]); }
 };
 
 __device__ __forceinline__ int place_of(Tap tap) { return tap < 0 ? ~int(tap) : int(tap); }
 
-// body(tap, offset in x) for the taps of a window that lie in the image
+// Calls body(tap, offset in x) for the taps of a window inside the image.
 template <int kSide, class T, class Body>
 __device__ __forceinline__ void for_window_taps(const PoolSizes& s, const PoolThread<T>& t, Body body) {
   if constexpr (kSide == 0) {
@@ -97,7 +98,7 @@ struct NormPoolActFwd {
   }
 };
 
-// y' = act'(z) (gamma' xhat + gamma xhat' + beta') of the winner, whose x' is kept in winner_dot
+// y' = act'(z) (gamma' xhat + gamma xhat' + beta') of the winner. winner_dot keeps the winner's x'.
 template <class T, int kSide>
 struct NormPoolActFwdJvp {
   PerTask<T> y_dot, winner_dot;
@@ -220,10 +221,11 @@ struct NormPoolActBwdWeightJvp {
 
 // ---------------------------------------------------------------- x: one pixel
 
-// F::Channels(f, task, c, count) has  template <bool kWide, bool kMasks> void write(int i, Chunk<T> (&dz)[F::kGradients], int count) const,
-// which turns the gradient by the z of the pixel at i, or its tangent too, into what goes to dx. kMasks: `dz` is still dy.
+// F::Channels(f, task, c, count) has
+//   template <bool kWide, bool kMasks> void write(int i, Chunk<T> (&dz)[F::kGradients], int count) const,
+// which turns dz of the pixel at i (and its tangent, if F has one) into dx. kMasks: `dz` is still dy, not yet masked.
 
-// dx = gamma r u with u = dz - dbeta / M - xhat dgamma / M in the first `inside` numbers, which made the statistics, and u = dz behind.
+// dx = gamma r u. The first `inside` numbers give the statistics: u = dz - dbeta / M - xhat dgamma / M. Later ones: u = dz.
 template <class T>
 struct NormPoolActBwdData {
   static constexpr int kGradients = 1;
@@ -343,8 +345,8 @@ struct NormPoolActBwdDataJvp {
 
 // ---------------------------------------------------------------- x: all pixels
 
-// Windows side by side (stride = kernel, no padding), or no pool: a thread reads its window's dy and tap once and writes all its pixels.
-// Windows that begin behind the last one hold the rest of the image, which no y depends on but by the statistics.
+// Adjacent windows (stride = kernel, no padding), or no pool: a thread reads its window's dy and tap once and writes all its pixels.
+// Windows past the last one cover the rest of the image. These pixels affect y only through the statistics.
 template <class T, class F, int kSide>
 struct NormPoolActBwdTiles {
   F f;
@@ -393,7 +395,7 @@ struct NormPoolActBwdTiles {
   }
 };
 
-// Any windows: a thread adds up, for its pixel, what the windows that hold it have for it, row by row.
+// Any windows: a thread adds up, row by row, what the windows that contain its pixel pass to it.
 template <class T, class F>
 struct NormPoolActBwdWindows {
   F f;

@@ -1,4 +1,4 @@
-// How kernels take the operands of an op, and how they move 16 bytes of them at a time.
+// Kernels' view of an op's operands, and access to 16 bytes of them at a time.
 #pragma once
 
 #include "cuda/device.h"
@@ -21,7 +21,7 @@ struct alignas(n * sizeof(T)) Chunk {
   T at[n];
 };
 
-// The chunk at `from`: where kWide by one access, else its first `count` numbers, and zeros behind them.
+// The chunk at `from`. kWide: by one access. Otherwise its first `count` numbers, then zeros.
 template <bool kWide, int n, class T>
 __device__ __forceinline__ Chunk<T, n> load(const T* from, int count) {
   if constexpr (kWide) {

@@ -1,5 +1,5 @@
 // Pooling over windows of [KH, KW].   x [N, H, W, C]   y [N, OH, OW, C]   index [N, OH, OW, C]: the tap kh * KW + kw that won.
-// A thread has a chunk of channels of one pixel. Backward gathers: a pixel of dx adds up the windows that hold it, row by row.
+// A thread has a chunk of channels of one pixel. Backward gathers: a pixel of dx adds up the windows that contain the pixel, row by row.
 #pragma once
 
 #include "cuda/kernels/operands.cuh"
@@ -11,7 +11,7 @@ struct PoolSizes {  // layers.h's Pool2d
   bool count_include_pad;
 };
 
-// One image's pixel in [N, height, width, C], and the thread's channels.
+// One pixel of [N, height, width, C], and the thread's channels.
 template <class T>
 struct PoolThread {
   int n, h, w, c, count;
@@ -24,7 +24,7 @@ struct PoolThread {
   __device__ int at(int h, int w, int height, int width, int C) const { return ((n * height + h) * width + w) * C + c; }
 };
 
-// F has  template <bool kWide> void run(int64_t task, int place) const,  and places() of them.
+// F has  template <bool kWide> void run(int64_t task, int place) const,  and places(), the number of places.
 template <class F>
 __global__ void map_places(F f, int places, bool wide) {
   for (int64_t place = int64_t(blockIdx.y) * blockDim.x + threadIdx.x; place < places; place += int64_t(gridDim.y) * blockDim.x) {
@@ -35,7 +35,7 @@ __global__ void map_places(F f, int places, bool wide) {
   }
 }
 
-// body(tap, offset in x) for the taps of window (oh, ow) that lie in the image
+// Calls body(tap, offset in x) for the taps of window (oh, ow) inside the image.
 template <class T, class Body>
 __device__ __forceinline__ void for_taps(const PoolSizes& s, const PoolThread<T>& t, Body body) {
   const int h0 = t.h * s.stride_h - s.pad_h, w0 = t.w * s.stride_w - s.pad_w;
@@ -46,7 +46,7 @@ __device__ __forceinline__ void for_taps(const PoolSizes& s, const PoolThread<T>
     }
 }
 
-// body(tap, oh, ow) for the windows that hold pixel (h, w), by which tap
+// Calls body(tap, oh, ow) for the windows that contain pixel (h, w), with the pixel's tap.
 template <class T, class Body>
 __device__ __forceinline__ void for_windows(const PoolSizes& s, const PoolThread<T>& t, Body body) {
   const int h = t.h + s.pad_h, w = t.w + s.pad_w;
@@ -133,8 +133,8 @@ struct MaxPool2dBwd {
   }
 };
 
-// The same for windows side by side (stride = kernel, no padding): a thread reads its window once and writes all its pixels. Windows
-// that begin behind the last one, in the rest of the image, write zeros.
+// dx[index] += dy for adjacent windows (stride = kernel, no padding): a thread reads its window once and writes all its pixels.
+// Windows past the last one cover the rest of the image and write zeros.
 template <class T>
 struct MaxPool2dBwdTiles {
   PerTask<T> dx;
@@ -165,7 +165,7 @@ struct MaxPool2dBwdTiles {
 
 // ---------------------------------------------------------------- average
 
-// 1 / the taps of a window that count: those in the image, or (count_include_pad) those in the padded image.
+// 1 / the taps of a window that count: the taps in the image, or with count_include_pad those in the padded image.
 template <class T>
 __device__ __forceinline__ T window_share(const PoolSizes& s, int oh, int ow) {
   const auto taps = [&](int start, int kernel, int size, int pad) {

@@ -1,11 +1,11 @@
-// Sums over the threads of a block, always by the same tree: the lanes of a warp, then the warps one after the other.
+// Sums over the threads of a block, always by the same tree: first the lanes of each warp, then the warps one after the other.
 #pragma once
 
 #include "cuda/device.h"
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
-// Every thread of the block gets the sums; the block consists of whole warps.
+// Every thread of the block gets the sums. The block must have whole warps.
 template <int kSums>
 __device__ __forceinline__ void block_sum(double (&x)[kSums]) {
   __shared__ double of_warp[32][kSums];
@@ -22,10 +22,10 @@ __device__ __forceinline__ void block_sum(double (&x)[kSums]) {
     x[k] = of_warp[0][k];
     for (int w = 1; w < warps; ++w) x[k] += of_warp[w][k];
   }
-  __syncthreads();  // of_warp may be used again
+  __syncthreads();  // of_warp may be written again after this
 }
 
-// Mean and sum of squared deviations of n numbers; parts of them are merged without cancellation (Chan, Golub, LeVeque 1979).
+// Mean and sum of squared deviations of n numbers. Merging them does not cancel (Chan, Golub, LeVeque 1979).
 struct Moments {
   double n = 0, mean = 0, squares = 0;
 
@@ -51,7 +51,7 @@ __device__ __forceinline__ Moments warp_moments(Moments x) {
   return x;
 }
 
-// Every thread of the block gets the moments of all its numbers; the block consists of whole warps.
+// Every thread of the block gets the moments of all its numbers. The block must have whole warps.
 __device__ __forceinline__ Moments block_moments(Moments x) {
   __shared__ double of_warp[32][3];
   x = warp_moments(x);
@@ -63,11 +63,11 @@ __device__ __forceinline__ Moments block_moments(Moments x) {
   __syncthreads();
   x = Moments{of_warp[0][0], of_warp[0][1], of_warp[0][2]};
   for (int w = 1; w < int(blockDim.x / 32); ++w) x.merge(Moments{of_warp[w][0], of_warp[w][1], of_warp[w][2]});
-  __syncthreads();  // of_warp may be used again
+  __syncthreads();  // of_warp may be written again after this
   return x;
 }
 
-// Who shares a piece of work: the whole block, or one warp of it.
+// The threads that share a piece of work: the whole block, or one warp.
 struct BlockTeam {
   static __device__ int rank() { return threadIdx.x; }
   static __device__ int size() { return blockDim.x; }

@@ -1,5 +1,5 @@
-// The resident walk: a block takes a task through a whole Schedule, Step after Step, its numbers in shared memory as far as they fit.
-// The Steps come encoded (resident_step.cuh), a stage at a time: up to kStageSteps that do not depend on each other, then a barrier.
+// The resident walk: a block takes one task through a whole Schedule, Step after Step. Its numbers are in shared memory as far as they fit.
+// Steps come encoded (resident_step.cuh), a stage at a time: up to kStageSteps independent Steps, then a barrier.
 // While a stage runs, the next one is copied to shared memory.
 #pragma once
 
@@ -62,7 +62,7 @@ FASTMAML_NOINLINE __device__ void product_step(Here here) {
   const auto in = [&](int i) { return here.operand<const T>(i); };
   const ResidentProduct<T> p{{here.operand<T>(0), here.operand<T>(1)}, {in(2), in(3)}, {in(4), in(5)}, {in(6), in(7)}, here.operand<T>(8)};
   const bool aligned = Here::aligned(p.out[0], p.out[1], p.a[0], p.a[1], p.b[0], p.b[1]);
-  // The second product of a stage begins with the threads that had least to do in the first.
+  // A stage's second product starts with the threads that had least work in the first.
   const int rank = here.step.in_turn % 2 ? (threadIdx.x + blockDim.x / 64 * 32) % blockDim.x : threadIdx.x;
   multiply<T, order_a, order_b, dual>(p, here.settings<ResidentTiles>(), aligned, rank);
 }
@@ -90,7 +90,7 @@ __device__ __forceinline__ void sum_columns_here(const Here& here, const F& f, T
   const int across = s.lanes * kChunk<T>;
   for (int group = 0; group * across < s.C; ++group) {
     const ColumnThread<T> t(s, 0, group);
-    if (group > 0) __syncthreads();  // `shared` is used again
+    if (group > 0) __syncthreads();  // `shared` is written again
     sum_columns_of_part<2, T>(shared, f, 0, s, t, wide);
     if (t.row_lane > 0) continue;
     for (int j = 0; j < t.count; ++j) {
@@ -110,7 +110,7 @@ FASTMAML_NOINLINE __device__ void batch_norm_stats_step(Here here) {
   const bool wide = Here::aligned(x) && c.C % kChunk<T> == 0;
   for (int group = 0; group * c.lanes * kChunk<T> < c.C; ++group) {
     const ColumnThread<T> t(c, 0, group);
-    if (group > 0) __syncthreads();  // `shared` is used again
+    if (group > 0) __syncthreads();  // `shared` is written again
     const Chunk<T> shift = channels(x, t.c, t.count, T(0));
     column_moments_of_part<4>(shared, x, shift, c, t, wide);
     if (t.row_lane > 0) continue;
@@ -297,7 +297,7 @@ FASTMAML_NOINLINE __device__ void cg_step_step(Here here) {
 
 // ---------------------------------------------------------------- the walk
 
-// The ops it knows; resident_code.cu declines all others.
+// The ops of the walk. resident_code.cu declines all others.
 template <class T>
 __device__ __forceinline__ void run_step(const Here& here) {
   switch (here.step.op) {
@@ -341,7 +341,7 @@ struct ResidentArgs {
   int64_t task_stride[kArgs];  // bytes
 };
 
-// steps: `count` of them, and kStageSteps more that do nothing. In shared memory the scratch lies at scratch_at, behind the slots.
+// steps: `count` Steps, then kStageSteps empty ones. In shared memory the scratch lies at scratch_at, after the slots.
 template <class T>
 __global__ void __launch_bounds__(kResidentThreads, 2)
     resident(const ResidentStep* steps, int count, ResidentArgs args, unsigned char* arena, int64_t arena_bytes, int scratch_at) {

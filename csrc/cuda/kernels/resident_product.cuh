@@ -1,13 +1,13 @@
-// Products of small matrices by one block, from wherever they lie:  out [rows, cols] = sum over k of a [rows, k] b [k, cols].
-// A thread makes a tile of one row or a few, and of a chunk of columns, in registers. k goes in chunks that `split`
-// neighbouring threads take in turn and add up by shuffles. The order of the sum depends on the sizes alone, never on alignment.
+// Products of small matrices by one block:  out [rows, cols] = sum over k of a [rows, k] b [k, cols]. Operands may be in any memory.
+// A thread makes a tile in registers: one row or a few, and a chunk of columns. `split` neighbouring threads take chunks of k in turn.
+// Shuffles add up their sums. The order of the sum depends on the sizes alone, never on alignment.
 #pragma once
 
 #include "cuda/kernels/gemm_tile.cuh"
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
-// The rows of a tall tile; two sums a thread leave room for half of them. float64 is for gradient checks: one size.
+// Rows of a tall tile. With two sums for each thread there is room for half of them. float64 is for gradient checks: one size.
 template <class T, bool dual>
 inline constexpr int kTallRows = sizeof(T) == 8 ? 1
                                  : dual         ? kChunk<T> / 2
@@ -15,11 +15,11 @@ inline constexpr int kTallRows = sizeof(T) == 8 ? 1
 
 struct ResidentTiles {
   int rows, cols, depth;
-  bool tall;  // tiles of kTallRows, else of one
+  bool tall;  // tiles of kTallRows; false: of one row
   int split;  // a power of two
 };
 
-// Single: out[0] = a[0] b[0] (+ a[1] b[1], where they are there) + bias[0].
+// Single: out[0] = a[0] b[0] (+ a[1] b[1], if given) + bias[0].
 // Dual:   out[0] = a[0] b[0] + bias[0],  out[1] = a[0] b[1] + a[1] b[0] + bias[1]
 template <class T>
 struct ResidentProduct {
@@ -37,13 +37,13 @@ struct TileOfThread {
   static constexpr bool kWideCols = kWide && order_b == Order::along_rows;
 
   const ResidentTiles& s;
-  int row, col;  // the first ones
-  int stride;    // between the tile's columns: neighbouring threads have neighbouring ones, unless a thread has a chunk
+  int row, col;  // first row and column
+  int stride;    // between the tile's columns; neighbouring threads take neighbouring columns, unless a thread has a chunk
 
   __device__ TileOfThread(const ResidentTiles& s, int tile, int col_tiles)
       : s(s), row(tile / col_tiles * kRows), col(tile % col_tiles * (kWideCols ? kCols : 1)), stride(kWideCols ? 1 : col_tiles) {}
 
-  // values[e][i] = the element of line(i) at k + e, of an operand whose k's lie side by side (ld = depth) or whose lines do
+  // values[e][i] = the element of line(i) at k + e. The operand's k's are neighbours in memory (ld = depth), or its lines are.
   template <Order order, bool kChunkOfLines, int kLines, class Line>
   __device__ void read(T (&values)[kStep][kLines], const T* from, int k, int ld, Line line) const {
     if constexpr (order == Order::along_k) {
@@ -78,7 +78,7 @@ struct TileOfThread {
 
   __device__ void add(T (&sum)[kSets][kRows][kCols], const ResidentProduct<T>& p, int part) const {
     const int steps = (s.depth + kStep - 1) / kStep;
-    // Threads side by side read lines of b that are `steps` chunks apart: where that is even, their banks meet unless they start apart.
+    // Neighbouring threads read lines of b that are `steps` chunks apart. If `steps` is even their banks conflict, so they start apart.
     const int shift = order_b == Order::along_k && steps % 2 == 0 ? col % steps : 0;
     const auto k_of = [&](int step) { return (step + shift < steps ? step + shift : step + shift - steps) * kStep; };
     if constexpr (dual) {
@@ -131,12 +131,12 @@ struct TileOfThread {
   }
 };
 
-// `rank` is the thread's number in the block, or its number less a few whole warps.
+// `rank` is the thread's number in the block, or that number minus a few whole warps.
 template <class T, Order order_a, Order order_b, bool dual, int kRows, bool kWide>
 __device__ __forceinline__ void multiply_tiles(const ResidentProduct<T>& p, const ResidentTiles& s, int rank) {
   using Tile = TileOfThread<T, order_a, order_b, dual, kRows, kWide>;
   const int col_tiles = (s.cols + Tile::kCols - 1) / Tile::kCols, tiles = (s.rows + kRows - 1) / kRows * col_tiles;
-  for (int place = rank; place / 32 * 32 < tiles * s.split; place += blockDim.x) {  // whole warps, for the shuffles
+  for (int place = rank; place / 32 * 32 < tiles * s.split; place += blockDim.x) {  // whole warps, because shuffles need them
     const Tile tile(s, min(place / s.split, tiles - 1), col_tiles);
     T sum[Tile::kSets][kRows][Tile::kCols] = {};
     tile.add(sum, p, place % s.split);

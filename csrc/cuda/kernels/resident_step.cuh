@@ -1,5 +1,5 @@
-// What the resident walk (kernels/resident.cuh) knows of a Step: its op, its settings, and where its operands lie. Plain bytes, written by
-// resident_code.cu.
+// One encoded Step of the resident walk (kernels/resident.cuh): op, settings, and places of operands. Plain bytes.
+// resident_code.cu writes them.
 #pragma once
 
 #include "cuda/kernels/columns.cuh"
@@ -11,29 +11,29 @@
 namespace fastmaml::FASTMAML_CUDA_NS {
 
 inline constexpr int kResidentThreads = kColumnThreads;  // at most
-inline constexpr int kStageSteps = 4;                    // at most; Steps of a stage do not wait for each other
+inline constexpr int kStageSteps = 4;                    // at most; Steps of one stage are independent
 
-// The memories of a task: shared memory, its piece of the arena, what column sums take of shared memory, and the arguments.
+// A task's memories: shared memory, its part of the arena, the scratch of column sums in shared memory, and the arguments.
 inline constexpr int kInShared = 0, kInArena = 1, kInScratch = 2, kFirstArg = 3, kMemories = kFirstArg + kArgs;
 
 struct Place {
   int32_t memory = -1;  // -1: absent
-  uint32_t offset = 0;  // bytes from where the task's numbers start
+  uint32_t offset = 0;  // bytes from the start of the task's numbers
 };
 
 struct alignas(16) ResidentStep {
   Op op = Op::fill_zero;
-  uint8_t stage = 1;                           // the first of a stage: how many Steps it has
-  uint8_t smooth = 0;                          // pointwise ops: 0 rectifies (map_ops.h)
-  uint8_t in_turn = 0;                         // its place in the stage
-  int32_t size = 0;                            // ops of map_ops.h: numbers
+  uint8_t stage = 1;                           // in a stage's first Step: the number of Steps in the stage
+  uint8_t smooth = 0;                          // pointwise ops; 0: a rectifier (map_ops.h)
+  uint8_t in_turn = 0;                         // place of the Step in its stage
+  int32_t size = 0;                            // ops of map_ops.h: how many numbers
   alignas(8) unsigned char settings[64] = {};  // a function of map_ops.h, ResidentTiles, or a struct below
   Place place[kMaxOperands];
 };
 static_assert(sizeof(ResidentStep) % 16 == 0, "copied in pieces of 16 bytes");
 
-// The ops it has, beside the pointwise ones, flatten and the products of linear, which come in fewer forms: those of map_ops.h, and those
-// whose Step is a function of its own.
+// The ops of the walk: first those of map_ops.h, then those with their own function.
+// Pointwise ops, flatten and the products of linear are listed elsewhere, because they have fewer forms.
 #define FASTMAML_RESIDENT_MAPS(X) \
   X(fill_zero)                    \
   X(copy)                         \
@@ -76,8 +76,8 @@ static_assert(sizeof(ResidentStep) % 16 == 0, "copied in pieces of 16 bytes");
 
 struct ColumnSettings {  // ops on [rows, C] with numbers for every column
   Columns columns;
-  int inside_rows;    // batch norm: that made the statistics and take part in their gradient
-  double eps, scale;  // scale: 1 / rows that made the statistics
+  int inside_rows;    // batch norm: rows that give the statistics and take part in their gradient
+  double eps, scale;  // scale: 1 / rows that give the statistics
 };
 struct GroupSettings {
   Groups groups;
@@ -95,10 +95,10 @@ struct ClipSettings {
   double limit;
 };
 
-// A Step in the hands of a thread.
+// A Step as one thread sees it.
 struct Here {
   const ResidentStep& step;
-  unsigned char* const* memory;  // [kMemories], of this task
+  unsigned char* const* memory;  // [kMemories], for this task
 
   template <class T>
   __device__ T* operand(int i) const {
@@ -118,7 +118,7 @@ struct Here {
     static_assert(sizeof(S) <= sizeof step.settings);
     return *reinterpret_cast<const S*>(step.settings);
   }
-  // May these operands (null: absent) be accessed in chunks?
+  // May these operands (null: absent) be read and written in chunks?
   template <class... T>
   static __device__ bool aligned(const T*... operands) {
     return ((reinterpret_cast<uint64_t>(operands) | ...) & 15) == 0;

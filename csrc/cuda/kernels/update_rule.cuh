@@ -1,5 +1,5 @@
-// The other inner optimizers and what goes before them: axpy, the proximal term, clipping, momentum, Adam, and the adjoints, as
-// functions of kernels/map.cuh or with one number a task beside their vectors (ALGORITHMS 1.2 to 1.4). u, p, r: less the adjoints.
+// Inner optimizers other than plain descent: axpy, the proximal term, clipping, momentum, Adam, and the adjoints (ALGORITHMS 1.2 to 1.4).
+// They are functions of kernels/map.cuh, some with one number for each task. u, p and r are MINUS the adjoints.
 #pragma once
 
 #include "cuda/kernels/conjugate_gradient.cuh"
@@ -75,11 +75,11 @@ struct MomentumAdjoint {
 };
 
 // m_next = beta1 m + (1 - beta1) g,  s_next = beta2 s + (1 - beta2) g^2,  phi_next = phi - rate (mh / (sqrt(sh) + eps) + decay phi)
-// with mh = m_next / c1, sh = s_next / c2, c = 1 - beta^t in the t-th step; `number`: the steps before this loop.
+// with mh = m_next / c1, sh = s_next / c2, c = 1 - beta^t in the t-th step. `number`: steps before this loop.
 template <class T>
 struct AdamUpdate {
   static constexpr int kOut = 3, kIn = 5;
-  double beta1, beta2, step;  // step: of this loop, from 1
+  double beta1, beta2, step;  // step: within this loop, from 1
   T eps, decay;
   T number = T(0), over_c1 = T(0), over_c2 = T(0);
   __device__ void begin() {
@@ -96,7 +96,7 @@ struct AdamUpdate {
 };
 
 // With v = rate lambda, D = sqrt(sh) + eps:
-//   rate_grad -= (mh / D + decay phi) lambda;  p += v / (c1 D);  r -= v mh / (2 sqrt(sh) D^2 c2), nothing where sh is 0;
+//   rate_grad -= (mh / D + decay phi) lambda;  p += v / (c1 D);  r -= v mh / (2 sqrt(sh) D^2 c2), unchanged where sh is 0;
 //   u = (1 - beta1) p + (1 - beta2) 2 g r;  lambda -= decay v;  p *= beta1;  r *= beta2
 template <class T>
 struct AdamAdjoint {
@@ -115,9 +115,9 @@ struct AdamAdjoint {
   }
 };
 
-// ---------------------------------------------------------------- clipping by the norm: a block for a task (..._of_task)
+// ---------------------------------------------------------------- clipping by the norm: a block for each task (..._of_task)
 
-// The squared norm of g over the entries that count, and <g, u> over all; every thread gets both.
+// The squared norm of g over the entries that count, and <g, u> over all. Every thread gets both.
 template <class T>
 __device__ __forceinline__ void clip_sums(double (&sums)[2], const T* g, const T* u, const T* mask, int size, bool wide) {
   sums[0] = sums[1] = 0;

@@ -1,4 +1,4 @@
-// The inner update and its adjoint, as functions of kernels/map.cuh (ALGORITHMS 1.1); and the sum over tasks.
+// Plain descent and its adjoint, as functions of kernels/map.cuh (ALGORITHMS 1.1); and the sum over tasks.
 #pragma once
 
 #include "cuda/kernels/map.cuh"
@@ -56,17 +56,17 @@ struct SgdAdjoint {
 
 // ---------------------------------------------------------------- tree_reduce
 
-// x [T, size], summed for one element over the tasks first .. first + count - 1 as a binary tree over their numbers: neighbours first.
-// `first` is a multiple of a power of two that is at least `count`.
+// Sums one element of x [T, size] over tasks first .. first + count - 1, as a binary tree over task numbers: neighbours first.
+// `first` must be a multiple of a power of two that is at least `count`.
 template <class T>
 class TaskTree {
  public:
   const T* x;
-  const T* weight;  // null: one
+  const T* weight;  // null means one
   int64_t size;
 
   __device__ T sum(int64_t first, int64_t count, int64_t i) const {
-    // Sums of eights wait in `waiting`, by the height of their trees, until their neighbours come.
+    // `waiting[h]` holds a sum of 8 * 2^h tasks until its sibling is done.
     T waiting[kHeights];
     int64_t eights = 0;
     for (; eights * kLeaves < count; ++eights) {
@@ -74,7 +74,7 @@ class TaskTree {
       T total = leaves(first + eights * kLeaves, left < kLeaves ? int(left) : kLeaves, i);
       bool rising = true;
 #pragma unroll
-      for (int h = 0; h < kHeights; ++h)  // no break: it would keep `waiting` out of the registers
+      for (int h = 0; h < kHeights; ++h)  // no break, which would move `waiting` out of registers
         if (rising && (eights >> h & 1)) {
           total = waiting[h] + total;
         } else if (rising) {
@@ -112,7 +112,7 @@ class TaskTree {
   }
 };
 
-// out [size] = the sum of x over the tasks, or its mean where there are no weights. Thread (i, s) sums slice s of the tasks, a subtree;
+// out [size] = the sum of x over the tasks, or the mean without weights. Thread (i, s) sums slice s of the tasks, a subtree.
 // `slice` is a power of two, at least 8.
 template <class T, int kColumns, int kSlices>
 __global__ void __launch_bounds__(kColumns* kSlices)

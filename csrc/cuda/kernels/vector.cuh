@@ -5,7 +5,7 @@
 
 namespace fastmaml::FASTMAML_CUDA_NS {
 
-struct Copy {  // of an absent operand: zeros
+struct Copy {  // an absent operand copies as zeros
   static constexpr int kOut = 1, kIn = 1;
   template <class T>
   __device__ void operator()(T (&out)[1], const T (&x)[1]) const {
@@ -23,7 +23,7 @@ struct Sum {
 
 inline constexpr int kTransposeRows = 128, kTransposeCols = 32;
 
-// out [N, cols, rows] = x [N, rows, cols]: a tile goes through shared memory, read and written along its lines.
+// out [N, cols, rows] = x [N, rows, cols]. Tiles go through shared memory, so that reads and writes both follow lines.
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads) transpose(PerTask<T> out, PerTask<const T> x, int N, int rows, int cols) {
   __shared__ T tile[kTransposeRows * (kTransposeCols + 1)];
