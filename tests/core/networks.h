@@ -121,13 +121,13 @@ struct Arguments {
         views[a] = {label[a].data(), slot.size, 1};
         continue;
       }
-      const bool result = slot.arg >= Arg::loss;
-      for (size_t i = 0; i < n; ++i) {
-        const double v = normal(random);
-        const bool positive = is({Arg::rates, Arg::lam, Arg::loss_weights});
-        const bool flag = slot.arg == Arg::mask, settings = slot.arg == Arg::cg_settings;  // lam and damping are 2, and it never stops
-        real[a].push_back(T(result ? 0.0 : positive ? 0.1 + 0.01 * v : flag ? double(i % 3 > 0) : settings ? (i % 3 < 2 ? 2.0 : 0.0) : v));
-      }
+      const auto number = [&](size_t i, double v) {
+        if (slot.arg >= Arg::loss) return 0.0;  // a result
+        if (slot.arg == Arg::mask) return double(i % 3 > 0);
+        if (slot.arg == Arg::cg_settings) return i % 3 < 2 ? 2.0 : 0.0;  // lam, damping, and a stop that is never reached
+        return is({Arg::rates, Arg::lam, Arg::loss_weights}) ? 0.1 + 0.01 * v : v;
+      };
+      for (size_t i = 0; i < n; ++i) real[a].push_back(T(number(i, normal(random))));
       views[a] = {real[a].data(), shared ? 0 : slot.size, 1};
     }
   }
