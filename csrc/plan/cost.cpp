@@ -95,7 +95,7 @@ struct Channels {
   int64_t operator()(const Loss& s) const { return s.size; }
   int64_t operator()(const Pointwise&) const { return 1; }
   int64_t operator()(const Add&) const { return 1; }
-  int64_t operator()(const CallerLoss&) const { return 1; }
+  int64_t operator()(const PythonLoss&) const { return 1; }
   int64_t operator()(const Vector&) const { return 1; }
   int64_t operator()(const Axpy&) const { return 1; }
   int64_t operator()(const Clip&) const { return 1; }

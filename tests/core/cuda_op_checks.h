@@ -108,6 +108,8 @@ void check(const Case& c) {
   const Operands all = draw_all<T>(c);
   const std::vector<std::set<size_t>> variants = absences(c);
   for (const std::set<size_t>& absent : variants) {
+    // The race build watched float32 without these operands: the same source, with the same barriers.
+    if (emu::watched() && sizeof(T) == sizeof(double) && absent != variants[0]) continue;
     Operands given = all;
     std::string variant = "all operands";
     for (size_t k : absent) {

@@ -61,9 +61,14 @@ struct Stages {
     for (const std::string& name : names) all += (all.empty() ? "" : " ") + name;
     return all;
   }
-  const Schedule& after(const std::string& name) const { return left[size_t(std::find(names.begin(), names.end(), name) - names.begin())]; }
-  const Schedule& before(const std::string& name) const {
-    return left[size_t(std::find(names.begin(), names.end(), name) - names.begin()) - 1];
+  const Schedule& after(const std::string& name) const { return at(place_of(name)); }
+  const Schedule& before(const std::string& name) const { return at(place_of(name) - 1); }
+
+ private:
+  std::ptrdiff_t place_of(const std::string& name) const { return std::find(names.begin(), names.end(), name) - names.begin(); }
+  const Schedule& at(std::ptrdiff_t place) const {  // empty where there is no such stage
+    static const Schedule none;
+    return place < 0 || place >= std::ptrdiff_t(left.size()) ? none : left[size_t(place)];
   }
 };
 
