@@ -21,7 +21,7 @@ def conjugate_gradients(operator: Callable[[Tensor], Tensor], v: Tensor, steps: 
     rr = _dot(r, r)
     size = rr.sqrt()
     iterations, negative = torch.zeros_like(rr, dtype=torch.int64), torch.zeros_like(rr, dtype=torch.bool)
-    history = [(rr != 0).to(rr)]
+    history = [_relative(size, size)]
     active = rr != 0  # a small v takes its first step too; a NaN goes on, and shows in the solution
     for _ in range(steps):
         if not bool(active.any()):
@@ -38,9 +38,13 @@ def conjugate_gradients(operator: Callable[[Tensor], Tensor], v: Tensor, steps: 
         rr = after
         iterations += active
         active = active & ~(rr < stop) & (rr != 0)
-        history.append(torch.where(size != 0, rr.sqrt() / size, 0.0))
+        history.append(_relative(rr.sqrt(), size))
     history += history[-1:] * (1 + steps - len(history))
     return Solution(s, history[-1], iterations, negative, torch.stack(history, dim=1))
+
+
+def _relative(residual: Tensor, size: Tensor) -> Tensor:
+    return torch.where(size != 0, residual / size, 0.0)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
