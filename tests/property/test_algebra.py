@@ -55,12 +55,14 @@ def test_hvp_is_linear(case, backend, seed, a, b):
 @for_all(seed=seeds, dtype=dtypes, order=st.permutations(range(5)))
 def test_permuting_tasks_permutes_results_bit_for_bit(case, compiled, seed, dtype, order):
     dtype = torch.float64 if compiled.name == "reference" else dtype
-    s, made, data = setup(case), engine(case, compiled), batch(case, seed, 5, dtype)
+    tasks = 3 if compiled.name == "cuda_emulated" else 5
+    order = [t for t in order if t < tasks]
+    s, made, data = setup(case), engine(case, compiled), batch(case, seed, tasks, dtype)
     theta = s.theta.to(dtype)
-    moved = fm.TaskBatch(*(v[list(order)] for v in data))
+    moved = fm.TaskBatch(*(v[order] for v in data))
     a, b = (made.meta_gradient(theta, d, inner_lr=case.inner_lr, inner_steps=2) for d in (data, moved))
     for name in ("loss", "query_output", "support_losses"):
-        expect_same_bits(getattr(b, name), getattr(a, name)[list(order)], f"{case} {name}")
+        expect_same_bits(getattr(b, name), getattr(a, name)[order], f"{case} {name}")
     # the sum over tasks is a fixed tree over positions, so another order rounds differently
     eps = torch.finfo(dtype).eps
     each = made.meta_gradient(theta, data, inner_lr=case.inner_lr, inner_steps=2, per_task=True).grad
@@ -90,7 +92,7 @@ def test_a_tasks_bits_do_not_depend_on_its_batch(case, compiled, seed, dtype, ta
     # alone, in a batch of another size and at another place: loss, outputs, adapted parameters and its own meta-
     # gradient
     dtype = torch.float64 if compiled.name == "reference" else dtype
-    tasks = min(tasks, 7) if compiled.name == "cuda_emulated" else tasks
+    tasks = min(tasks, 4) if compiled.name == "cuda_emulated" else tasks
     t = data.draw(st.integers(0, tasks - 1), label="place")
     memory = data.draw(st.sampled_from(["low", "stash"]), label="memory")
     s, made = setup(case), engine(case, compiled, memory=memory)

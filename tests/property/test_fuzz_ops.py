@@ -1,4 +1,4 @@
-# Layers of random sizes, beyond the list in cases.py. Each draw is a separate case, so float32 is judged per draw.
+# Layers of random sizes, beyond the list in cases/op_list.py. Each draw is a separate case, so float32 is judged per draw.
 from __future__ import annotations
 
 import cases
