@@ -2,6 +2,7 @@
 
 An Engine holds a BackendChoice and its Inputs, which check the arguments. `compiled` and `autodiff` compute.
 A network that is not fused runs on autodiff with the same results; `engine.why` gives the reason.
+The file is long because it is the public face: every method documents its arguments, and hands the work on.
 """
 
 from __future__ import annotations
