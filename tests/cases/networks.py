@@ -124,6 +124,9 @@ LAYER_NORM = NetworkCase(
 RESIDUAL = NetworkCase("residual", Residual, (3, 6, 6), 4)
 MAIN_CASES = [MLP, CONV4, LAYER_NORM, RESIDUAL]
 
+# Smooth pointwise functions whose first or second derivative jumps at 0.
+JUMPS = ("elu",)
+
 NETWORK_CASES: list[NetworkCase] = [
     *MAIN_CASES,
     SINE,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from oracle import normalise, written_batch_norm
 from torch import Tensor
 
+from cases.networks import JUMPS
 from cases.programs import Function, program, split
 
 _C = pytest.importorskip("fastmaml._C", reason="make build")
@@ -190,7 +191,7 @@ RECTIFIERS: dict[str, str] = _C.vocabulary()["rectifiers"]
 SMOOTH: dict[str, str] = _C.vocabulary()["smooth"]
 POINTWISE = {**RECTIFIERS, **SMOOTH}
 NUMBER = 0.1  # of those that take one
-KINKED = (*RECTIFIERS, "elu")  # whose first or second derivative jumps at 0
+KINKED = (*RECTIFIERS, *JUMPS)  # whose first or second derivative jumps at 0
 
 
 def torch_pointwise(kind: str, x: Tensor, number: float = NUMBER) -> Tensor:
