@@ -384,7 +384,7 @@ def test_memory_notices_other_growth(monkeypatch, capsys):
     original = arena.arena_bytes
     monkeypatch.setattr(arena, "arena_bytes", lambda *how: original(*how) + 4096 * how[3])
     assert arena.main(["--filters", "8", "--query-shots", "2", "--out", ""]) == 1
-    assert "NOT explained" in capsys.readouterr().out
+    assert "does NOT explain the growth" in capsys.readouterr().out
 
 
 QUICK = [
