@@ -61,8 +61,8 @@ struct Stages {
     for (const std::string& name : names) all += (all.empty() ? "" : " ") + name;
     return all;
   }
-  const Schedule& after(const std::string& name) const { return at(place_of(name)); }
-  const Schedule& before(const std::string& name) const { return at(place_of(name) - 1); }
+  Schedule after(const std::string& name) const { return at(place_of(name)); }
+  Schedule before(const std::string& name) const { return at(place_of(name) - 1); }
 
  private:
   std::ptrdiff_t place_of(const std::string& name) const { return std::find(names.begin(), names.end(), name) - names.begin(); }
@@ -99,7 +99,7 @@ void fuses() {
   const Program net = Program::parse(kMlp);
   CallSpec call = call_for("steps=2 rate_grad=1", 5, 3);
   const Schedule written = meta_gradient_schedule(net, call.spec);
-  const Schedule& fused = Stages(written, cpu_ops(4)).after("fuse");
+  const Schedule fused = Stages(written, cpu_ops(4)).after("fuse");
   report(count(written, Op::sgd_adjoint) == 0 && count(written, Op::adjoint_update) == 2, "the sweep is written as parts");
   report(count(fused, Op::sgd_adjoint) == 2 && count(fused, Op::adjoint_update) == 0 && count(fused, Op::rate_grad) == 0,
          "fuse makes an sgd_adjoint of each inner step's parts");
