@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmaml.algorithms.learner import MODEL, Adapted, Batch, Gradients, Learner, LearnerOutput, weighted
+from fastmaml.algorithms.learner import (
+    MODEL,
+    Adapted,
+    Batch,
+    Gradients,
+    Learner,
+    LearnerOutput,
+    weighted,
+    weights_of_tasks,
+)
 from fastmaml.algorithms.newton_cg import newton_cg
 from fastmaml.autodiff.conjugate_gradients import STOP
 from fastmaml.autodiff.replayed_dropout import replayed
@@ -161,12 +170,12 @@ class IMAML(Learner):
                 through_phi = self.engine.hvp(phi, x, y, implicit) / strength
             grad = implicit + (1.0 - mask) * (query.grad - through_phi)
         g = self.engine.grad(phi, x, y)[1] * mask
-        of_task = phi.new_full((len(phi),), 1.0 / len(phi)) if task_weights is None else task_weights.detach()
-        of_lam = of_task @ (g * implicit).sum(1) / (lam**2 + (0.1 if quirks else 0.0))
+        over_tasks = weights_of_tasks(task_weights, phi)
+        of_lam = over_tasks @ (g * implicit).sum(1) / (lam**2 + (0.1 if quirks else 0.0))
         self.last = ImplicitSolve((g + lam * (phi - self.start(x, y))).norm(dim=1), *solved[1:])
         loss = weighted(query.loss, task_weights)
         output = LearnerOutput(loss, query.loss, query.query_output, adapted.losses)
-        return output, {MODEL: of_task @ grad, "lam": of_lam}
+        return output, {MODEL: over_tasks @ grad, "lam": of_lam}
 
     def _solve(self, phi: Tensor, x: Tensor, y: Tensor, v: Tensor, lam: float) -> Solution:
         """The implicit gradient of every task; says once where it is not what was asked for."""

@@ -104,10 +104,6 @@ class Engine:
     ):
         self.choice = BackendChoice(model, loss, backend, memory, batch_norm, label_smoothing, precision)
         self.model = model
-        self.loss_name = loss
-        self.batch_norm = batch_norm
-        self.precision = precision
-        self.label_smoothing = self.choice.label_smoothing
         self.layout = self.choice.layout
         self.parameters = NamedParameters(model)
         self.inputs = Inputs(self.choice, self.parameters)
@@ -139,6 +135,12 @@ class Engine:
     @memory.setter
     def memory(self, mode: str) -> None:
         self.choice.memory = mode
+
+    # What the choice was made with. Assigning to one raises: a choice cannot follow it.
+    loss_name = property(attrgetter("choice.loss_name"))
+    batch_norm = property(attrgetter("choice.batch_norm"))
+    precision = property(attrgetter("choice.precision"))
+    label_smoothing = property(attrgetter("choice.label_smoothing"))
 
     @property
     def precision_in_use(self) -> str:
